@@ -1,0 +1,30 @@
+"""jaxzip: large language models made smaller and faster in JAX without changing one bit of their weights.
+
+    formats/   storage formats: layout, reference encode and decode
+    tensor     CompressedTensor, the pytree          compress, rules   arrays and trees in, compressed out
+    ops/       matmul, decompress, take and their implementations (backends: jaxzip.ffi, jaxzip.pallas_kernels)
+    checkpoint/ Orbax in and out, importers           models  Flax transformers      cli  the commands
+"""
+
+from jaxzip.compress import compress
+from jaxzip.errors import CheckpointError, CorruptDataError, JaxzipError, UnsupportedVersionError
+from jaxzip.ops import decompress, matmul, take
+from jaxzip.rules import CompressionReport, CompressionRule, compress_params
+from jaxzip.tensor import CompressedTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "CompressedTensor",
+    "CompressionReport",
+    "CompressionRule",
+    "CorruptDataError",
+    "JaxzipError",
+    "UnsupportedVersionError",
+    "compress",
+    "compress_params",
+    "decompress",
+    "matmul",
+    "take",
+]

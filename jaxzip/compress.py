@@ -1,0 +1,83 @@
+"""``compress``: an array in, a CompressedTensor out."""
+
+from __future__ import annotations
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxzip import formats
+from jaxzip.ops.encode import encode
+from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
+
+AUTO = "auto"
+_BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def compress(
+    w: jax.Array | np.ndarray,
+    *,
+    format: str = AUTO,
+    output_axis: int = KERNEL_AXIS,
+    on_host: bool = False,
+) -> CompressedTensor:
+    """Encodes ``w`` losslessly.
+
+    Args:
+      w: a Flax kernel ``[K, M]``, or with ``output_axis=-2`` a table ``[M, K]`` (embeddings, PyTorch weights). Leading
+        dimensions are a stack: each matrix is encoded for itself, and ``jax.vmap`` or ``lax.scan`` run over it.
+      format: a name of ``jaxzip.formats``, or ``"auto"``: the best one for the dtype. A tensor that the format would
+        not shrink, and with ``"auto"`` one of another dtype or of rank below 2, is stored ``raw``.
+      output_axis: which of the last two axes holds output features, -1 or -2.
+      on_host: leave the payload in NumPy arrays instead of moving it to JAX's default device.
+
+    Raises:
+      TypeError: ``w`` is a tracer or no array, or ``format`` does not take its dtype.
+      ValueError: unknown format, bad ``output_axis``, an array without elements, or of rank below 2 for a matrix format.
+    """
+    if isinstance(w, jax.core.Tracer):
+        raise TypeError("compress runs on the host and cannot be traced; compress outside of jit and pass the result in")
+    if not isinstance(w, jax.Array | np.ndarray):
+        raise TypeError(f"compress: expected an array, got {type(w).__name__}")
+    if output_axis not in (KERNEL_AXIS, TABLE_AXIS):
+        raise ValueError(f"compress: output_axis is {output_axis}, expected -1 ([K, M]) or -2 ([M, K])")
+    if format != AUTO:
+        _check_explicit(w, formats.get(format))
+    z = _encode(w, format, output_axis)
+    return z if on_host else jax.tree.map(jax.numpy.asarray, z)
+
+
+def _check_explicit(w, fmt: formats.Format) -> None:
+    if fmt.name == "raw":
+        return
+    if np.dtype(w.dtype) not in fmt.dtypes:
+        names = ", ".join(str(d) for d in fmt.dtypes)
+        raise TypeError(f'compress: {fmt.name} takes {names}, w has dtype {w.dtype}; use format="auto" or "raw"')
+    if w.ndim < 2:
+        raise ValueError(f'compress: {fmt.name} takes matrices, w has shape {w.shape}; use format="auto" or "raw"')
+    if w.size == 0:
+        raise ValueError(f"compress: w has shape {w.shape} and no elements")
+
+
+def _encode(w, format: str, output_axis: int) -> CompressedTensor:
+    if format == AUTO:
+        format = "tca-tbe" if np.dtype(w.dtype) == _BF16 and w.ndim >= 2 and w.size else "raw"
+    raw = CompressedTensor({"values": w}, tuple(w.shape[-2:]), np.dtype(w.dtype), "raw", output_axis)
+    if format == "raw":
+        return raw
+    fmt = formats.get(format)
+    bits = np.asarray(w).view(np.uint16)
+    if output_axis == KERNEL_AXIS:
+        bits = bits.swapaxes(-1, -2)
+    batch, (m, k) = bits.shape[:-2], bits.shape[-2:]
+    try:
+        payloads = [encode(matrix, format) for matrix in bits.reshape(-1, m, k)]
+    except OverflowError:
+        return raw  # more elements than the format can address
+    lengths = [fmt.bucket_lengths(p, m, k) for p in payloads]
+    common = {name: max(each[name] for each in lengths) for name in lengths[0]}
+    payloads = [fmt.pad(p, common) for p in payloads]
+    stacked = {name: np.stack([p[name] for p in payloads]) for name in fmt.fields(m, k)}
+    payload = {name: array.reshape((*batch, *array.shape[1:])) for name, array in stacked.items()}
+    z = CompressedTensor(payload, tuple(w.shape[-2:]), np.dtype(w.dtype), format, output_axis, fmt.version)
+    return z if z.bits_per_weight < 8 * raw.dtype.itemsize else raw

@@ -1,0 +1,28 @@
+"""Typed errors of jaxzip; every message names the tensor or file, what was expected, what was found and what to do."""
+
+
+class JaxzipError(Exception):
+    """Base of the errors that are about data or files rather than a call's arguments."""
+
+
+class CorruptDataError(JaxzipError, ValueError):
+    """Encoded bytes contradict their own format: an offset outside, a wrong count, a failed checksum."""
+
+
+class UnsupportedVersionError(JaxzipError):
+    """The data was written by a newer layout version than this library reads."""
+
+
+class CheckpointError(JaxzipError):
+    """A checkpoint cannot be read or written: missing, incomplete, unknown format, existing destination, full disk."""
+
+
+class TensorNotFoundError(CheckpointError, KeyError):
+    """A tensor that was asked for is not in the checkpoint."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+class PromptError(JaxzipError, ValueError):
+    """A prompt cannot be run: empty, or longer than the model's context."""

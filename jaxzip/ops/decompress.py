@@ -1,0 +1,59 @@
+"""``decompress``: the exact array that a CompressedTensor stands for."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxzip import formats
+from jaxzip.ops import registry
+from jaxzip.tensor import TABLE_AXIS, CompressedTensor
+
+
+def decompress(z: CompressedTensor, *, implementation: str | None = None) -> jax.Array:
+    """Decodes ``z`` to a dense array of ``z.shape`` and ``z.dtype`` with the very bits that were compressed.
+
+    Jittable; works under ``vmap`` and on stacks (leading dimensions of the leaves).
+
+    Args:
+      z: any compressed tensor.
+      implementation: ``"xla"``, ``"ffi"``, ``"pallas"``, or ``None`` for the best one here.
+
+    Raises:
+      TypeError: ``z`` is no CompressedTensor.
+      ValueError: no such implementation.
+      NotImplementedError: nothing here can decode ``z``; the message has every reason.
+    """
+    require_compressed(z, "decompress")
+    return _decompress(z, implementation)
+
+
+def require_compressed(z, op: str) -> None:
+    if not isinstance(z, CompressedTensor):
+        raise TypeError(f"{op}: expected a CompressedTensor, got {type(z).__name__}; make one with jaxzip.compress")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _decompress(z: CompressedTensor, implementation: str | None) -> jax.Array:
+    with jax.named_scope("jaxzip.decompress"):
+        if z.format == "raw":
+            return z.payload["values"]
+        return registry.run("decompress", implementation, z)
+
+
+def decompress_xla(z: CompressedTensor) -> jax.Array:
+    """The reference: same-width integer operations on each matrix of the stack."""
+    fmt, (m, k) = formats.get(z.format), z.matrix_shape
+
+    def one(payload):
+        bits = fmt.decode(payload, m, k)
+        return jax.lax.bitcast_convert_type(bits if z.output_axis == TABLE_AXIS else bits.T, jnp.dtype(z.dtype))
+
+    for _ in z.batch_shape:
+        one = jax.vmap(one)
+    return one(dict(z.payload))
+
+
+registry.register("decompress", registry.XLA, decompress_xla)

@@ -1,0 +1,116 @@
+"""The table of implementations of each operation, and the choice among them.
+
+An operation (``matmul``, ``decompress``, ``take``) has a plain XLA implementation that always works. Backends add
+theirs through entry points of the group ``jaxzip.backends``: each names a function that calls :func:`register`. So no
+operation names a backend, and a machine without one just has fewer names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+ENTRY_POINT_GROUP = "jaxzip.backends"
+XLA = "xla"
+_PLATFORMS = ("cpu", "cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to run an operation.
+
+    ``check(*args, **options)`` sees the operation's arguments (arrays may be tracers) and raises
+    ``NotImplementedError`` with a reason when ``fn`` cannot take them; ``platforms`` limits where it runs
+    (``None``: everywhere). Higher ``priority`` is tried first.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    check: Callable[..., None]
+    platforms: tuple[str, ...] | None
+    priority: int
+
+
+_registry: dict[str, list[Implementation]] = {}
+_missing: dict[str, str] = {}
+
+
+def register(
+    op: str,
+    name: str,
+    fn: Callable[..., Any],
+    *,
+    check: Callable[..., None] = lambda *args, **options: None,
+    platforms: tuple[str, ...] | None = None,
+    priority: int = 0,
+) -> None:
+    """Adds implementation ``name`` of ``op``; a backend may register one per platform."""
+    _registry.setdefault(op, []).append(Implementation(name, fn, check, platforms, priority))
+    _registry[op].sort(key=lambda impl: -impl.priority)
+
+
+def report_missing(name: str, reason: str) -> None:
+    """Records why backend ``name`` (or a part of it) is not there; shown when a user asks for it by name."""
+    _missing[name] = f"{_missing[name]}; {reason}" if name in _missing else reason
+
+
+@functools.cache
+def load_backends() -> None:
+    """Imports the backends, once; one that cannot be imported is reported and left out."""
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            entry.load()()
+        except ImportError as error:
+            report_missing(entry.name, f"{type(error).__name__}: {error}")
+            warnings.warn(f"jaxzip: backend {entry.name!r} is not available: {error}", RuntimeWarning, stacklevel=2)
+
+
+def implementations(op: str) -> tuple[str, ...]:
+    """Names of the implementations of ``op`` on this installation, in the order in which they are tried."""
+    load_backends()
+    return tuple(dict.fromkeys(impl.name for impl in _registry[op]))
+
+
+def run(op: str, implementation: str | None, *args, **options):
+    """Runs ``op`` by the implementation asked for, or by the best one that takes these arguments.
+
+    The platform is the one that the surrounding computation is lowered for, not the process's default.
+
+    Raises:
+      ValueError: ``implementation`` is not a known name; lists the known ones and why others are missing.
+      NotImplementedError: nothing can run these arguments; lists every reason.
+    """
+    names = implementations(op)
+    if implementation is not None and implementation not in names:
+        reason = f" ({implementation} is missing here: {_missing[implementation]})" if implementation in _missing else ""
+        raise ValueError(f"{op}: unknown implementation {implementation!r}; there are: {', '.join(names)}{reason}")
+    reasons: list[str] = []
+    usable: list[Implementation] = []
+    for impl in _registry[op]:
+        if implementation in (None, impl.name):
+            try:
+                impl.check(*args, **options)
+                usable.append(impl)
+            except NotImplementedError as error:
+                reasons.append(f"{impl.name} ({'/'.join(impl.platforms or ('any',))}): {error}")
+    branches = {}
+    for platform in _PLATFORMS:
+        chosen = next((impl for impl in usable if platform in (impl.platforms or _PLATFORMS)), None)
+        if chosen is not None:
+            branches[platform] = chosen
+    default = next((impl for impl in usable if impl.platforms is None), None)
+    if not branches:
+        missing = [f"{name}: {why}" for name, why in _missing.items()]
+        raise NotImplementedError(f"{op}: no implementation takes these arguments: {'; '.join(reasons + missing)}")
+    if default is not None and all(impl is default for impl in branches.values()):
+        return default.fn(*args, **options)
+    calls = {platform: functools.partial(impl.fn, **options) for platform, impl in branches.items()}
+    if default is not None:
+        calls["default"] = functools.partial(default.fn, **options)
+    return jax.lax.platform_dependent(*args, **calls)

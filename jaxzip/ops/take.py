@@ -1,0 +1,55 @@
+"""``take``: rows of a compressed table, decoding only what is asked for (embedding lookup)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxzip.ops import registry
+from jaxzip.ops.decompress import decompress
+from jaxzip.tensor import CompressedTensor
+
+
+def take(table: CompressedTensor | jax.Array, ids: jax.Array, *, implementation: str | None = None) -> jax.Array:
+    """Rows ``ids`` of ``table[M, K]``, as ``jnp.take(table, ids, axis=0)`` gives them, bit for bit.
+
+    Args:
+      table: compressed with ``output_axis=-2`` (the rows of an embedding table), or a dense matrix.
+      ids: integers of any shape. Negative ids count from the end; ids outside the table give rows of NaN.
+      implementation: ``"xla"``, ``"ffi"``, or ``None`` for the best one here.
+
+    Returns:
+      ``ids.shape + (K,)`` in the table's dtype.
+
+    Raises:
+      TypeError: ``ids`` are not integers.
+      ValueError: ``table`` is no matrix, or no such implementation.
+    """
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"take: ids have dtype {ids.dtype}, expected integers")
+    if table.ndim != 2:
+        raise ValueError(f"take: table has shape {table.shape}, expected a matrix")
+    return _take(table, ids, implementation)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take(table, ids, implementation):
+    with jax.named_scope("jaxzip.take"):
+        if not isinstance(table, CompressedTensor):
+            return jnp.take(table, ids, axis=0, mode="fill")
+        rows = table.shape[0]
+        flat = ids.reshape(-1).astype(jnp.int32)
+        flat = jnp.where(flat < 0, flat + rows, flat)
+        out = registry.run("take", implementation, table, flat)
+        return out.reshape(*ids.shape, table.shape[1])
+
+
+def take_xla(table: CompressedTensor, ids: jax.Array) -> jax.Array:
+    """The reference: decompress the whole table, then XLA's gather."""
+    return jnp.take(decompress(table), ids, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+registry.register("take", registry.XLA, take_xla)

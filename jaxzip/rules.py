@@ -1,0 +1,195 @@
+"""Which leaves of a parameter tree are compressed and how, and the report of what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxzip import formats
+from jaxzip.compress import AUTO, compress
+from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
+
+COMPRESSIBLE_DTYPES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionRule:
+    """How to compress the leaves whose '/'-joined path matches ``module_path`` (``re.fullmatch``).
+
+    Attributes:
+      module_path: regular expression over the whole path, for instance ``r".*mlp.*"``.
+      format: a format's name, ``"auto"``, or ``"raw"`` to leave matching leaves as they are.
+      output_axis: axis of output features, -1 for kernels ``[K, M]``, -2 for tables ``[M, K]``.
+      min_size: leaves with fewer elements stay as they are.
+    """
+
+    module_path: str = ".*"
+    format: str = AUTO
+    output_axis: int = KERNEL_AXIS
+    min_size: int = 4096
+
+    def __post_init__(self):
+        if self.format != AUTO:
+            formats.get(self.format)
+        re.compile(self.module_path)
+
+    def matches(self, path: str) -> bool:
+        return re.fullmatch(self.module_path, path) is not None
+
+
+#: Every bf16 or fp16 leaf of rank >= 2 and 4096 elements or more; embedding tables are rows [V, D].
+DEFAULT_RULES = (CompressionRule(r"(.*/)?embedding", output_axis=TABLE_AXIS), CompressionRule())
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorReport:
+    """One leaf of a compressed tree. ``escapes`` is ``None`` where the format has no window; ``note`` says why raw."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    format: str
+    original_bytes: int
+    stored_bytes: int
+    escapes: int | None
+    note: str = ""
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.stored_bytes / max(self.size, 1)
+
+    @property
+    def coverage(self) -> float | None:
+        """Share of the elements inside the exponent window."""
+        return None if self.escapes is None else 1 - self.escapes / self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionReport:
+    """What :func:`compress_params` did, leaf by leaf and in total."""
+
+    tensors: tuple[TensorReport, ...]
+    unused_rules: tuple[CompressionRule, ...] = ()
+
+    @property
+    def original_bytes(self) -> int:
+        return sum(t.original_bytes for t in self.tensors)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(t.stored_bytes for t in self.tensors)
+
+    @property
+    def ratio(self) -> float:
+        """Stored bytes over original bytes: 0.71 is 29% smaller."""
+        return self.stored_bytes / max(self.original_bytes, 1)
+
+    def __str__(self) -> str:
+        rows = [
+            f"{t.path}  {'x'.join(map(str, t.shape))} {t.dtype}  {t.format}  {t.bits_per_weight:.2f} bits"
+            + (f"  ({t.note})" if t.note else "")
+            for t in self.tensors
+        ]
+        rows.append(f"total {self.original_bytes} -> {self.stored_bytes} bytes, ratio {self.ratio:.4f}")
+        rows += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
+        return "\n".join(rows)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """The '/'-joined name of a tree path; the ``value`` that Flax's Variables put at its end is left out."""
+    parts = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path]
+    if parts and parts[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
+        parts = parts[:-1]
+    return "/".join(parts)
+
+
+def rule_for(path: str, shape: Sequence[int], dtype: Any, rules: Sequence[CompressionRule]) -> CompressionRule | str:
+    """The first rule that matches, or the reason why the leaf stays as it is.
+
+    A leaf that a rule names but that cannot be compressed (dtype, rank, size) stays; the first matching rule decides.
+    """
+    rule = next((r for r in rules if r.matches(path)), None)
+    if rule is None:
+        return "no rule matches"
+    if rule.format == "raw":
+        return "rule says raw"
+    if dtype not in COMPRESSIBLE_DTYPES:
+        return f"dtype {dtype} is not compressed"
+    if len(shape) < 2:
+        return f"rank {len(shape)} is below 2"
+    if np.prod(shape, dtype=np.int64) < rule.min_size:
+        return f"fewer than {rule.min_size} elements"
+    return rule
+
+
+def compress_params(
+    params: Any, rules: Sequence[CompressionRule] = DEFAULT_RULES, *, on_host: bool = False
+) -> tuple[Any, CompressionReport]:
+    """Compresses the leaves of ``params`` that ``rules`` name; everything else is passed through untouched.
+
+    Args:
+      params: any pytree of arrays (nested dicts, ``nnx.State``, ...).
+      rules: the first rule whose ``module_path`` matches a leaf's '/'-joined path decides.
+      on_host: keep the payloads in NumPy arrays.
+
+    Returns:
+      The tree with CompressedTensors in place of the compressed leaves, and a report; ``report.unused_rules`` lists
+      rules that matched no leaf.
+    """
+    rows: list[TensorReport] = []
+    used: set[int] = set()
+
+    def convert(path, leaf):
+        name = path_name(path)
+        if isinstance(leaf, CompressedTensor) or not hasattr(leaf, "dtype"):
+            return leaf
+        used.update(i for i in [next((i for i, r in enumerate(rules) if r.matches(name)), None)] if i is not None)
+        rule = rule_for(name, leaf.shape, leaf.dtype, rules)
+        if isinstance(rule, str):
+            rows.append(_plain_row(name, leaf, rule))
+            return leaf
+        z = compress(leaf, format=rule.format, output_axis=rule.output_axis, on_host=on_host)
+        if z.format == "raw":
+            rows.append(_plain_row(name, leaf, not_smaller(z)))
+            return leaf
+        rows.append(tensor_report(name, z))
+        return z
+
+    tree = jax.tree_util.tree_map_with_path(convert, params, is_leaf=lambda leaf: isinstance(leaf, CompressedTensor))
+    unused = tuple(rule for i, rule in enumerate(rules) if i not in used)
+    return tree, CompressionReport(tuple(rows), unused)
+
+
+def not_smaller(z: CompressedTensor) -> str:
+    """Why a tensor that a rule names came out raw."""
+    if z.dtype != COMPRESSIBLE_DTYPES[0]:
+        return f"no format for {z.dtype} yet"
+    return "encoding would not be smaller"
+
+
+def tensor_report(path: str, z: CompressedTensor) -> TensorReport:
+    """The report of one compressed tensor."""
+    fmt, escapes = formats.get(z.format), None
+    if z.format != "raw":
+        m, k = z.matrix_shape
+        flat = {
+            n: np.asarray(a).reshape(-1, *np.shape(a)[len(z.batch_shape) :]) for n, a in z.payload.items()
+        }
+        stack = range(next(iter(flat.values())).shape[0])
+        escapes = sum(fmt.coverage({n: a[i] for n, a in flat.items()}, m, k).escapes for i in stack)
+    return TensorReport(path, z.shape, str(z.dtype), z.format, z.size * z.dtype.itemsize, z.nbytes, escapes)
+
+
+def _plain_row(path: str, leaf, note: str) -> TensorReport:
+    nbytes = int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
+    return TensorReport(path, tuple(leaf.shape), str(leaf.dtype), "raw", nbytes, nbytes, None, note)
