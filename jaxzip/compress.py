@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxzip import formats
+from jaxzip.formats.base import pad_axis
 from jaxzip.ops.encode import encode
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
@@ -43,7 +44,15 @@ def compress(
         raise ValueError(f"compress: output_axis is {output_axis}, expected -1 ([K, M]) or -2 ([M, K])")
     if format != AUTO:
         _check_explicit(w, formats.get(format))
-    z = _encode(w, format, output_axis)
+    if format == AUTO:
+        format = "tca-tbe" if np.dtype(w.dtype) == _BF16 and w.ndim >= 2 and w.size else "raw"
+    z = CompressedTensor({"values": w}, tuple(w.shape[-2:]), np.dtype(w.dtype), "raw", output_axis)
+    if format != "raw":
+        try:
+            encoded = encode_as(w, format, output_axis)
+        except OverflowError:  # more elements than the format can address
+            encoded = z
+        z = encoded if encoded.nbytes < z.nbytes else z
     return z if on_host else jax.tree.map(jax.numpy.asarray, z)
 
 
@@ -59,25 +68,22 @@ def _check_explicit(w, fmt: formats.Format) -> None:
         raise ValueError(f"compress: w has shape {w.shape} and no elements")
 
 
-def _encode(w, format: str, output_axis: int) -> CompressedTensor:
-    if format == AUTO:
-        format = "tca-tbe" if np.dtype(w.dtype) == _BF16 and w.ndim >= 2 and w.size else "raw"
-    raw = CompressedTensor({"values": w}, tuple(w.shape[-2:]), np.dtype(w.dtype), "raw", output_axis)
-    if format == "raw":
-        return raw
+def encode_as(w, format: str, output_axis: int) -> CompressedTensor:
+    """Encodes ``w`` to a matrix format whether that is smaller or not; the payload stays on the host.
+
+    Raises:
+      OverflowError: a matrix has more elements than the format can address.
+    """
     fmt = formats.get(format)
     bits = np.asarray(w).view(np.uint16)
     if output_axis == KERNEL_AXIS:
         bits = bits.swapaxes(-1, -2)
     batch, (m, k) = bits.shape[:-2], bits.shape[-2:]
-    try:
-        payloads = [encode(matrix, format) for matrix in bits.reshape(-1, m, k)]
-    except OverflowError:
-        return raw  # more elements than the format can address
+    payloads = [encode(matrix, format) for matrix in (bits.reshape(-1, m, k) if batch else bits[None])]
     lengths = [fmt.bucket_lengths(p, m, k) for p in payloads]
     common = {name: max(each[name] for each in lengths) for name in lengths[0]}
-    payloads = [fmt.pad(p, common) for p in payloads]
-    stacked = {name: np.stack([p[name] for p in payloads]) for name in fmt.fields(m, k)}
-    payload = {name: array.reshape((*batch, *array.shape[1:])) for name, array in stacked.items()}
-    z = CompressedTensor(payload, tuple(w.shape[-2:]), np.dtype(w.dtype), format, output_axis, fmt.version)
-    return z if z.bits_per_weight < 8 * raw.dtype.itemsize else raw
+    payload = {}
+    for name in fmt.fields(m, k):
+        arrays = [pad_axis(p.pop(name), common[name]) if name in common else p.pop(name) for p in payloads]
+        payload[name] = np.stack(arrays).reshape((*batch, *arrays[0].shape)) if batch else arrays[0]
+    return CompressedTensor(payload, tuple(w.shape[-2:]), np.dtype(w.dtype), format, output_axis, fmt.version)

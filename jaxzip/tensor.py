@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 
 from jaxzip import formats
@@ -118,3 +120,22 @@ class CompressedTensor:
 
     def _fields(self) -> dict[str, formats.FieldSpec]:
         return formats.get(self.format).fields(*self.matrix_shape)
+
+
+def _serialize_static(static) -> bytes:
+    names, core_shape, dtype, *rest = static
+    return json.dumps([list(names), list(core_shape), dtype.name, *rest]).encode()
+
+
+def _deserialize_static(data: bytes):
+    names, core_shape, dtype, *rest = json.loads(data)
+    return (tuple(names), tuple(core_shape), jax.numpy.dtype(dtype), *rest)
+
+
+# So that jax.export can serialise functions that take compressed tensors.
+jax.export.register_pytree_node_serialization(
+    CompressedTensor,
+    serialized_name="jaxzip.CompressedTensor",
+    serialize_auxdata=_serialize_static,
+    deserialize_auxdata=_deserialize_static,
+)

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxzip.errors import CorruptDataError
-from jaxzip.formats.base import Coverage, FieldSpec, Format, Payload, check_field_shapes, pad_axis
+from jaxzip.formats.base import Coverage, FieldSpec, Format, Payload, check_field_shapes
 
 BLOCK = 64
 BAND_ROWS = 16
@@ -34,8 +34,8 @@ WINDOW = 7
 MAX_START_EXP = 255 - WINDOW
 SIGN_MANTISSA_ALIGN = 16
 FULL_ALIGN = 8
-#: Buckets of the two data-dependent arrays are this fraction of the matrix size (and at least MIN_BUCKET).
-BUCKET_FRACTION = 256
+#: The two data-dependent arrays are padded in steps of 1/512 of the matrix size (and at least MIN_BUCKET values).
+BUCKET_FRACTION = 512
 MIN_BUCKET = 64
 
 _EXPONENT_SHIFT = 7
@@ -155,10 +155,15 @@ class TcaTbe(Format):
         if payload["sign_mantissa"].shape[0] > np.iinfo(np.int32).max:
             raise NotImplementedError("the XLA reference of tca-tbe indexes with 32 bits: at most 2^31 - 1 elements")
         start_exp = payload["start_exp"].astype(jnp.uint16)
+        # An exact payload may have no element of a kind; XLA does not gather from empty arrays.
+        sign_mantissa, full = (
+            payload[name] if payload[name].shape[0] else jnp.zeros(1, payload[name].dtype)
+            for name in ("sign_mantissa", "full")
+        )
 
         def decode_block_row(row):
             bitmaps, offsets = row
-            return _decode_frags(bitmaps, offsets, start_exp, payload["sign_mantissa"], payload["full"])
+            return _decode_frags(bitmaps, offsets, start_exp, sign_mantissa, full)
 
         # One row of BlockTiles at a time: the reference needs some 40 bytes per weight while it runs.
         bitmaps = jnp.stack([payload[f"bitmap{i}"] for i in (1, 2, 3)], 1).reshape(grid_m, -1, 3, 2)
@@ -205,12 +210,14 @@ class TcaTbe(Format):
         return Coverage(size=m * k, escapes=int(inside.size * POSITIONS - inside.sum()))
 
     def bucket_lengths(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> dict[str, int]:
-        step = max(MIN_BUCKET, -(-m * k // BUCKET_FRACTION // MIN_BUCKET) * MIN_BUCKET)
-        # At least one bucket, so that no kernel ever sees an array without elements.
-        return {name: max(step, -(-payload[name].shape[-1] // step) * step) for name in ("sign_mantissa", "full")}
-
-    def pad(self, payload: Payload, lengths: Mapping[str, int]) -> Payload:
-        return {name: pad_axis(a, lengths[name]) if name in lengths else a for name, a in payload.items()}
+        # The escapes determine both lengths up to alignment, so one bucket serves both: the number of traces is the
+        # number of buckets of `full`, not a product. At least one step, so that no kernel sees an empty array.
+        blocks = int(np.prod(block_grid(m, k)))
+        step = max(MIN_BUCKET, m * k // BUCKET_FRACTION // MIN_BUCKET * MIN_BUCKET)
+        full = max(step, -(-payload["full"].shape[-1] // step) * step)
+        slack = blocks * (SIGN_MANTISSA_ALIGN - 1 + FULL_ALIGN - 1)
+        low = min(blocks * BLOCK**2, blocks * BLOCK**2 - full + step + slack)
+        return {"sign_mantissa": -(-low // SIGN_MANTISSA_ALIGN) * SIGN_MANTISSA_ALIGN, "full": full}
 
 
 def _popcounts(payload: Mapping[str, np.ndarray]) -> np.ndarray:

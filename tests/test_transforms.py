@@ -1,0 +1,165 @@
+"""A CompressedTensor under JAX's transformations: jit, vmap, scan, tree.map, shardings, donation, export."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxzip
+from jaxzip.testing import bits, gaussian_weights
+
+STACK = gaussian_weights((4, 256, 256))
+
+
+@pytest.fixture(scope="module")
+def stack():
+    return jaxzip.compress(STACK)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
+    return Mesh(np.array(jax.devices()[:4]), ("model",))
+
+
+def x_of(n=3):
+    return jax.random.normal(jax.random.key(0), (n, 256), jnp.bfloat16)
+
+
+def layer(stack, i):
+    return jax.tree.map(lambda leaf: leaf[i], stack)
+
+
+def test_pytree_paths_name_the_payload(stack):
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path({"w": stack})]
+    assert "['w']['sign_mantissa']" in paths and len(paths) == 8
+
+
+def test_shape_follows_the_leaves(stack):
+    assert stack.format == "tca-tbe"
+    assert stack.shape == (4, 256, 256) and layer(stack, 0).shape == (256, 256)
+    assert stack.size == STACK.size and stack.ndim == 3
+
+
+def test_weights_are_arguments_of_jit(stack):
+    z = layer(stack, 0)
+    f = jax.jit(jaxzip.matmul)
+    lowered = f.lower(x_of(), z).as_text()
+    assert max((len(line) for line in lowered.splitlines())) < 10_000  # no weight was baked in
+    assert np.array_equal(bits(f(x_of(), z)), bits(jaxzip.matmul(x_of(), z)))
+
+
+def test_eval_shape(stack):
+    abstract = jax.eval_shape(lambda z: z, stack)
+    assert abstract.shape == stack.shape and abstract.nbytes == stack.nbytes
+    out = jax.eval_shape(jaxzip.decompress, abstract)
+    assert out.shape == STACK.shape and out.dtype == jnp.bfloat16
+
+
+def test_leaves_may_be_anything(stack):
+    for value in (None, "a sharding", 3):
+        mapped = jax.tree.map(lambda leaf: value, stack)
+        assert mapped.core_shape == stack.core_shape
+        repr(mapped)
+
+
+def test_vmap_over_a_stack(stack):
+    y = jax.vmap(jaxzip.matmul, (None, 0))(x_of(), stack)
+    for i in range(4):
+        assert np.array_equal(bits(y[i]), bits(jaxzip.matmul(x_of(), layer(stack, i))))
+
+
+def test_scan_over_stacked_layers(stack):
+    def step(x, z):
+        return jnp.tanh(jaxzip.matmul(x, z)), None
+
+    scanned, _ = jax.jit(lambda x, zs: jax.lax.scan(step, x, zs))(x_of(), stack)
+    unrolled = x_of()
+    for i in range(4):
+        unrolled, _ = step(unrolled, layer(stack, i))
+    assert np.array_equal(bits(scanned), bits(unrolled))
+
+
+def test_tree_map_stacks_layers(stack):
+    again = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layer(stack, i) for i in range(4)))
+    assert again.shape == stack.shape
+    assert np.array_equal(bits(jaxzip.decompress(again)), bits(STACK))
+
+
+def test_device_put_with_shardings(stack, mesh):
+    replicated = jax.device_put(layer(stack, 0), NamedSharding(mesh, P()))
+    assert np.array_equal(bits(jaxzip.decompress(replicated)), bits(STACK[0]))
+    sharded = jax.device_put(stack, NamedSharding(mesh, P("model")))
+    assert all(leaf.sharding.spec == P("model") for leaf in jax.tree.leaves(sharded))
+    per_leaf = jax.device_put(stack, jax.tree.map(lambda leaf: NamedSharding(mesh, P("model")), stack))
+    assert np.array_equal(bits(jaxzip.decompress(per_leaf)), bits(STACK))
+
+
+def test_shard_map_multiplies_shards_of_the_output_features(mesh):
+    """A kernel [K, M] split along M: one payload a shard, all of one shape, side by side in the leaves."""
+    w = gaussian_weights((256, 1024))
+    shards = jaxzip.compress(np.moveaxis(w.reshape(256, 4, 256), 1, 0))
+    shards = jax.device_put(shards, NamedSharding(mesh, P("model")))
+
+    def local(x, z):
+        return jaxzip.matmul(x, jax.tree.map(lambda leaf: leaf[0], z))
+
+    f = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("model")), out_specs=P(None, "model")))
+    assert np.array_equal(bits(f(x_of(), shards)), bits(jaxzip.matmul(x_of(), jaxzip.compress(w))))
+
+
+def test_donation(stack):
+    z = jax.tree.map(jnp.copy, stack)
+    before = bits(jaxzip.decompress(z))
+    moved = jax.jit(lambda z: jax.tree.map(lambda leaf: leaf + 0, z), donate_argnums=0)(z)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(z))
+    assert np.array_equal(bits(jaxzip.decompress(moved)), before)
+
+
+def test_export_and_back(stack):
+    z, x = layer(stack, 0), x_of()
+    f = jax.jit(lambda x, z: jaxzip.matmul(x, z, implementation="xla"))
+    loaded = jax.export.deserialize(jax.export.export(f)(x, z).serialize())
+    assert np.array_equal(bits(loaded.call(x, z)), bits(f(x, z)))
+
+
+def test_export_of_the_fused_kernel(stack):
+    from jaxzip.ffi import target_names
+
+    z, x = layer(stack, 0), x_of()
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in target_names()]
+    exported = jax.export.export(jax.jit(jaxzip.matmul), disabled_checks=checks)(x, z)
+    loaded = jax.export.deserialize(exported.serialize())
+    assert np.array_equal(bits(loaded.call(x, z)), bits(jaxzip.matmul(x, z)))
+
+
+def test_gradient_leaves_the_weight_frozen(stack):
+    z = layer(stack, 0)
+    loss = lambda x, z: jaxzip.matmul(x, z).astype(jnp.float32).sum()  # noqa: E731
+    grad_x, grad_z = jax.grad(loss, argnums=(0, 1), allow_int=True)(x_of(), z)
+    assert grad_x.shape == x_of().shape and bool(jnp.any(grad_x != 0))
+    assert all(leaf.dtype == jax.dtypes.float0 for leaf in jax.tree.leaves(grad_z))
+
+
+def test_adapters_train_on_frozen_weights(stack):
+    """A low-rank adapter beside a compressed weight: the loss falls, the weight's bits stay."""
+    z, x = layer(stack, 0), x_of(8).astype(jnp.float32)
+    target = jax.random.normal(jax.random.key(5), (8, 256))
+    lora = {"a": jax.random.normal(jax.random.key(6), (256, 8)) * 0.05, "b": jnp.zeros((8, 256))}
+
+    @jax.jit
+    def step(lora, z):
+        def loss(lora):
+            return jnp.mean((jaxzip.matmul(x, z) + x @ lora["a"] @ lora["b"] - target) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(lora)
+        return value, jax.tree.map(lambda p, g: p - 0.5 * g, lora, grads)
+
+    losses = []
+    for _ in range(20):
+        value, lora = step(lora, z)
+        losses.append(float(value))
+    assert losses[-1] < 0.9 * losses[0]
