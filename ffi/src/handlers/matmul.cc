@@ -1,0 +1,102 @@
+// The FFI handlers `jaxzip_tca_tbe_matmul` and `jaxzip_raw_matmul`: x [..., N, K] times a weight -> [..., N, M].
+#include <functional>
+
+#include "handlers/common.h"
+
+namespace jaxzip {
+namespace {
+
+bool IsF32(const char* name, const ffi::AnyBuffer& b) {
+  if (b.element_type() == ffi::F32) return true;
+  if (b.element_type() == ffi::BF16) return false;
+  throw InvalidArgument(std::string(name) + " must be bfloat16 or float32");
+}
+
+// weight_at(i): the weight for flat batch index i; one_weight: it is the same for all of them.
+void BatchedMatmul(ffi::ThreadPool pool, const ffi::AnyBuffer& x_buffer, ffi::AnyBuffer& y_buffer, int64_t m,
+                   int64_t k, bool one_weight, const std::function<void(const Dims&)>& expect_weight_batch,
+                   const std::function<Fault(int64_t, const Dims&, const std::function<Fault(const Weight&)>&)>& use) {
+  const bool x_f32 = IsF32("x", x_buffer), y_f32 = IsF32("y", y_buffer);
+  const Operand<const char> x("x", x_buffer, 2);
+  const Operand<char> y("y", y_buffer, 2);
+  int64_t n = x.core[0];
+  x.ExpectCore("x", {n, k});
+  y.ExpectCore("y", {n, m});
+  x.ExpectBatch("x", y.batch);
+  expect_weight_batch(y.batch);
+  const For parallel_for = PoolFor(pool);
+
+  int64_t batch = Product(y.batch);
+  const int64_t x_batch = Product(x.batch);
+  if (one_weight && x_batch == batch) {  // fold the batch into the rows: the weight is decoded once
+    n *= batch;
+    batch = batch ? 1 : 0;
+  }
+  if (n == 0 || batch == 0) return;
+  const int64_t x_count = batch == 1 ? 1 : x_batch;
+  // malloc, not a vector: the memory needs no zeros.
+  const std::unique_ptr<float, void (*)(void*)> packed(
+      static_cast<float*>(std::malloc(sizeof(float) * static_cast<size_t>(x_count * PackedSize(n, k)))), std::free);
+  if (!packed) throw std::bad_alloc();
+  for (int64_t i = 0; i < x_count; ++i) {
+    PackRows(x.data + i * n * k * (x_f32 ? 4 : 2), x_f32, n, k, packed.get() + i * PackedSize(n, k), parallel_for);
+  }
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t xi = batch == 1 ? 0 : x.BatchIndex(i, y.batch);
+    Require(use(i, y.batch, [&](const Weight& w) {
+      return Matmul(w, packed.get() + xi * PackedSize(n, k), n, y.data + i * n * m * (y_f32 ? 4 : 2), y_f32,
+                    parallel_for);
+    }));
+  }
+}
+
+ffi::Error TbeMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, JAXZIP_PAYLOAD_PARAMS, ffi::Result<ffi::AnyBuffer> y,
+                     int64_t m, int64_t k) {
+  return Guard("jaxzip_tca_tbe_matmul", [&] {
+    const PayloadOperands payload(m, k, JAXZIP_PAYLOAD_ARGS);
+    BatchedMatmul(
+        pool, x, *y, m, k, payload.Unbatched(), [&](const Dims& full) { payload.ExpectBatch(full); },
+        [&](int64_t i, const Dims& full, const std::function<Fault(const Weight&)>& multiply) {
+          const Payload p = payload.At(i, full);
+          return multiply({&p, nullptr, m, k, 0, 0});
+        });
+  });
+}
+
+// rows_first: w is [..., M, K], otherwise [..., K, M].
+ffi::Error RawMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::BF16> w, ffi::Result<ffi::AnyBuffer> y,
+                     int64_t m, int64_t k, bool rows_first) {
+  return Guard("jaxzip_raw_matmul", [&] {
+    if (m < 1 || k < 1) {
+      throw InvalidArgument("m and k must be positive, are " + std::to_string(m) + " and " + std::to_string(k));
+    }
+    const Operand<const uint16_t> weight("w", w, 2);
+    weight.ExpectCore("w", rows_first ? Dims{m, k} : Dims{k, m});
+    BatchedMatmul(
+        pool, x, *y, m, k, weight.Unbatched(), [&](const Dims& full) { weight.ExpectBatch("w", full); },
+        [&](int64_t i, const Dims& full, const std::function<Fault(const Weight&)>& multiply) {
+          return multiply({nullptr, weight.At(i, full), m, k, rows_first ? k : 1, rows_first ? 1 : m});
+        });
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_tca_tbe_matmul, TbeMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .JAXZIP_PAYLOAD_BIND.Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("m")
+                                  .Attr<int64_t>("k"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_raw_matmul, RawMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("m")
+                                  .Attr<int64_t>("k")
+                                  .Attr<bool>("rows_first"));
+
+}  // namespace jaxzip

@@ -1,0 +1,36 @@
+// Decodes one row of BlockTiles into a dense matrix.
+#pragma once
+#include "isa/decode_band.h"
+#include "isa/tile_io.h"
+
+namespace jaxzip {
+namespace {
+
+void DecompressRows(const Payload& p, int64_t block_row, uint16_t* out, int64_t stride, bool transposed,
+                    Fault* fault) {
+  using namespace layout;
+  alignas(64) uint16_t frags[kBlockSize], edge[kBlockSize];
+  BlockDecoder decoder(p, transposed ? Arrange::kTransposed : Arrange::kRowMajor);
+  const int64_t blocks = CeilDiv(p.k, kBlock);
+  const int64_t rows = p.m - block_row * kBlock < kBlock ? p.m - block_row * kBlock : kBlock;
+  for (int64_t bc = 0; bc < blocks; ++bc) {
+    if (!decoder.Begin(block_row * blocks + bc, fault)) return;
+    for (int band = 0; band < kBandsPerBlock; ++band) {
+      if (!decoder.Band(band, frags + band * kFragsPerBand * kFragSize, fault)) return;
+    }
+    const int64_t cols = p.k - bc * kBlock < kBlock ? p.k - bc * kBlock : kBlock;
+    const int64_t outer = transposed ? cols : rows, inner = transposed ? rows : cols;
+    uint16_t* dst = transposed ? out + bc * kBlock * stride : out + bc * kBlock;
+    if (outer == kBlock && inner == kBlock) {
+      StoreTile(frags, dst, stride, transposed);
+    } else {
+      StoreTile(frags, edge, kBlock, transposed);
+      for (int64_t o = 0; o < outer; ++o) {
+        std::memcpy(dst + o * stride, edge + o * kBlock, static_cast<size_t>(inner) * 2);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace jaxzip

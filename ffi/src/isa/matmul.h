@@ -1,0 +1,152 @@
+// The fused matrix product: a band of 16x64 weights at a time is decoded (or, for a dense weight, copied) into
+// L1 scratch and multiplied into the accumulators of up to kMatmulRows rows of x.
+//
+// Each output is two fp32 partial sums, over k mod 8 in {0, 1, 4, 5} and in {2, 3, 6, 7}, each in a fixed order
+// of k, added at the end. That order depends neither on the number of rows nor on how work is shared out.
+#pragma once
+#include "isa/decode_band.h"
+#include "isa/vec.h"
+#include "jaxzip/kernels.h"
+
+namespace jaxzip {
+namespace {
+
+constexpr int kBandSums = 2 * layout::kBandRows;         // floats of accumulator per band and row of x
+constexpr int kVecs = kBandSums / kLanes;                // the same in vectors
+constexpr int kGroups = layout::kBlock / layout::kFrag;  // groups of 8 k per band
+
+// Where k (mod 8) lies in a packed group: the pairs (0,2) (1,3) (4,6) (5,7), one for each step of the loop.
+constexpr int kPackOrder[8] = {0, 2, 1, 3, 4, 6, 5, 7};
+
+void PackX(const void* x, bool is_f32, int64_t k, int64_t n0, int count, float* packed) {
+  const int64_t groups = layout::RoundUp(k, layout::kBlock) / 8;
+  for (int n = 0; n < count; ++n) {
+    const float* xf = static_cast<const float*>(x) + (n0 + n) * k;
+    const uint16_t* xb = static_cast<const uint16_t*>(x) + (n0 + n) * k;
+    for (int64_t g = 0; g < groups; ++g) {
+      float* out = packed + (g * count + n) * 8;
+      const bool inside = 8 * g + 8 <= k;
+      for (int i = 0; i < 8; ++i) {
+        const int64_t c = 8 * g + kPackOrder[i];
+        out[i] = inside || c < k ? (is_f32 ? xf[c] : WidenBf16(xb[c])) : 0.0f;
+      }
+    }
+  }
+}
+
+// sums[n][kBandSums] += band * x for kRows rows of x. tile: FragTiles in kMatmul order; x: [kGroups][kRows][8].
+template <int kRows>
+inline void MultiplyBand(const uint16_t* tile, const float* x, float* sums) {
+  Vec acc[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int n = 0; n < kRows; ++n) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) acc[n][v] = Load(sums + n * kBandSums + v * kLanes);
+  }
+  for (int g = 0; g < kGroups; ++g, tile += 2 * layout::kFragSize, x += kRows * 8) {
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; ++step) {
+      Vec w[kVecs];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        const int lane = v * kLanes;
+        const uint16_t* p = tile + lane / 16 * layout::kFragSize + (step >> 1) * 32 + lane % 16 * 2;
+        w[v] = step & 1 ? LoadOdd(p) : LoadEven(p);
+      }
+#pragma GCC unroll 8
+      for (int n = 0; n < kRows; ++n) {
+        const Vec b = BroadcastPair(x + n * 8 + step * 2);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) acc[n][v] = MulAdd(w[v], b, acc[n][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < kRows; ++n) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) Store(sums + n * kBandSums + v * kLanes, acc[n][v]);
+  }
+}
+
+template <int kRows>
+inline void MultiplyBandDispatch(int rows, const uint16_t* tile, const float* x, float* sums) {
+  if constexpr (kRows == 1) {
+    MultiplyBand<1>(tile, x, sums);
+  } else {
+    if (rows == kRows) {
+      MultiplyBand<kRows>(tile, x, sums);
+    } else {
+      MultiplyBandDispatch<kRows - 1>(rows, tile, x, sums);
+    }
+  }
+}
+
+// A band of a dense weight in the layout that decoding produces; outside the matrix it holds zeros.
+inline void CopyBand(const Weight& w, int64_t row0, int64_t col0, uint16_t* tile) {
+  for (int f = 0; f < layout::kFragsPerBand; ++f) {
+    const int64_t r0 = row0 + layout::FragRow(f) * 8, c0 = col0 + layout::FragCol(f) * 8;
+    for (int r = 0; r < 8; ++r) {
+      for (int c = 0; c < 8; ++c) {
+        const bool inside = r0 + r < w.m && c0 + c < w.k;
+        tile[f * layout::kFragSize + ArrangeIndex(Arrange::kMatmul, r, c)] =
+            inside ? w.dense[(r0 + r) * w.row_stride + (c0 + c) * w.col_stride] : 0;
+      }
+    }
+  }
+}
+
+// Padding may decode as anything, and NaN times the zeros that x is padded with is NaN.
+inline void ClearColumns(int64_t first, uint16_t* tile) {
+  for (int f = 0; f < layout::kFragsPerBand; ++f) {
+    for (int c = 0; c < 8; ++c) {
+      if (layout::FragCol(f) * 8 + c < first) continue;
+      for (int r = 0; r < 8; ++r) tile[f * layout::kFragSize + ArrangeIndex(Arrange::kMatmul, r, c)] = 0;
+    }
+  }
+}
+
+void MatmulRows(const Weight& w, int64_t block_row, const float* packed, int64_t n_count, void* y, bool y_is_f32,
+                int64_t y_row_stride, Fault* fault) {
+  using namespace layout;
+  alignas(64) uint16_t tile[kFragsPerBand * kFragSize];
+  alignas(64) float sums[kBandsPerBlock * kMatmulRows * kBandSums];
+  std::memset(sums, 0, sizeof(float) * static_cast<size_t>(kBandsPerBlock * n_count * kBandSums));
+
+  const int64_t blocks = CeilDiv(w.k, kBlock), padded_k = blocks * kBlock;
+  static constexpr uint8_t kZero = 0;
+  Payload empty{};  // what the idle decoder of a dense weight refers to
+  empty.start_exp = &kZero;
+  BlockDecoder decoder(w.tbe ? *w.tbe : empty, Arrange::kMatmul);
+  for (int64_t bc = 0; bc < blocks; ++bc) {
+    if (w.tbe && !decoder.Begin(block_row * blocks + bc, fault)) return;
+    for (int band = 0; band < kBandsPerBlock; ++band) {
+      if (!w.tbe) {
+        CopyBand(w, block_row * kBlock + band * kBandRows, bc * kBlock, tile);
+      } else if (!decoder.Band(band, tile, fault)) {
+        return;
+      }
+      if (w.tbe && (bc + 1) * kBlock > w.k) ClearColumns(w.k - bc * kBlock, tile);
+      for (int64_t n0 = 0; n0 < n_count; n0 += kMaxRows) {
+        const int rows = static_cast<int>(n_count - n0 < kMaxRows ? n_count - n0 : kMaxRows);
+        MultiplyBandDispatch<kMaxRows>(rows, tile, packed + n0 * padded_k + bc * kBlock * rows,
+                                       sums + (band * n_count + n0) * kBandSums);
+      }
+    }
+  }
+  const int64_t rows = w.m - block_row * kBlock < kBlock ? w.m - block_row * kBlock : kBlock;
+  for (int64_t n = 0; n < n_count; ++n) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* s = sums + (r / kBandRows * n_count + n) * kBandSums + r % kBandRows * 2;
+      const int64_t at = n * y_row_stride + block_row * kBlock + r;
+      const float v = s[0] + s[1];
+      if (y_is_f32) {
+        static_cast<float*>(y)[at] = v;
+      } else {
+        static_cast<uint16_t*>(y)[at] = RoundToBf16(v);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace jaxzip

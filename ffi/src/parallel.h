@@ -1,0 +1,70 @@
+// Shares numbered units of work among threads, the caller being one of them.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace jaxzip {
+
+// Runs `task` on some other thread, now or later.
+using Scheduler = std::function<void(std::function<void()> task)>;
+
+// Calls body(unit) for every unit in [0, units). The caller works too and waits only for units that another
+// thread has already taken, so a busy pool, or one with no thread to spare, costs time but never a deadlock.
+inline void ParallelFor(int64_t units, int64_t num_threads, const Scheduler& schedule,
+                        const std::function<void(int64_t)>& body) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;  // guarded by mutex
+    std::mutex mutex;
+    std::condition_variable finished;
+  };
+  if (num_threads > units) num_threads = units;
+  if (num_threads <= 1) {
+    for (int64_t u = 0; u < units; ++u) body(u);
+    return;
+  }
+  // A helper that starts late finds no unit left and touches nothing but this state, which it keeps alive.
+  auto state = std::make_shared<State>();
+  auto work = [state, units, body = &body] {
+    int64_t count = 0;
+    for (int64_t u; (u = state->next.fetch_add(1)) < units; ++count) (*body)(u);
+    if (count == 0) return;
+    std::lock_guard<std::mutex> lock(state->mutex);
+    state->done += count;
+    if (state->done == units) state->finished.notify_all();
+  };
+  for (int64_t t = 1; t < num_threads; ++t) schedule(work);
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->finished.wait(lock, [&] { return state->done == units; });
+}
+
+// Threads of one binding call: started for it and joined when it ends.
+class ThreadTeam {
+ public:
+  explicit ThreadTeam(int64_t num_threads)
+      : num_threads_(num_threads > 0 ? num_threads : std::max(1u, std::thread::hardware_concurrency())) {}
+  ~ThreadTeam() { Join(); }
+  void For(int64_t units, const std::function<void(int64_t)>& body) {
+    ParallelFor(units, num_threads_, [this](std::function<void()> task) { threads_.emplace_back(std::move(task)); },
+                body);
+    Join();
+  }
+  int64_t num_threads() const { return num_threads_; }
+
+ private:
+  void Join() {
+    for (std::thread& t : threads_) t.join();
+    threads_.clear();
+  }
+  int64_t num_threads_;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace jaxzip
