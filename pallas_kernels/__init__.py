@@ -1,0 +1,1 @@
+"""Pallas kernels, one a file; each registers itself as implementation `"pallas"`."""
