@@ -1,0 +1,1 @@
+"""Flax transformers that run on compressed weights, one file a family."""
