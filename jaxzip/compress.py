@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxzip import formats
 from jaxzip.formats.base import pad_axis
-from jaxzip.ops.encode import encode
+from jaxzip.ops.host import encode
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
 AUTO = "auto"

@@ -33,6 +33,7 @@ class CompressedTensor:
     * ``core_shape`` has at most two dimensions. Leading dimensions (a stack of layers, ``vmap``, ``lax.scan``) are
       dimensions of the leaves and show in ``shape``.
     * Matrix rows ``M`` (output features) are axis ``output_axis`` of the logical array and columns ``K`` the other.
+    * ``raw`` keeps the array in the order in which it came; ``raw_transposed`` says that it stands for its transpose.
     * Leaves may be arrays, tracers, ``ShapeDtypeStruct``, shardings or anything else that ``jax.tree.map`` puts
       there; nothing is computed when an instance is made.
     """
@@ -43,11 +44,13 @@ class CompressedTensor:
     format: str
     output_axis: int = KERNEL_AXIS
     layout_version: int = 1
+    raw_transposed: bool = False
 
     def tree_flatten_with_keys(self):
         names = tuple(self.payload)
         children = [(jax.tree_util.DictKey(name), self.payload[name]) for name in names]
-        return children, (names, self.core_shape, self.dtype, self.format, self.output_axis, self.layout_version)
+        static = (self.core_shape, self.dtype, self.format, self.output_axis, self.layout_version, self.raw_transposed)
+        return children, (names, *static)
 
     @classmethod
     def tree_unflatten(cls, static, leaves) -> CompressedTensor:
@@ -97,14 +100,15 @@ class CompressedTensor:
 
     @property
     def T(self) -> CompressedTensor:  # noqa: N802 - the array API's name
-        """The transposed matrix; shares the payload (formats other than raw only change how they are read)."""
+        """The transposed matrix; it shares the payload, no data moves."""
         if len(self.core_shape) != 2:
             raise ValueError(f".T needs a matrix, this tensor has shape {self.shape}")
-        flipped = KERNEL_AXIS if self.output_axis == TABLE_AXIS else TABLE_AXIS
-        payload = self.payload
-        if self.format == "raw":
-            payload = {"values": payload["values"].swapaxes(-1, -2)}
-        return dataclasses.replace(self, payload=payload, core_shape=self.core_shape[::-1], output_axis=flipped)
+        return dataclasses.replace(
+            self,
+            core_shape=self.core_shape[::-1],
+            output_axis=KERNEL_AXIS if self.output_axis == TABLE_AXIS else TABLE_AXIS,
+            raw_transposed=self.raw_transposed != (self.format == "raw"),
+        )
 
     def __rmatmul__(self, x) -> jax.Array:
         from jaxzip.ops import matmul

@@ -39,7 +39,8 @@ def require_compressed(z, op: str) -> None:
 def _decompress(z: CompressedTensor, implementation: str | None) -> jax.Array:
     with jax.named_scope("jaxzip.decompress"):
         if z.format == "raw":
-            return z.payload["values"]
+            values = z.payload["values"]
+            return values.swapaxes(-1, -2) if z.raw_transposed else values
         return registry.run("decompress", implementation, z)
 
 

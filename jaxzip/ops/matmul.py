@@ -25,9 +25,8 @@ def matmul(
 ) -> jax.Array:
     """``x[..., K] @ w[K, M]`` with fp32 accumulation and one rounding to ``out_dtype``.
 
-    Fused implementations decode ``w`` in registers and never hold it whole. The order of accumulation is fixed: the
-    same implementation gives the same bits from run to run, and the same bits for a ``raw`` tensor as for any
-    other format. Differentiable in ``x`` (``w`` is frozen: its cotangent is zero). Jittable; a stack of weights
+    Fused implementations decode ``w`` in registers and never hold it whole. Their order of accumulation is fixed: the
+    same bits from run to run, and the same bits for a ``raw`` tensor as for any other format. Differentiable in ``x`` (``w`` is frozen: its cotangent is zero). Jittable; a stack of weights
     goes through ``jax.vmap`` or ``jax.lax.scan``.
 
     Args:
@@ -104,7 +103,10 @@ def _dot(x, w, out_dtype):
 
 
 def matmul_xla(x: jax.Array, w: CompressedTensor, *, out_dtype) -> jax.Array:
-    """The reference: decompress to a dense array, then XLA's dot."""
+    """The reference: decompress to a dense array, then XLA's dot.
+
+    The weight's bits are exact; the order of accumulation is XLA's, which may choose it by what surrounds the dot.
+    """
     return _dot(x, decompress(w), out_dtype)
 
 

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxzip.ops import registry
 from jaxzip.ops.decompress import decompress
@@ -38,18 +39,30 @@ def take(table: CompressedTensor | jax.Array, ids: jax.Array, *, implementation:
 @functools.partial(jax.jit, static_argnums=2)
 def _take(table, ids, implementation):
     with jax.named_scope("jaxzip.take"):
-        if not isinstance(table, CompressedTensor):
-            return jnp.take(table, ids, axis=0, mode="fill")
         rows = table.shape[0]
         flat = ids.reshape(-1).astype(jnp.int32)
         flat = jnp.where(flat < 0, flat + rows, flat)
-        out = registry.run("take", implementation, table, flat)
+        flat = jnp.where(flat < 0, rows, flat)  # still outside, and not to be wrapped once more
+        if isinstance(table, CompressedTensor):
+            out = registry.run("take", implementation, table, flat)
+        else:
+            out = _take_dense(table, flat)
         return out.reshape(*ids.shape, table.shape[1])
 
 
 def take_xla(table: CompressedTensor, ids: jax.Array) -> jax.Array:
     """The reference: decompress the whole table, then XLA's gather."""
-    return jnp.take(decompress(table), ids, axis=0, mode="fill", fill_value=jnp.nan)
+    return _take_dense(decompress(table), ids)
+
+
+def _take_dense(table: jax.Array, ids: jax.Array) -> jax.Array:
+    if table.dtype.itemsize != 2 or not jnp.issubdtype(table.dtype, jnp.floating):
+        return jnp.take(table, ids, axis=0, mode="fill")
+    # As integers: XLA's CPU backend widens a 16-bit float gather to fp32, which quiets signalling NaNs.
+    as_bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
+    nan = int(np.asarray(jnp.nan, table.dtype).view(np.uint16))
+    rows = jnp.take(as_bits, ids, axis=0, mode="fill", fill_value=nan)
+    return jax.lax.bitcast_convert_type(rows, table.dtype)
 
 
 registry.register("take", registry.XLA, take_xla)
