@@ -9,6 +9,9 @@
 #include <immintrin.h>
 #endif
 
+// Left to itself the compiler keeps some of these as calls, and the decoder's state then lives in memory.
+#define JAXZIP_INLINE __attribute__((always_inline)) inline
+
 namespace jaxzip {
 namespace {
 
@@ -26,19 +29,20 @@ inline FragBits LoadBits(const Payload& p, int64_t frag) {
 }
 
 // Reads exactly popcount(any) and 64 - popcount(any) values: for the end of the arrays, and for levels
-// without a faster way.
-inline void DecodeFragExact(const FragBits& b, uint32_t start_exp, const uint8_t* sm, const uint16_t* full,
-                            Arrange arrange, uint16_t* out) {
-  for (int p = 0; p < 64; ++p) {
-    const uint32_t code = (b.b1 >> p & 1) | (b.b2 >> p & 1) << 1 | (b.b3 >> p & 1) << 2;
+// without a faster way. Never inlined, so that the fast path keeps its registers.
+__attribute__((noinline)) void DecodeFragExact(const Payload& p, int64_t frag, const uint8_t* sm, const uint16_t* full,
+                                               Arrange arrange, uint16_t* out) {
+  const FragBits b = LoadBits(p, frag);
+  for (int i = 0; i < 64; ++i) {
+    const uint32_t code = (b.b1 >> i & 1) | (b.b2 >> i & 1) << 1 | (b.b3 >> i & 1) << 2;
     uint16_t v;
     if (code) {
       const uint32_t s = *sm++;
-      v = static_cast<uint16_t>((s & 0x80) << 8 | ((start_exp + code) & 0xff) << 7 | (s & 0x7f));
+      v = static_cast<uint16_t>((s & 0x80) << 8 | ((*p.start_exp + code) & 0xff) << 7 | (s & 0x7f));
     } else {
       std::memcpy(&v, full++, 2);
     }
-    out[ArrangeIndex(arrange, p >> 3, p & 7)] = v;
+    out[ArrangeIndex(arrange, i >> 3, i & 7)] = v;
   }
 }
 
@@ -50,7 +54,7 @@ constexpr int kFastSignMantissa = 64, kFastFull = 32;
 // A whole FragTile at a time: the bitmaps are mask registers, vpexpandb spreads the packed bytes over the
 // positions, and one two-source byte permute per 32 elements interleaves the halves in any order.
 struct FragDecoder {
-  __m512i start, join0, join1, even;
+  __m512i start, join0, join1, even, one, two, four, sign, low7;
   FragDecoder(uint8_t start_exp, Arrange a) {
     static constexpr JoinTable kJoin[3] = {MakeJoinTable(Arrange::kRowMajor), MakeJoinTable(Arrange::kTransposed),
                                            MakeJoinTable(Arrange::kMatmul)};
@@ -59,28 +63,45 @@ struct FragDecoder {
     join1 = _mm512_loadu_si512(kJoin[static_cast<int>(a)].half[1]);
     alignas(64) uint8_t e[64];
     for (int i = 0; i < 64; ++i) e[i] = static_cast<uint8_t>(2 * i);
-    even = _mm512_load_si512(e);
+    even = Opaque(_mm512_load_si512(e));
+    one = Opaque(_mm512_set1_epi8(1));
+    two = Opaque(_mm512_set1_epi8(2));
+    four = Opaque(_mm512_set1_epi8(4));
+    sign = Opaque(_mm512_set1_epi8(static_cast<char>(0x80)));
+    low7 = Opaque(_mm512_set1_epi8(0x7f));
   }
 
   // Reads kFastSignMantissa and kFastFull values whatever their number; at most kFastFull fallbacks.
-  inline void operator()(const FragBits& b, const uint8_t* sm_ptr, const uint16_t* full_ptr, uint16_t* out) const {
-    const __mmask64 k1 = _cvtu64_mask64(b.b1), k2 = _cvtu64_mask64(b.b2), k3 = _cvtu64_mask64(b.b3);
-    const __mmask64 any = _cvtu64_mask64(b.any), none = _cvtu64_mask64(~b.any);
-    const __m512i one = _mm512_set1_epi8(1), two = _mm512_set1_epi8(2), four = _mm512_set1_epi8(4);
+  JAXZIP_INLINE void operator()(const Payload& p, int64_t frag, uint64_t any_bits, const uint8_t* sm_ptr,
+                                const uint16_t* full_ptr, uint16_t* out) const {
+    const auto load_mask = [&](int i) {
+      uint64_t bits;
+      std::memcpy(&bits, p.bitmap[i] + 2 * frag, 8);
+      return _cvtu64_mask64(bits);
+    };
+    const __mmask64 k1 = load_mask(0), k2 = load_mask(1), k3 = load_mask(2);
+    const __mmask64 any = _cvtu64_mask64(any_bits), none = _knot_mask64(any);
     __m512i e = _mm512_mask_add_epi8(start, k1, start, one);
     e = _mm512_mask_add_epi8(e, k2, e, two);
     e = _mm512_mask_add_epi8(e, k3, e, four);
-    const __m512i sm = _mm512_maskz_expand_epi8(any, _mm512_loadu_si512(sm_ptr));
+    const __m512i sm = _mm512_maskz_expand_epi8(any, Opaque(_mm512_loadu_si512(sm_ptr)));
     // There is no byte shift: shift words, and let the select drop the bit that came from the neighbour.
-    __m512i hi = _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(0x80)), sm,
-                                           _mm512_srli_epi16(e, 1), 0xCA);
-    __m512i lo = _mm512_ternarylogic_epi64(_mm512_set1_epi8(0x7f), sm, _mm512_slli_epi16(e, 7), 0xCA);
+    __m512i hi = _mm512_ternarylogic_epi64(sign, sm, _mm512_srli_epi16(e, 1), 0xCA);
+    __m512i lo = _mm512_ternarylogic_epi64(low7, sm, _mm512_slli_epi16(e, 7), 0xCA);
     const __m512i f = _mm512_loadu_si512(full_ptr);
-    const __m512i rank = _mm512_maskz_expand_epi8(none, even);
+    const __m512i rank = _mm512_maskz_expand_epi8(none, Opaque(even));
     lo = _mm512_mask_permutexvar_epi8(lo, none, rank, f);
     hi = _mm512_mask_permutexvar_epi8(hi, none, _mm512_or_si512(rank, one), f);
     _mm512_store_si512(out, _mm512_permutex2var_epi8(lo, join0, hi));
     _mm512_store_si512(out + 32, _mm512_permutex2var_epi8(lo, join1, hi));
+  }
+
+ private:
+  // Hides a value's origin: constants stay in registers or on the stack instead of being built anew from scalars,
+  // and vpexpandb keeps to its register form, much the faster one on AMD.
+  static JAXZIP_INLINE __m512i Opaque(__m512i v) {
+    asm("" : "+v"(v));
+    return v;
   }
 };
 
@@ -93,7 +114,9 @@ struct FragDecoder {
   Arrange arrange;
   FragDecoder(uint8_t start_exp, Arrange a) : start(0x0101010101010101ull * start_exp), arrange(a) {}
 
-  inline void operator()(const FragBits& b, const uint8_t* sm, const uint16_t* full, uint16_t* out) const {
+  inline void operator()(const Payload& p, int64_t frag, uint64_t, const uint8_t* sm, const uint16_t* full,
+                         uint16_t* out) const {
+    const FragBits b = LoadBits(p, frag);
     constexpr uint64_t kOnes = 0x0101010101010101ull;
     const __m128i low7 = _mm_set1_epi8(0x7f);
     alignas(16) uint16_t row16[64];
@@ -131,11 +154,11 @@ struct FragDecoder {
 #else
 
 struct FragDecoder {
-  uint8_t start;
   Arrange arrange;
-  FragDecoder(uint8_t start_exp, Arrange a) : start(start_exp), arrange(a) {}
-  inline void operator()(const FragBits& b, const uint8_t* sm, const uint16_t* full, uint16_t* out) const {
-    DecodeFragExact(b, start, sm, full, arrange, out);
+  FragDecoder(uint8_t, Arrange a) : arrange(a) {}
+  inline void operator()(const Payload& p, int64_t frag, uint64_t, const uint8_t* sm, const uint16_t* full,
+                         uint16_t* out) const {
+    DecodeFragExact(p, frag, sm, full, arrange, out);
   }
 };
 

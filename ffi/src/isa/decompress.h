@@ -10,13 +10,13 @@ void DecompressRows(const Payload& p, int64_t block_row, uint16_t* out, int64_t 
                     Fault* fault) {
   using namespace layout;
   alignas(64) uint16_t frags[kBlockSize], edge[kBlockSize];
-  BlockDecoder decoder(p, transposed ? Arrange::kTransposed : Arrange::kRowMajor);
   const int64_t blocks = CeilDiv(p.k, kBlock);
+  BandStream stream(p, block_row * blocks, transposed ? Arrange::kTransposed : Arrange::kRowMajor);
   const int64_t rows = p.m - block_row * kBlock < kBlock ? p.m - block_row * kBlock : kBlock;
   for (int64_t bc = 0; bc < blocks; ++bc) {
-    if (!decoder.Begin(block_row * blocks + bc, fault)) return;
     for (int band = 0; band < kBandsPerBlock; ++band) {
-      if (!decoder.Band(band, frags + band * kFragsPerBand * kFragSize, fault)) return;
+      if (!stream.Next(fault)) return;
+      for (int f = 0; f < kFragsPerBand; ++f) stream.Decode(f, frags + (band * kFragsPerBand + f) * kFragSize);
     }
     const int64_t cols = p.k - bc * kBlock < kBlock ? p.k - bc * kBlock : kBlock;
     const int64_t outer = transposed ? cols : rows, inner = transposed ? rows : cols;

@@ -35,8 +35,9 @@ void PackX(const void* x, bool is_f32, int64_t k, int64_t n0, int count, float* 
 }
 
 // sums[n][kBandSums] += band * x for kRows rows of x. tile: FragTiles in kMatmul order; x: [kGroups][kRows][8].
-template <int kRows>
-inline void MultiplyBand(const uint16_t* tile, const float* x, float* sums) {
+// meanwhile(g), called once for each of the kGroups groups, is independent work for the idle half of the core.
+template <int kRows, typename F>
+JAXZIP_INLINE void MultiplyBand(const uint16_t* tile, const float* x, float* sums, F&& meanwhile) {
   Vec acc[kRows][kVecs];
 #pragma GCC unroll 8
   for (int n = 0; n < kRows; ++n) {
@@ -44,6 +45,7 @@ inline void MultiplyBand(const uint16_t* tile, const float* x, float* sums) {
     for (int v = 0; v < kVecs; ++v) acc[n][v] = Load(sums + n * kBandSums + v * kLanes);
   }
   for (int g = 0; g < kGroups; ++g, tile += 2 * layout::kFragSize, x += kRows * 8) {
+    meanwhile(g);
 #pragma GCC unroll 4
     for (int step = 0; step < 4; ++step) {
       Vec w[kVecs];
@@ -68,29 +70,22 @@ inline void MultiplyBand(const uint16_t* tile, const float* x, float* sums) {
   }
 }
 
-template <int kRows>
-inline void MultiplyBandDispatch(int rows, const uint16_t* tile, const float* x, float* sums) {
-  if constexpr (kRows == 1) {
-    MultiplyBand<1>(tile, x, sums);
-  } else {
-    if (rows == kRows) {
-      MultiplyBand<kRows>(tile, x, sums);
-    } else {
-      MultiplyBandDispatch<kRows - 1>(rows, tile, x, sums);
-    }
+template <int kRows, typename F>
+JAXZIP_INLINE void MultiplyBandDispatch(int rows, const uint16_t* tile, const float* x, float* sums, F&& meanwhile) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return MultiplyBandDispatch<kRows - 1>(rows, tile, x, sums, meanwhile);
   }
+  MultiplyBand<kRows>(tile, x, sums, meanwhile);
 }
 
-// A band of a dense weight in the layout that decoding produces; outside the matrix it holds zeros.
-inline void CopyBand(const Weight& w, int64_t row0, int64_t col0, uint16_t* tile) {
-  for (int f = 0; f < layout::kFragsPerBand; ++f) {
-    const int64_t r0 = row0 + layout::FragRow(f) * 8, c0 = col0 + layout::FragCol(f) * 8;
-    for (int r = 0; r < 8; ++r) {
-      for (int c = 0; c < 8; ++c) {
-        const bool inside = r0 + r < w.m && c0 + c < w.k;
-        tile[f * layout::kFragSize + ArrangeIndex(Arrange::kMatmul, r, c)] =
-            inside ? w.dense[(r0 + r) * w.row_stride + (c0 + c) * w.col_stride] : 0;
-      }
+// FragTile `f` of a band of a dense weight, as decoding would lay it out; outside the matrix it holds zeros.
+inline void CopyFrag(const Weight& w, int64_t row0, int64_t col0, int f, uint16_t* tile) {
+  const int64_t r0 = row0 + layout::FragRow(f) * 8, c0 = col0 + layout::FragCol(f) * 8;
+  for (int r = 0; r < 8; ++r) {
+    for (int c = 0; c < 8; ++c) {
+      const bool inside = r0 + r < w.m && c0 + c < w.k;
+      tile[f * layout::kFragSize + ArrangeIndex(Arrange::kMatmul, r, c)] =
+          inside ? w.dense[(r0 + r) * w.row_stride + (c0 + c) * w.col_stride] : 0;
     }
   }
 }
@@ -105,34 +100,77 @@ inline void ClearColumns(int64_t first, uint16_t* tile) {
   }
 }
 
-void MatmulRows(const Weight& w, int64_t block_row, const float* packed, int64_t n_count, void* y, bool y_is_f32,
-                int64_t y_row_stride, Fault* fault) {
-  using namespace layout;
-  alignas(64) uint16_t tile[kFragsPerBand * kFragSize];
-  alignas(64) float sums[kBandsPerBlock * kMatmulRows * kBandSums];
-  std::memset(sums, 0, sizeof(float) * static_cast<size_t>(kBandsPerBlock * n_count * kBandSums));
+// Where the bands of a row of BlockTiles come from, in storage order, one FragTile at a time.
+class TbeBands {
+ public:
+  TbeBands(const Weight& w, int64_t block_row)
+      : stream_(*w.tbe, block_row * layout::CeilDiv(w.k, layout::kBlock), Arrange::kMatmul) {}
+  bool Next(Fault* fault) { return stream_.Next(fault); }
+  JAXZIP_INLINE void Fill(int f, uint16_t* tile) const { stream_.Decode(f, tile + f * layout::kFragSize); }
 
-  const int64_t blocks = CeilDiv(w.k, kBlock), padded_k = blocks * kBlock;
-  static constexpr uint8_t kZero = 0;
-  Payload empty{};  // what the idle decoder of a dense weight refers to
-  empty.start_exp = &kZero;
-  BlockDecoder decoder(w.tbe ? *w.tbe : empty, Arrange::kMatmul);
-  for (int64_t bc = 0; bc < blocks; ++bc) {
-    if (w.tbe && !decoder.Begin(block_row * blocks + bc, fault)) return;
-    for (int band = 0; band < kBandsPerBlock; ++band) {
-      if (!w.tbe) {
-        CopyBand(w, block_row * kBlock + band * kBandRows, bc * kBlock, tile);
-      } else if (!decoder.Band(band, tile, fault)) {
-        return;
-      }
-      if (w.tbe && (bc + 1) * kBlock > w.k) ClearColumns(w.k - bc * kBlock, tile);
-      for (int64_t n0 = 0; n0 < n_count; n0 += kMaxRows) {
-        const int rows = static_cast<int>(n_count - n0 < kMaxRows ? n_count - n0 : kMaxRows);
-        MultiplyBandDispatch<kMaxRows>(rows, tile, packed + n0 * padded_k + bc * kBlock * rows,
-                                       sums + (band * n_count + n0) * kBandSums);
+ private:
+  BandStream stream_;
+};
+
+class DenseBands {
+ public:
+  DenseBands(const Weight& w, int64_t block_row) : w_(w), block_row_(block_row) {}
+  bool Next(Fault*) {
+    ++band_;
+    return true;
+  }
+  JAXZIP_INLINE void Fill(int f, uint16_t* tile) const {
+    CopyFrag(w_, block_row_ * layout::kBlock + band_ % layout::kBandsPerBlock * layout::kBandRows,
+             band_ / layout::kBandsPerBlock * layout::kBlock, f, tile);
+  }
+
+ private:
+  const Weight& w_;
+  int64_t block_row_, band_ = -1;
+};
+
+template <typename Bands>
+bool AccumulateRows(const Weight& w, int64_t block_row, const float* packed, int64_t n_count, float* sums,
+                    Fault* fault) {
+  using namespace layout;
+  alignas(64) uint16_t tiles[2][kFragsPerBand * kFragSize];
+  const int64_t blocks = CeilDiv(w.k, kBlock), padded_k = blocks * kBlock, bands = blocks * kBandsPerBlock;
+  Bands source(w, block_row);
+  if (!source.Next(fault)) return false;
+  for (int f = 0; f < kFragsPerBand; ++f) source.Fill(f, tiles[0]);
+  for (int64_t i = 0; i < bands; ++i) {
+    const int64_t bc = i / kBandsPerBlock;
+    uint16_t *tile = tiles[i & 1], *next = tiles[(i + 1) & 1];
+    if ((bc + 1) * kBlock > w.k) ClearColumns(w.k - bc * kBlock, tile);
+    // The next band is decoded while the first rows of x are multiplied with this one: the two keep different
+    // parts of the core busy.
+    const bool more = i + 1 < bands;
+    if (more && !source.Next(fault)) return false;
+    for (int64_t n0 = 0; n0 < n_count; n0 += kMaxRows) {
+      const int rows = static_cast<int>(n_count - n0 < kMaxRows ? n_count - n0 : kMaxRows);
+      const float* x = packed + n0 * padded_k + bc * kBlock * rows;
+      float* s = sums + (i % kBandsPerBlock * n_count + n0) * kBandSums;
+      if (more && n0 == 0) {
+        MultiplyBandDispatch<kMaxRows>(rows, tile, x, s, [&source, next](int g) __attribute__((always_inline)) {
+          source.Fill(2 * g, next);
+          source.Fill(2 * g + 1, next);
+        });
+      } else {
+        MultiplyBandDispatch<kMaxRows>(rows, tile, x, s, [](int) {});
       }
     }
   }
+  return true;
+}
+
+void MatmulRows(const Weight& w, int64_t block_row, const float* packed, int64_t n_count, void* y, bool y_is_f32,
+                int64_t y_row_stride, Fault* fault) {
+  using namespace layout;
+  alignas(64) float sums[kBandsPerBlock * kMatmulRows * kBandSums];
+  std::memset(sums, 0, sizeof(float) * static_cast<size_t>(kBandsPerBlock * n_count * kBandSums));
+  const bool ok = w.tbe ? AccumulateRows<TbeBands>(w, block_row, packed, n_count, sums, fault)
+                        : AccumulateRows<DenseBands>(w, block_row, packed, n_count, sums, fault);
+  if (!ok) return;
   const int64_t rows = w.m - block_row * kBlock < kBlock ? w.m - block_row * kBlock : kBlock;
   for (int64_t n = 0; n < n_count; ++n) {
     for (int64_t r = 0; r < rows; ++r) {
