@@ -1,0 +1,204 @@
+"""Reads GGUF files: Llama models into the tree of ``jaxzip.models``, quantised blocks decoded one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxzip.checkpoint import llama_names
+from jaxzip.checkpoint.source import BF16, TensorInfo, dict_leaf
+from jaxzip.checkpoint.tree_metadata import Leaf
+from jaxzip.errors import CheckpointError, CorruptDataError
+from jaxzip.tensor import TABLE_AXIS
+
+_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BF16, "F64": np.dtype(np.float64)}
+_PLAIN |= {f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)}
+_SLAB_ELEMENTS = 4 << 20
+
+
+class GgufSource:
+    """One GGUF file.
+
+    In a file with quantised tensors everything becomes bf16: blocks are decoded to fp32 and rounded to nearest even, and
+    so are its fp32 norms, because the model that comes out is a bf16 model; the metadata says so. In a file without,
+    F16, BF16 and F32 tensors pass through as they are. The rows of q and k, which llama.cpp permutes for its rotary
+    embedding, are put back into Hugging Face's order. Tensors of other architectures keep their own names.
+    """
+
+    kind = "gguf"
+
+    def __init__(self, path: Path):
+        import gguf
+
+        self.path = path
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+            raise CorruptDataError(f"{path} is no readable GGUF file ({error}); it is truncated or corrupt, get it again") from None
+        self._fields = _Fields(self._reader)
+        self._llama = self._fields.get("general.architecture") == "llama"
+        self._tensors = {}
+        size, types = path.stat().st_size, set()
+        for tensor in self._reader.tensors:
+            kind = gguf.GGMLQuantizationType(tensor.tensor_type).name
+            if tensor.data_offset + int(tensor.n_bytes) > size:
+                raise CorruptDataError(
+                    f"{path}: {tensor.name} ends at byte {tensor.data_offset + int(tensor.n_bytes)}, the file has {size}; "
+                    "it is truncated, get it again"
+                )
+            self._tensors[tensor.name] = (tensor, kind)
+            types.add(kind)
+        quantised = sorted(types - set(_PLAIN))
+        self._derived = f"dequantised from {'/'.join(quantised)}, rounded to bf16" if quantised else None
+        self._infos = tuple(self._info(tensor, kind) for tensor, kind in self._tensors.values())
+        self.hf_config = hf_config(self._fields, self._tensors) if self._llama else None
+        self.notes = (self._derived,) if self._derived else ()
+        self.extra_files = self._tokenizer()
+
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        return self._infos
+
+    def other_leaves(self) -> tuple[Leaf, ...]:
+        return ()
+
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    def read(self, info: TensorInfo) -> np.ndarray:
+        tensor, kind = self._tensors[info.source_name]
+        # Not the reader's memory map: its pages would count as this process's memory.
+        raw = np.fromfile(self.path, np.uint8, int(tensor.n_bytes), offset=tensor.data_offset)
+        if raw.size != int(tensor.n_bytes):
+            raise CorruptDataError(f"{self.path}: {tensor.name} is truncated; get the file again")
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        array = self._decode(raw, shape, kind)
+        heads = self._permuted_heads(tensor.name)
+        if heads:
+            array = unpermute_rows(array, heads)
+        return array.swapaxes(-1, -2) if self._transposed(tensor) else array
+
+    def _decode(self, raw: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
+        if kind in _PLAIN:
+            array = raw.view(_PLAIN[kind]).reshape(shape)
+            return array.astype(BF16) if self._derived and array.dtype.kind == "f" else array
+        import gguf
+
+        rows = raw.reshape(int(np.prod(shape[:-1])), -1)
+        out = np.empty((rows.shape[0], shape[-1]), BF16)
+        step = max(1, _SLAB_ELEMENTS // shape[-1])
+        for start in range(0, rows.shape[0], step):
+            try:
+                block = gguf.quants.dequantize(rows[start : start + step], gguf.GGMLQuantizationType[kind])
+            except NotImplementedError:
+                raise CheckpointError(f"{self.path}: the gguf package cannot decode {kind}; upgrade it or use another file") from None
+            out[start : start + step] = block.reshape(-1, shape[-1])
+        return out.reshape(shape)
+
+    def _info(self, tensor, kind: str) -> TensorInfo:
+        name = llama_names.hf_name(tensor.name) if self._llama else None
+        path = llama_names.tree_path(name) if name else tuple(tensor.name.split("."))
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        if self._transposed(tensor):
+            shape = shape[::-1]
+        dtype = BF16 if self._derived and not kind.startswith("I") else _PLAIN.get(kind, BF16)
+        axis = None if name or len(shape) < 2 else TABLE_AXIS
+        derived = self._derived if dtype == BF16 and kind != "BF16" else None
+        return TensorInfo(dict_leaf(path), shape, dtype, axis, tensor.name, derived)
+
+    def _transposed(self, tensor) -> bool:
+        name = llama_names.hf_name(tensor.name) if self._llama else None
+        return name is not None and len(tensor.shape) == 2 and llama_names.is_kernel(llama_names.tree_path(name))
+
+    def _permuted_heads(self, name: str) -> int:
+        if not self._llama or not name.startswith("blk."):
+            return 0
+        heads = int(self._fields["llama.attention.head_count"])
+        if ".attn_q." in name:
+            return heads
+        return int(self._fields.get("llama.attention.head_count_kv", heads)) if ".attn_k." in name else 0
+
+    def _tokenizer(self) -> dict[str, bytes]:
+        if "tokenizer.ggml.tokens" not in self._reader.fields:
+            return {}
+        try:
+            from jaxzip.models.tokenizer_gguf import tokenizer_json_from_gguf
+        except ImportError:
+            self.notes += ("no tokenizer.json: jaxzip.models is not installed",)
+            return {}
+        try:
+            return {"tokenizer.json": tokenizer_json_from_gguf(self._reader).encode()}
+        except (NotImplementedError, ValueError, KeyError) as error:
+            self.notes += (f"no tokenizer.json: {error}",)
+            return {}
+
+
+class _Fields(Mapping):
+    """A GGUF file's metadata as a mapping of plain values."""
+
+    def __init__(self, reader):
+        self._fields = reader.fields
+
+    def __getitem__(self, key: str) -> Any:
+        return self._fields[key].contents()
+
+    def __iter__(self):
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+
+def unpermute_rows(array: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's reordering of the rows of q and k, which interleaves the two halves of each head."""
+    rows = array.shape[0]
+    pairs = array.reshape(heads, rows // heads // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def hf_config(fields: Mapping[str, Any], tensor_names: Mapping[str, Any]) -> dict[str, Any]:
+    """A Llama's configuration in the terms of Hugging Face's config.json.
+
+    Raises:
+      CheckpointError: a key that every Llama has is missing, or the rotary embedding is one that cannot be expressed.
+    """
+
+    def decimal(key: str, default: float | None = None) -> float | None:
+        # GGUF holds float32; the shortest decimal that rounds to it is what the model's author wrote.
+        return default if key not in fields else float(str(np.float32(fields[key])))
+
+    try:
+        heads, hidden = int(fields["llama.attention.head_count"]), int(fields["llama.embedding_length"])
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": int(fields["llama.feed_forward_length"]),
+            "num_hidden_layers": int(fields["llama.block_count"]),
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(fields.get("llama.attention.head_count_kv", heads)),
+            "head_dim": int(fields.get("llama.attention.key_length", hidden // heads)),
+            "max_position_embeddings": int(fields["llama.context_length"]),
+            "rms_norm_eps": decimal("llama.attention.layer_norm_rms_epsilon"),
+            "rope_theta": decimal("llama.rope.freq_base", 10000.0),
+        }
+    except KeyError as error:
+        raise CheckpointError(f"the GGUF file has no {error}; it is no complete Llama model, get another file") from None
+    if "rope_freqs.weight" in tensor_names:
+        raise CheckpointError(
+            "the GGUF file has rope_freqs (Llama 3.1 rotary scaling), which GGUF stores without its parameters; "
+            "convert the model's safetensors instead"
+        )
+    if fields.get("llama.rope.scaling.type", "none") != "none":
+        factor = decimal("llama.rope.scaling.factor", 1.0)
+        config["rope_scaling"] = {"rope_type": fields["llama.rope.scaling.type"], "factor": factor}
+    config["tie_word_embeddings"] = "output.weight" not in tensor_names
+    config["vocab_size"] = int(fields.get("llama.vocab_size", 0)) or len(fields["tokenizer.ggml.tokens"])
+    for name in ("bos", "eos"):
+        if f"tokenizer.ggml.{name}_token_id" in fields:
+            config[f"{name}_token_id"] = int(fields[f"tokenizer.ggml.{name}_token_id"])
+    config["torch_dtype"] = "bfloat16"
+    return config

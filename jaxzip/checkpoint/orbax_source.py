@@ -1,0 +1,58 @@
+"""Reads an Orbax tree (v0 or v1, zarr or zarr3, OCDBT or a directory per array) leaf by leaf."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxzip.checkpoint import array_store
+from jaxzip.checkpoint.layout import CHECKPOINT_FILE
+from jaxzip.checkpoint.source import TensorInfo
+from jaxzip.checkpoint.tree_metadata import Leaf, read_json, read_tree
+
+
+class OrbaxSource:
+    """A tree directory of Orbax.
+
+    Orbax's restore takes the whole tree, or asks for its structure in placeholders, and wants shardings for the devices
+    of the machine that saved it. The arrays below are plain tensorstore arrays, so they are opened one by one instead.
+    """
+
+    kind = "orbax"
+    hf_config: dict[str, Any] | None = None
+
+    def __init__(self, path: Path, tree: Path, notes: tuple[str, ...] = ()):
+        self.path, self.notes = path, notes
+        self.extra_files: dict[str, bytes] = {}
+        self._directory = tree
+        top = next((d for d in (tree, tree.parent) if (d / CHECKPOINT_FILE).exists()), None)
+        #: The user's own metadata, which a restored checkpoint gets back.
+        self.custom_metadata = read_json(top / CHECKPOINT_FILE).get("custom_metadata") if top else None
+        self._tree = read_tree(tree)
+        self._infos: tuple[TensorInfo, ...] | None = None
+
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        if self._infos is None:
+            self._infos = tuple(self._info(leaf) for leaf in self._tree.leaves if leaf.has_array)
+        return self._infos
+
+    def other_leaves(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for leaf in self._tree.leaves if not leaf.has_array)
+
+    def read(self, info: TensorInfo) -> np.ndarray:
+        return array_store.read_array(
+            self._directory, info.leaf.store_name, shape=info.shape, dtype=info.dtype, **self._storage
+        )
+
+    def files(self) -> tuple[Path, ...]:
+        return tuple(f for f in self._directory.rglob("*") if f.is_file())
+
+    @property
+    def _storage(self) -> dict[str, Any]:
+        return {"driver": "zarr3" if self._tree.zarr3 else "zarr", "ocdbt": self._tree.ocdbt}
+
+    def _info(self, leaf: Leaf) -> TensorInfo:
+        store = array_store.open_array(self._directory, leaf.store_name, **self._storage)
+        return TensorInfo(leaf, tuple(store.shape), np.dtype(store.dtype.numpy_dtype))

@@ -1,0 +1,185 @@
+"""``open_checkpoint``: a compressed checkpoint's tensors, one by one or as a tree, checked before anything uses them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401 - gives NumPy the names of bfloat16 and float8
+import numpy as np
+
+from jaxzip import formats
+from jaxzip.checkpoint import array_store, checksum, layout
+from jaxzip.checkpoint.partial import check_name, child_name
+from jaxzip.checkpoint.tree_metadata import Leaf, nest
+from jaxzip.errors import CheckpointError, CorruptDataError, TensorNotFoundError, UnsupportedVersionError
+from jaxzip.ops import decompress
+from jaxzip.tensor import CompressedTensor
+
+Sharding = jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding | None]
+
+
+class Checkpoint:
+    """An open compressed checkpoint; made by :func:`open_checkpoint`.
+
+    Attributes:
+      path: its directory.
+      metadata: the JSON document of its custom metadata, see ``jaxzip.checkpoint.layout``.
+      tensors: metadata entries by '/'-joined path, in the source's order.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metadata: Mapping[str, Any] = layout.read_document(path)
+        self.tensors: Mapping[str, dict[str, Any]] = {"/".join(e["path"]): e for e in self.metadata["tensors"]}
+
+    @property
+    def hf_config(self) -> dict[str, Any] | None:
+        """The model's configuration in the terms of Hugging Face's config.json; ``None`` if it is no known model."""
+        return self.metadata["hf_config"]
+
+    @property
+    def other_leaves(self) -> tuple[Leaf, ...]:
+        """The tree's leaves without an array: strings, ``None``, empty dicts."""
+        return tuple(Leaf.from_json(leaf) for leaf in self.metadata["other_leaves"])
+
+    def extra_file(self, name: str) -> bytes | None:
+        """A small file that was beside the weights, such as "tokenizer.json"; ``None`` if there was none.
+
+        Raises:
+          CheckpointError: it was there and is missing.
+          CorruptDataError: it is damaged.
+        """
+        if name not in self.metadata["extra_files"]:
+            return None
+        file = self.path / layout.EXTRA_DIRECTORY / name
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); get the checkpoint again") from None
+        if hashlib.sha256(content).hexdigest() != self.metadata["extra_files"][name]:
+            raise CorruptDataError(f"{file} is corrupt: its checksum is not the recorded one; get the checkpoint again")
+        return content
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """The metadata entry of a tensor.
+
+        Raises:
+          TensorNotFoundError: there is no such tensor; names the nearest.
+        """
+        if name not in self.tensors:
+            raise TensorNotFoundError(layout.not_found(name, self.tensors, self.path))
+        return self.tensors[name]
+
+    def load(self, name: str, *, verify: bool = False) -> CompressedTensor | np.ndarray:
+        """Reads one tensor to the host: a CompressedTensor with NumPy leaves, or the array if it is stored raw.
+
+        Args:
+          name: '/'-joined path.
+          verify: also decode it and compare the checksum of the original bits.
+
+        Raises:
+          TensorNotFoundError: no such tensor.
+          CheckpointError: a file is missing, or the tensor's format is unknown.
+          UnsupportedVersionError: a newer jaxzip wrote the tensor.
+          CorruptDataError: a file is truncated, has a wrong checksum, or contradicts the format.
+        """
+        entry = self.entry(name)
+        leaf = Leaf.from_json(entry["leaf"])
+        if entry["format"] == "raw":
+            value = self._read(leaf, "", entry)
+        else:
+            value = self._read_compressed(name, leaf, entry)
+        if verify and not checksum.matches(dense(value, entry["checksum"]["order"]), entry["checksum"]):
+            raise CorruptDataError(f"{name}: the decoded bits do not have the checksum of the original; get {self.path} again")
+        return value
+
+    def load_tree(self, *, on_host: bool = False, sharding: Sharding | None = None, verify: bool = False) -> Any:
+        """Reads the whole tree: nested dicts (lists where the source had sequences) of CompressedTensors and arrays.
+
+        Args:
+          on_host: leave NumPy arrays instead of moving each tensor to the device as it is read.
+          sharding: for all tensors, or a function of a tensor's name; it applies to each payload array.
+          verify: see :meth:`load`.
+
+        Raises:
+          CheckpointError, CorruptDataError, UnsupportedVersionError: see :meth:`load`.
+        """
+        pairs = []
+        for name, entry in self.tensors.items():
+            value = self.load(name, verify=verify)
+            leaf = Leaf.from_json(entry["leaf"])
+            if leaf.value_type == "scalar":
+                value = value.item()
+            elif not on_host:
+                value = jax.device_put(value, sharding(name) if callable(sharding) else sharding)
+            pairs.append((leaf, value))
+        empty = {"Dict": {}, "List": [], "Tuple": ()}
+        pairs += [(leaf, empty.get(leaf.value_type, leaf.value)) for leaf in self.other_leaves]
+        return nest(pairs)
+
+    def _read(self, leaf: Leaf, field: str, spec: Mapping[str, Any]) -> np.ndarray:
+        name = child_name(leaf, field)
+        check_name(name)
+        return array_store.read_array(self.path, name, shape=tuple(spec["shape"]), dtype=np.dtype(spec["dtype"]))
+
+    def _read_compressed(self, name: str, leaf: Leaf, entry: Mapping[str, Any]) -> CompressedTensor:
+        if entry["format"] not in formats.names():
+            raise CheckpointError(
+                f"{name}: unknown format {entry['format']!r}; this jaxzip knows {', '.join(formats.names())}; upgrade jaxzip"
+            )
+        fmt = formats.get(entry["format"])
+        if entry["format_version"] > fmt.version:
+            raise UnsupportedVersionError(
+                f"{name}: {fmt.name} version {entry['format_version']}, this jaxzip reads up to {fmt.version}; upgrade jaxzip"
+            )
+        payload = {field: self._read(leaf, field, spec) for field, spec in entry["payload"].items()}
+        core = tuple(entry["shape"][-entry["core_ndim"] :])
+        z = CompressedTensor(
+            payload, core, np.dtype(entry["dtype"]), fmt.name, entry["output_axis"], entry["format_version"]
+        )
+        try:
+            validate(z)
+        except CorruptDataError as error:
+            raise CorruptDataError(f"{name} in {self.path}: {error}") from None
+        if list(z.shape) != entry["shape"]:
+            raise CorruptDataError(f"{name}: the payload has shape {z.shape}, the metadata says {entry['shape']}")
+        return z
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a compressed checkpoint; reads its metadata only.
+
+    Raises:
+      CheckpointError: there is none at ``path``, or it is not compressed by jaxzip.
+      UnsupportedVersionError: a newer jaxzip wrote it.
+      CorruptDataError: its metadata is damaged.
+    """
+    return Checkpoint(Path(path).absolute())
+
+
+def validate(z: CompressedTensor) -> None:
+    """Checks each matrix of a host-side stack before a kernel trusts its offsets.
+
+    Raises:
+      CorruptDataError: naming the array and the place.
+    """
+    fmt, (m, k) = formats.get(z.format), z.matrix_shape
+    fields = fmt.fields(m, k)
+    if set(z.payload) != set(fields):
+        raise CorruptDataError(f"{fmt.name}: payload arrays are {sorted(z.payload)}, expected {sorted(fields)}")
+    batch = z.batch_shape
+    for index in np.ndindex(batch):
+        fmt.validate({name: np.asarray(array[index]) for name, array in z.payload.items()}, m, k)
+
+
+def dense(value: CompressedTensor | np.ndarray, order: str = checksum.C_ORDER) -> np.ndarray:
+    """The array that ``value`` stands for, on the host; with order "swapped" its last two axes are swapped."""
+    swapped = order == checksum.SWAPPED
+    if not isinstance(value, CompressedTensor):
+        return value.swapaxes(-1, -2) if swapped else value
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return np.asarray(decompress(value.T if swapped else value))

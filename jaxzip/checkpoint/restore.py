@@ -1,0 +1,128 @@
+"""``restore``: a compressed checkpoint back to a plain one: an Orbax tree, or the safetensors files it came from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from jaxzip.checkpoint import array_store, checksum, layout
+from jaxzip.checkpoint.convert import check_apart
+from jaxzip.checkpoint.partial import PartialCheckpoint, sync_directory
+from jaxzip.checkpoint.progress import ProgressCallback, Tracker
+from jaxzip.checkpoint.read import Checkpoint, dense, open_checkpoint
+from jaxzip.checkpoint.safetensors_source import HEADER_SUFFIX, parse_header
+from jaxzip.checkpoint.tree_metadata import Leaf, write_file
+from jaxzip.errors import CheckpointError, CorruptDataError
+
+FORMATS = ("orbax", "safetensors")
+
+
+def restore(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    format: str = "orbax",
+    progress: ProgressCallback | None = None,
+    resume: bool = True,
+) -> None:
+    """Writes the original of the compressed checkpoint ``src`` to ``dst``; every tensor's checksum is compared on the way.
+
+    ``dst`` appears in one step, complete, or not at all.
+
+    Args:
+      format: "orbax": the original tree with its dtypes and bits (arrays are ``np.ndarray`` leaves, so that they restore
+        on any number of devices), resumable like :func:`jaxzip.checkpoint.convert`. "safetensors": a directory with the
+        very files that were converted, byte for byte, and their configuration and tokenizer.
+      resume: ``False`` starts anew.
+
+    Raises:
+      ValueError: unknown ``format``.
+      CheckpointError: ``dst`` exists, the disk is full, or the source was no safetensors (or was rounded on the way in).
+      CorruptDataError: ``src`` is damaged, the message names the tensor.
+      UnsupportedVersionError: a newer jaxzip wrote ``src``.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"restore: unknown format {format!r}; expected {' or '.join(FORMATS)}")
+    checkpoint = open_checkpoint(src)
+    destination = Path(dst).absolute()
+    check_apart(checkpoint.path, destination)
+    tracker = Tracker(progress, len(checkpoint.tensors), sum(e["original_bytes"] for e in checkpoint.tensors.values()))
+    if format == "orbax":
+        _restore_orbax(checkpoint, destination, tracker, resume)
+    else:
+        _restore_safetensors(checkpoint, destination, tracker)
+
+
+def _restore_orbax(checkpoint: Checkpoint, destination: Path, tracker: Tracker, resume: bool) -> None:
+    plan = {
+        "operation": "restore",
+        "source": str(checkpoint.path),
+        "document": layout.document_digest(dict(checkpoint.metadata)),
+    }
+    with PartialCheckpoint(destination, plan, resume=resume) as partial:
+        for name, entry in checkpoint.tensors.items():
+            leaf = Leaf.from_json(entry["leaf"])
+            resumed = leaf.path in partial.entries
+            if not resumed:
+                try:
+                    array = _checked(checkpoint, name).swapaxes(-1, -2) if _swapped(entry) else _checked(checkpoint, name)
+                except (CheckpointError, CorruptDataError):
+                    partial.discard()
+                    raise
+                partial.add(leaf, {"": array}, {})
+            tracker.advance(name, entry["original_bytes"], resumed=resumed)
+        if not partial.finished:
+            leaves = [Leaf.from_json(entry["leaf"]) for entry in checkpoint.tensors.values()]
+            partial.finish((*leaves, *checkpoint.other_leaves), checkpoint.metadata["source_custom_metadata"] or {})
+
+
+def _restore_safetensors(checkpoint: Checkpoint, destination: Path, tracker: Tracker) -> None:
+    source = checkpoint.metadata["source"]
+    if source["kind"] != "safetensors":
+        raise CheckpointError(f'{checkpoint.path} was made from {source["kind"]}, not safetensors; use format="orbax"')
+    if any("derived" in entry for entry in checkpoint.tensors.values()):
+        raise CheckpointError(f'{checkpoint.path} holds rounded weights, not its source\'s bits; use format="orbax"')
+    if destination.exists():
+        raise CheckpointError(f"{destination} exists; give another destination, or delete it first")
+    if not destination.parent.is_dir():
+        raise CheckpointError(f"{destination.parent} is no directory; create it, or give another destination")
+    names = {entry["source_name"]: name for name, entry in checkpoint.tensors.items()}
+    partial = destination.parent / (destination.name + layout.PARTIAL_SUFFIX)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        for file in checkpoint.metadata["extra_files"]:
+            content = checkpoint.extra_file(file)
+            if not file.endswith(HEADER_SUFFIX):
+                write_file(partial / file, content)
+                continue
+            path = partial / file.removesuffix(HEADER_SUFFIX)
+            with open(path, "wb") as out:
+                out.write(content)
+                for tensor in parse_header(path, content):
+                    name = names[tensor.name]
+                    out.write(checksum.as_bytes(_checked(checkpoint, name)).data)
+                    tracker.advance(name, checkpoint.tensors[name]["original_bytes"])
+                out.flush()
+                os.fsync(out.fileno())
+        sync_directory(partial)
+        os.rename(partial, destination)
+        sync_directory(destination.parent)
+    except OSError as error:
+        raise array_store.write_error(error, partial) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swapped(entry) -> bool:
+    return entry["checksum"]["order"] == checksum.SWAPPED
+
+
+def _checked(checkpoint: Checkpoint, name: str):
+    """One tensor, contiguous in the order of its checksum (that of the source's file), compared with it."""
+    entry = checkpoint.entry(name)
+    array = dense(checkpoint.load(name), entry["checksum"]["order"])
+    if not checksum.matches(array, entry["checksum"]):
+        raise CorruptDataError(f"{name}: the decoded bits do not have the checksum of the original; get {checkpoint.path} again")
+    return array

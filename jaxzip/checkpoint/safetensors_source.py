@@ -1,0 +1,194 @@
+"""Reads safetensors: a Hugging Face directory (Llama models into the tree of ``jaxzip.models``) or a single file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxzip.checkpoint import llama_names
+from jaxzip.checkpoint.source import TensorInfo, dict_leaf
+from jaxzip.checkpoint.tree_metadata import Leaf, read_json
+from jaxzip.errors import CheckpointError, CorruptDataError
+from jaxzip.tensor import TABLE_AXIS
+
+DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BOOL": np.dtype(np.bool_),
+    **{f"{sign}{bits}": np.dtype(f"{kind}{bits}") for sign, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+}
+INDEX_FILE = "model.safetensors.index.json"
+#: Where a converted checkpoint keeps the headers, so that the files can be written again byte for byte.
+HEADER_SUFFIX = ".header"
+_KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_KEPT_BYTES = 64 << 20
+_MAX_HEADER = 100 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in a file; ``start`` and ``end`` count from the beginning of the file."""
+
+    name: str
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> tuple[bytes, list[Entry]]:
+    """The raw header of a safetensors file (length and JSON) and its tensors, in file order.
+
+    Raises:
+      CheckpointError: the file is missing, or has a dtype that jaxzip does not know.
+      CorruptDataError: the header is truncated or no JSON, or a tensor lies outside the file or over another, or its
+        size contradicts its shape.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            header = file.read(length) if 0 < length <= min(size - 8, _MAX_HEADER) else b""
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the model is incomplete, get it again") from None
+    if not header:
+        raise CorruptDataError(f"{path}: the header needs {length} bytes, the file has {size}; it is truncated or corrupt")
+    return prefix + header, parse_header(path, prefix + header, size)
+
+
+def parse_header(path: Path, header: bytes, size: int | None = None) -> list[Entry]:
+    """The tensors of a header (length and JSON) in file order; ``size`` is the file's, if it is to be compared.
+
+    Raises:
+      CheckpointError, CorruptDataError: see :func:`read_header`.
+    """
+    length = len(header) - 8
+    try:
+        table = json.loads(header[8:])
+        table.pop("__metadata__", None)
+        items = [(n, e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in table.items()]
+        items.sort(key=lambda item: item[3:])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptDataError(f"{path}: the header is corrupt ({error}); get the file again") from None
+    entries, end_before = [], 0
+    for name, dtype, shape, start, end in items:
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{path}: {name} has dtype {dtype}; jaxzip knows {', '.join(DTYPES)}")
+        want = math.prod(shape) * DTYPES[dtype].itemsize
+        if start != end_before or end - start != want or min(shape, default=0) < 0:
+            raise CorruptDataError(
+                f"{path}: {name} {dtype}{list(shape)} needs {want} bytes from {end_before} on, its offsets are "
+                f"{start}..{end}; get the file again"
+            )
+        if size is not None and 8 + length + end > size:
+            raise CorruptDataError(
+                f"{path}: {name} ends at byte {8 + length + end}, the file has {size}; it is truncated, get it again"
+            )
+        entries.append(Entry(name, path, DTYPES[dtype], shape, 8 + length + start, 8 + length + end))
+        end_before = end
+    if size is not None and 8 + length + end_before != size:
+        raise CorruptDataError(f"{path}: the header describes {8 + length + end_before} bytes, the file has {size}; get it again")
+    return entries
+
+
+class SafetensorsSource:
+    """Tensors of one or several safetensors files.
+
+    A Llama (``config.json`` says so) gets the tree of ``jaxzip.models``, kernels as transposed views. Anything else keeps
+    its names, split at the dots, and PyTorch's ``[M, K]`` matrices.
+    """
+
+    kind = "safetensors"
+
+    def __init__(self, path: Path):
+        self.path = path
+        directory = path if path.is_dir() else path.parent
+        self._files = self._list_files(path)
+        self.extra_files: dict[str, bytes] = {}
+        self.hf_config = None
+        if path.is_dir():
+            self._keep_small_files(directory)
+            if (directory / "config.json").exists():
+                self.hf_config = read_json(directory / "config.json")
+        llama = (self.hf_config or {}).get("model_type") == "llama"
+        if not llama:
+            self.hf_config = None
+        self.notes: tuple[str, ...] = () if llama else (
+            "not a Llama model by its config.json: tensors keep their own names, matrices are [M, K] as in PyTorch",
+        )
+        self._entries: dict[tuple[str, ...], Entry] = {}
+        self._transposed: set[tuple[str, ...]] = set()
+        self._infos: list[TensorInfo] = []
+        for file in self._files:
+            header, entries = read_header(file)
+            self.extra_files[file.name + HEADER_SUFFIX] = header
+            for entry in entries:
+                self._add(entry, llama)
+
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        return tuple(self._infos)
+
+    def other_leaves(self) -> tuple[Leaf, ...]:
+        return ()
+
+    def read(self, info: TensorInfo) -> np.ndarray:
+        entry = self._entries[info.path]
+        # Not a memory map: its pages would count as this process's memory.
+        array = np.fromfile(entry.file, entry.dtype, math.prod(entry.shape), offset=entry.start)
+        if array.size != math.prod(entry.shape):
+            raise CorruptDataError(f"{entry.file}: {entry.name} is truncated; get the file again")
+        array = array.reshape(entry.shape)
+        return array.swapaxes(-1, -2) if info.path in self._transposed else array
+
+    def files(self) -> tuple[Path, ...]:
+        return self._files
+
+    def _add(self, entry: Entry, llama: bool) -> None:
+        path = llama_names.tree_path(entry.name) if llama else None
+        known = path is not None
+        path = path or tuple(entry.name.split("."))
+        if path in self._entries:
+            raise CorruptDataError(f"{entry.file}: {entry.name} is also in {self._entries[path].file}; keep one of them")
+        self._entries[path] = entry
+        transposed = known and llama_names.is_kernel(path) and len(entry.shape) == 2
+        if transposed:
+            self._transposed.add(path)
+        axis = None if known or len(entry.shape) < 2 else TABLE_AXIS
+        shape = entry.shape[::-1] if transposed else entry.shape
+        self._infos.append(TensorInfo(dict_leaf(path), shape, entry.dtype, axis, entry.name))
+
+    def _keep_small_files(self, directory: Path) -> None:
+        for file in sorted(directory.iterdir()):
+            if file.is_file() and file.suffix in _KEPT_SUFFIXES and file.stat().st_size <= _KEPT_BYTES:
+                self.extra_files[file.name] = file.read_bytes()
+
+    @staticmethod
+    def _list_files(path: Path) -> tuple[Path, ...]:
+        if path.is_file():
+            return (path,)
+        if not (path / INDEX_FILE).exists():
+            return tuple(sorted(path.glob("*.safetensors")))
+        index = read_json(path / INDEX_FILE)
+        try:
+            names = sorted(set(index["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise CorruptDataError(f"{path / INDEX_FILE} has no weight_map; get the model again") from None
+        for name in names:
+            if Path(name).name != name:
+                raise CorruptDataError(f"{path / INDEX_FILE} names {name!r}, outside the directory; get the model again")
+            if not (path / name).exists():
+                raise CheckpointError(f"{path / name} is missing, {INDEX_FILE} names it; get the file")
+        return tuple(path / name for name in names)
