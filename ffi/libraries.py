@@ -14,70 +14,75 @@ import jax
 
 
 class Availability(NamedTuple):
-  """Whether a library can be used; truthy when it can, else `reason` says why not."""
+    """Whether a library can be used; truthy when it can, else `reason` says why not."""
 
-  available: bool
-  reason: str
+    available: bool
+    reason: str
 
-  def __bool__(self) -> bool:
-    return self.available
+    def __bool__(self) -> bool:
+        return self.available
 
 
 @functools.cache
 def cpu_module() -> types.ModuleType:
-  """The extension module. Raises ImportError when it was not built for this Python."""
-  return importlib.import_module("jaxzip.ffi._cpu")
+    """The extension module. Raises ImportError when it was not built for this Python."""
+    return importlib.import_module("jaxzip.ffi._cpu")
 
 
 @functools.cache
 def cpu_available() -> Availability:
-  """Whether the CPU kernels can be loaded."""
-  try:
-    cpu_module()
-  except (ImportError, ValueError) as e:
-    return Availability(False, f"jaxzip.ffi._cpu cannot be loaded: {e}; reinstall jaxzip with a C++ compiler")
-  return Availability(True, "")
+    """Whether the CPU kernels can be loaded."""
+    try:
+        cpu_module()
+    except (ImportError, ValueError) as e:
+        return Availability(False, f"jaxzip.ffi._cpu cannot be loaded: {e}; reinstall jaxzip with a C++ compiler")
+    return Availability(True, "")
 
 
 @functools.cache
 def register() -> None:
-  """Registers the CPU handlers with JAX; later calls do nothing. Raises ImportError when there are none."""
-  for name, capsule in cpu_module().handlers().items():
-    jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    """Registers the CPU handlers with JAX; later calls do nothing. Raises ImportError when there are none."""
+    for name, capsule in cpu_module().handlers().items():
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+
+
+def target_names() -> tuple[str, ...]:
+    """Names of the custom calls, for `jax.export`'s safety checks."""
+    return tuple(cpu_module().handlers())
 
 
 _CUDA_HANDLERS = ("jaxzip_tca_tbe_decompress",)
 
 
 def _cuda_path() -> pathlib.Path | None:
-  # The package may span a source folder and an install folder (editable installs): ask for every location.
-  spec = importlib.util.find_spec("jaxzip.ffi")
-  for folder in (spec.submodule_search_locations or []) if spec else []:
-    path = pathlib.Path(folder) / "_jaxzip_cuda.so"
-    if path.exists():
-      return path
-  return None
+    # The package may span a source folder and an install folder (editable installs): ask for every location.
+    spec = importlib.util.find_spec("jaxzip.ffi")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = pathlib.Path(folder) / "_jaxzip_cuda.so"
+        if path.exists():
+            return path
+    return None
 
 
 @functools.cache
 def cuda_available() -> Availability:
-  """Whether the CUDA kernels were built and load; says nothing about a GPU being there."""
-  path = _cuda_path()
-  if path is None:
-    return Availability(False, "jaxzip was built without CUDA kernels: nvcc was not found at build time")
-  try:
-    ctypes.CDLL(str(path))
-  except OSError as e:
-    return Availability(False, f"{path.name} cannot be loaded: {e}")
-  return Availability(True, "")
+    """Whether the CUDA kernels were built and load; says nothing about a GPU being there."""
+    path = _cuda_path()
+    if path is None:
+        return Availability(False, "jaxzip was built without CUDA kernels: nvcc was not found at build time")
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as e:
+        return Availability(False, f"{path.name} cannot be loaded: {e}")
+    return Availability(True, "")
 
 
 @functools.cache
 def register_cuda() -> None:
-  """Registers the CUDA handlers with JAX; later calls do nothing. Raises ImportError when there are none."""
-  available = cuda_available()
-  if not available:
-    raise ImportError(available.reason)
-  library = ctypes.CDLL(str(_cuda_path()))
-  for name in _CUDA_HANDLERS:
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="CUDA")
+    """Registers the CUDA handlers with JAX; later calls do nothing. Raises ImportError when there are none."""
+    available = cuda_available()
+    if not available:
+        raise ImportError(available.reason)
+    library = ctypes.CDLL(str(_cuda_path()))
+    for name in _CUDA_HANDLERS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="CUDA")
