@@ -9,6 +9,6 @@
 loads no library and initialises no backend.
 """
 
-from jaxzip.ffi.libraries import cpu_available, cpu_module, cuda_available, register, register_cuda
+from jaxzip.ffi.libraries import cpu_available, cpu_module, cuda_available, register, register_cuda, target_names
 
-__all__ = ["cpu_available", "cpu_module", "cuda_available", "register", "register_cuda"]
+__all__ = ["cpu_available", "cpu_module", "cuda_available", "register", "register_cuda", "target_names"]

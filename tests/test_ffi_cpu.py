@@ -12,6 +12,7 @@ import pytest
 
 import jaxzip.ffi
 from jaxzip.ffi import cpu_ops
+from jaxzip.formats import tca_tbe
 
 pytestmark = pytest.mark.skipif(not jaxzip.ffi.cpu_available(), reason=jaxzip.ffi.cpu_available().reason)
 
@@ -156,6 +157,11 @@ def test_window_has_the_largest_coverage_lowest_among_equals():
 
 def test_layout_constants():
     layout = jaxzip.ffi.cpu_module().layout()
+    names = {"frag": "FRAG", "block": "BLOCK", "band_rows": "BAND_ROWS", "bands_per_block": "BANDS_PER_BLOCK",
+             "frags_per_band": "FRAGS_PER_BAND", "frags_per_block": "FRAGS_PER_BLOCK", "window": "WINDOW",
+             "max_start_exp": "MAX_START_EXP", "sign_mantissa_align": "SIGN_MANTISSA_ALIGN", "full_align": "FULL_ALIGN"}
+    for ours, theirs in names.items():
+        assert layout[ours] == getattr(tca_tbe, theirs), ours
     assert layout["frags_per_block"] * layout["frag"] ** 2 == layout["block"] ** 2
     assert sorted(layout["frag_order"]) == [(r, c) for r in range(8) for c in range(8)]
     assert layout["frag_order"][:4] == [(0, 0), (1, 0), (0, 1), (1, 1)]
@@ -180,10 +186,18 @@ def test_level_from_environment():
                           check=True).stdout.strip() == "generic"
 
 
-def test_import_initialises_no_backend():
-    code = ("import jaxzip.ffi, jaxzip.ffi.cpu_ops, sys; from jax.extend import backend; import jax._src.xla_bridge as b;"
-            "sys.exit(b.backends_are_initialized() or 'jaxzip.ffi._cpu' in sys.modules)")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+def test_import_loads_no_library_and_no_backend():
+    # A platform that does not exist fails as soon as JAX initialises a backend.
+    code = "import jaxzip.ffi, jaxzip.ffi.cpu_ops, sys; sys.exit('jaxzip.ffi._cpu' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "none_such"}, check=True)
+
+
+@pytest.mark.skipif(not jaxzip.ffi.cuda_available(), reason=jaxzip.ffi.cuda_available().reason)
+def test_cuda_handler_registers_and_lowers_without_a_gpu():
+    jaxzip.ffi.register_cuda()
+    payload = encode(gaussian((64, 64)))
+    traced = jax.jit(lambda p: cpu_ops.decompress(p, 64, 64)).trace(payload)
+    assert "@jaxzip_tca_tbe_decompress" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 # --- Handlers --------------------------------------------------------------------------------------------------

@@ -158,8 +158,7 @@ nb::dict Layout() {
   d["frags_per_band"] = layout::kFragsPerBand;
   d["frags_per_block"] = layout::kFragsPerBlock;
   d["window"] = layout::kWindow;
-  d["min_window_start"] = layout::kMinWindowStart;
-  d["max_window_start"] = layout::kMaxWindowStart;
+  d["max_start_exp"] = layout::kMaxStartExp;
   d["sign_mantissa_align"] = layout::kSignMantissaAlign;
   d["full_align"] = layout::kFullAlign;
   nb::list order;

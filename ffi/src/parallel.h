@@ -1,5 +1,6 @@
 // Shares numbered units of work among threads, the caller being one of them.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -14,7 +15,8 @@ namespace jaxzip {
 // Runs `task` on some other thread, now or later.
 using Scheduler = std::function<void(std::function<void()> task)>;
 
-// Calls body(unit) for every unit in [0, units). The caller works too and waits only for units that another
+// Calls body(unit) for every unit in [0, units). Threads take runs of neighbouring units, so that what one prefetches
+// past its unit is not lost, a few for each thread, so that none waits long at the end. The caller works too and waits only for units that another
 // thread has already taken, so a busy pool, or one with no thread to spare, costs time but never a deadlock.
 inline void ParallelFor(int64_t units, int64_t num_threads, const Scheduler& schedule,
                         const std::function<void(int64_t)>& body) {
@@ -29,11 +31,15 @@ inline void ParallelFor(int64_t units, int64_t num_threads, const Scheduler& sch
     for (int64_t u = 0; u < units; ++u) body(u);
     return;
   }
+  constexpr int64_t kRunsPerThread = 6;
+  const int64_t run = std::max<int64_t>(1, units / (num_threads * kRunsPerThread));
   // A helper that starts late finds no unit left and touches nothing but this state, which it keeps alive.
   auto state = std::make_shared<State>();
-  auto work = [state, units, body = &body] {
+  auto work = [state, units, run, body = &body] {
     int64_t count = 0;
-    for (int64_t u; (u = state->next.fetch_add(1)) < units; ++count) (*body)(u);
+    for (int64_t first; (first = state->next.fetch_add(run)) < units;) {
+      for (int64_t u = first; u < std::min(units, first + run); ++u, ++count) (*body)(u);
+    }
     if (count == 0) return;
     std::lock_guard<std::mutex> lock(state->mutex);
     state->done += count;

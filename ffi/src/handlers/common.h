@@ -139,8 +139,15 @@ class PayloadOperands {
            sign_mantissa_.Unbatched() && full_.Unbatched() && tile_offsets_.Unbatched() && band_offsets_.Unbatched();
   }
 
+  // Host memory only: looks at start_exp.
+  Payload CheckedAt(int64_t i, const Dims& full) const {
+    const Payload p = At(i, full);
+    if (*p.start_exp > layout::kMaxStartExp) Require({"start_exp", 0, layout::kMaxStartExp, *p.start_exp});
+    return p;
+  }
+
   Payload At(int64_t i, const Dims& full) const {
-    Payload p{m_,
+    return Payload{m_,
               k_,
               start_exp_.At(i, full),
               {bitmap_[0].At(i, full), bitmap_[1].At(i, full), bitmap_[2].At(i, full)},
@@ -150,8 +157,6 @@ class PayloadOperands {
               band_offsets_.At(i, full),
               sign_mantissa_.core_size,
               full_.core_size};
-    if (*p.start_exp > layout::kMaxStartExp) Require({"start_exp", 0, layout::kMaxStartExp, *p.start_exp});
-    return p;
   }
 
  private:

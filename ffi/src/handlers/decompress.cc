@@ -13,7 +13,7 @@ ffi::Error Decompress(ffi::ThreadPool pool, JAXZIP_PAYLOAD_PARAMS, ffi::Result<f
     payload.ExpectBatch(result.batch);
     const For parallel_for = PoolFor(pool);
     for (int64_t i = 0; i < Product(result.batch); ++i) {
-      Require(DecompressTcaTbe(payload.At(i, result.batch), result.At(i, result.batch), transposed ? 1 : k,
+      Require(DecompressTcaTbe(payload.CheckedAt(i, result.batch), result.At(i, result.batch), transposed ? 1 : k,
                                transposed ? m : 1, parallel_for));
     }
   });

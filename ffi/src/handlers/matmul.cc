@@ -57,7 +57,7 @@ ffi::Error TbeMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, JAXZIP_PAYLOAD_PARA
     BatchedMatmul(
         pool, x, *y, m, k, payload.Unbatched(), [&](const Dims& full) { payload.ExpectBatch(full); },
         [&](int64_t i, const Dims& full, const std::function<Fault(const Weight&)>& multiply) {
-          const Payload p = payload.At(i, full);
+          const Payload p = payload.CheckedAt(i, full);
           return multiply({&p, nullptr, m, k, 0, 0});
         });
   });

@@ -15,7 +15,7 @@ ffi::Error Take(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, JAXZIP_PAYLOAD_
     rows.ExpectBatch("ids", result.batch);
     const For parallel_for = PoolFor(pool);
     for (int64_t i = 0; i < Product(result.batch); ++i) {
-      Require(TakeTcaTbe(payload.At(i, result.batch), rows.At(i, result.batch), rows.core[0],
+      Require(TakeTcaTbe(payload.CheckedAt(i, result.batch), rows.At(i, result.batch), rows.core[0],
                          result.At(i, result.batch), parallel_for));
     }
   });

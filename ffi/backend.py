@@ -1,0 +1,102 @@
+"""Registers the FFI kernels, CPU and CUDA, as implementation ``"ffi"`` of jaxzip's operations."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxzip.errors import CorruptDataError
+from jaxzip.ffi import cpu_ops
+from jaxzip.ffi.libraries import cpu_available, cpu_module, cuda_available, register_cuda
+from jaxzip.ops import registry
+from jaxzip.ops.host import HostCodec, register_host_codec
+from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
+
+TCA_TBE = "tca-tbe"
+_KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
+#: Ahead of the XLA reference.
+PRIORITY = 10
+
+
+def register_backend() -> None:
+    """Entry point of the group ``jaxzip.backends``."""
+    available = cpu_available()
+    if not available:
+        raise ImportError(available.reason)
+    add = functools.partial(registry.register, name="ffi", platforms=("cpu",), priority=PRIORITY)
+    add("decompress", fn=_decompress, check=_check_decompress)
+    add("matmul", fn=_matmul, check=_check_matmul)
+    add("take", fn=_take, check=_check_take)
+    register_host_codec(TCA_TBE, HostCodec(cpu_module().encode_tca_tbe, _decode_on_host, check_tca_tbe))
+    cuda = cuda_available()
+    if cuda:
+        register_cuda()
+        on_cuda = functools.partial(registry.register, name="ffi", platforms=("cuda",), priority=PRIORITY)
+        on_cuda("decompress", fn=_decompress, check=_check_decompress)
+    else:
+        registry.report_missing("ffi", f"on CUDA: {cuda.reason}")
+
+
+def _check_format(z: CompressedTensor) -> None:
+    if z.format != TCA_TBE:
+        raise NotImplementedError(f"no CPU kernel for format {z.format}")
+
+
+def _check_decompress(z: CompressedTensor) -> None:
+    _check_format(z)
+
+
+def _decompress(z: CompressedTensor) -> jax.Array:
+    m, k = z.matrix_shape
+    one = functools.partial(cpu_ops.decompress, m=m, k=k, transposed=z.output_axis == KERNEL_AXIS)
+    for _ in z.batch_shape:
+        one = jax.vmap(one)
+    return one(dict(z.payload))
+
+
+def _check_matmul(x: jax.Array, w: CompressedTensor, *, out_dtype) -> None:
+    for what, dtype in (("x", x.dtype), ("the result", out_dtype)):
+        if dtype not in _KERNEL_DTYPES:
+            raise NotImplementedError(f"the CPU kernel takes bfloat16 and float32, {what} is {dtype}")
+    if w.format == "raw":
+        if w.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"the CPU kernel multiplies raw bfloat16 weights, this one is {w.dtype}")
+        return
+    _check_format(w)
+    if w.output_axis != KERNEL_AXIS:
+        raise NotImplementedError("the kernel contracts along K; this tensor's first axis is its output axis: use w.T")
+
+
+def _matmul(x: jax.Array, w: CompressedTensor, *, out_dtype) -> jax.Array:
+    if w.format == "raw":
+        return cpu_ops.raw_matmul(x, w.payload["values"], rows_first=w.raw_transposed, out_dtype=out_dtype)
+    return cpu_ops.matmul(x, w.payload, *w.matrix_shape, out_dtype=out_dtype)
+
+
+def _check_take(table: CompressedTensor, ids: jax.Array) -> None:
+    _check_format(table)
+    if table.output_axis != TABLE_AXIS:
+        raise NotImplementedError("the kernel takes rows of a table [M, K]; compress it with output_axis=-2")
+
+
+def _take(table: CompressedTensor, ids: jax.Array) -> jax.Array:
+    return cpu_ops.take(ids, table.payload, *table.matrix_shape)
+
+
+def _decode_on_host(payload: dict[str, np.ndarray], out: np.ndarray) -> None:
+    cpu_module().decode_tca_tbe(*(payload[name] for name in cpu_ops.PAYLOAD_FIELDS), out)
+
+
+def check_tca_tbe(payload: dict[str, np.ndarray], m: int, k: int) -> None:
+    """The format's validation, in C++.
+
+    Raises:
+      CorruptDataError: naming the array, the place, what was expected and what was found.
+    """
+    try:
+        cpu_module().check_tca_tbe(*(payload[name] for name in cpu_ops.PAYLOAD_FIELDS), m, k)
+    except ValueError as error:
+        raise CorruptDataError(f"{TCA_TBE}: {error}") from None

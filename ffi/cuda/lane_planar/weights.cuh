@@ -1,0 +1,119 @@
+// Where a kernel's weights come from: lane-planar blocks with their escapes, or raw bf16 in the same fragment order.
+//
+// A source says how many registers a lane holds of one 16x64 tile, loads them, and turns them into A operands. `Raw` is
+// the control: the same kernel, tiling and summation order over uncompressed weights must give the same bits.
+#pragma once
+#include <type_traits>
+
+#include "layout.h"
+#include "ptx.cuh"
+
+namespace jaxzip::lane_planar {
+
+// The five high exponent bits of an entry (or overflow entry), in their place in a bf16.
+__device__ __forceinline__ uint32_t high_of_code(uint32_t code) { return code ? (code + kHighCodeBias) << 10 : 0; }
+
+struct LanePlanar {
+  static constexpr int kRegisters = 11;  // 8 of sign+mantissa, 3 of codes
+  static constexpr bool kHasEscapes = true;
+  static constexpr int kPlaneBytes = 2 * kTileElements;  // shared memory per tile that a warp decodes
+
+  static __device__ __forceinline__ void load(uint32_t (&w)[kRegisters], const uint32_t* block, int tile, int lane) {
+    const uint32_t* sign_mantissa = block + tile * kSignMantissaWords + 4 * lane;
+    const uint32_t* codes = block + kCodeStart + tile * kCodeWords;
+    ptx::load_stream<4>(w, sign_mantissa);
+    ptx::load_stream<4>(w + 4, sign_mantissa + 128);
+    ptx::load_stream<2>(w + 8, codes + 2 * lane);
+    ptx::load_stream<1>(w + 10, codes + 64 + lane);
+  }
+
+  // The A operand of k-step j; `plane` is this lane's 16 bytes of the tile's patch plane.
+  static __device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t (&w)[kRegisters], uint32_t plane,
+                                                int j) {
+    constexpr uint32_t kSignMantissaMask = 0x807F807Fu, kCodeMask = 0x03800380u;
+    uint32_t high[4];
+    ptx::load_shared(high, plane + j * 512);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int p = 4 * j + r;
+      uint32_t exponent;
+      if (p < 15) {
+        const uint32_t c = w[8 + p / 5];
+        const int field = p % 5;
+        const uint32_t placed = field == 0 ? c : field == 1 ? c << 3 : field == 2 ? c << 6 : field == 3 ? c >> 3 : c >> 6;
+        exponent = (placed & kCodeMask) | high[r];
+      } else {
+        exponent = ((w[8] << 7) & 0x00800080u) | high[r];
+        exponent |= (w[9] << 8) & 0x01000100u;
+        exponent |= (w[10] << 9) & 0x02000200u;
+      }
+      const uint32_t packed = w[2 * j + (r >> 1)];
+      // Odd registers lie byte-swapped in the same word.
+      const uint32_t sign_mantissa = r & 1 ? __byte_perm(packed, 0, 0x2301) : packed;
+      a[r] = (sign_mantissa & kSignMantissaMask) | exponent;
+    }
+  }
+};
+
+struct Raw {
+  static constexpr int kRegisters = 16;
+  static constexpr bool kHasEscapes = false;
+  static constexpr int kPlaneBytes = 0;
+  static constexpr int kBlockWords = kBlock * kBlock / 2;
+
+  static __device__ __forceinline__ void load(uint32_t (&w)[kRegisters], const uint32_t* block, int tile, int lane) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) ptx::load_stream<4>(w + 4 * j, block + tile * 512 + j * 128 + 4 * lane);
+  }
+  static __device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t (&w)[kRegisters], uint32_t, int j) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) a[r] = w[4 * j + r];
+  }
+};
+
+// A warp's patch plane: u16 per weight of its tiles, the constant high exponent bits except where a block's entries
+// put others. Escapes cost no branch: entries are scattered before the tiles are decoded and taken back after.
+template <int kTilesPerWarp>
+struct PatchPlane {
+  uint32_t base;  // shared address
+  int lane;
+
+  __device__ __forceinline__ void fill() const {
+#pragma unroll
+    for (int i = 0; i < 4 * kTilesPerWarp; ++i)
+      ptx::store_shared(base + i * 512 + lane * 16, kConstantPair, kConstantPair, kConstantPair, kConstantPair);
+  }
+
+  // `words` are this lane's 8 bytes of header and entries, `count` the block's entries, `tile` the warp's first tile.
+  template <bool kRestore>
+  __device__ __forceinline__ void scatter(uint2 words, uint32_t count, int tile) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t entry = (i < 2 ? words.x : words.y) >> (16 * (i & 1)) & 0xFFFFu;
+      put<kRestore>(static_cast<uint32_t>(4 * (lane - 1) + i) < count, entry & 0xFFFu, high_of_code(entry >> 12), tile);
+    }
+  }
+
+  // What found no room in the block, or has no code. Rare, so out of line.
+  __device__ __noinline__ void scatter_overflow(const Matrix& m, uint32_t first, uint32_t block, int tile) const {
+    for (uint32_t i = first + lane;; i += 32) {
+      OverflowEntry e = {~block, 0};
+      if (i < m.overflow_length) e = m.overflow[i];
+      put<false>(e.block == block, e.entry & 0xFFFu, e.entry >> 12 << 10 & kHighMask, tile);
+      if (!__all_sync(~0u, e.block == block)) break;
+    }
+    __syncwarp();
+  }
+
+ private:
+  template <bool kRestore>
+  __device__ __forceinline__ void put(bool active, uint32_t position, uint32_t high, int tile) const {
+    if (kTilesPerWarp < kTiles) {
+      position -= tile * kTileElements;
+      active = active && position < kTilesPerWarp * kTileElements;
+    }
+    ptx::store_shared_u16(active, base + 2 * position, kRestore ? kConstantHigh : high);
+  }
+};
+
+}  // namespace jaxzip::lane_planar
