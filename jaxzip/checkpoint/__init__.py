@@ -12,7 +12,7 @@
 from jaxzip.checkpoint.convert import convert
 from jaxzip.checkpoint.inspect import inspect
 from jaxzip.checkpoint.layout import LAYOUT_VERSION, is_compressed
-from jaxzip.checkpoint.progress import Progress
+from jaxzip.checkpoint.progress import ProgressCallback
 from jaxzip.checkpoint.read import Checkpoint, open_checkpoint
 from jaxzip.checkpoint.restore import restore
 from jaxzip.checkpoint.source import Source, TensorInfo, open_source
@@ -21,7 +21,7 @@ from jaxzip.checkpoint.verify import VerifyResult, verify, verify_checksums
 __all__ = [
     "LAYOUT_VERSION",
     "Checkpoint",
-    "Progress",
+    "ProgressCallback",
     "Source",
     "TensorInfo",
     "VerifyResult",

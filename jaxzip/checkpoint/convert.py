@@ -52,7 +52,7 @@ def convert(
       dst: must not exist.
       rules: see :func:`jaxzip.compress_params`.
       cast: "bfloat16" rounds fp32 leaves to bf16 first; recorded in the metadata.
-      progress: called at the beginning and after each tensor.
+      progress: called as ``progress(done_bytes, total_bytes, tensor)`` at the beginning and after each tensor.
       resume: ``False`` starts anew.
 
     Raises:
@@ -77,13 +77,13 @@ def convert(
         "rules": [dataclasses.asdict(rule) for rule in rules],
         "cast": cast,
     }
-    tracker = Tracker(progress, len(infos), sum(info.nbytes for info in infos))
     with PartialCheckpoint(destination, plan, resume=resume) as partial:
-        for info in infos:
-            resumed = info.path in partial.entries
-            if not resumed:
-                _convert_tensor(source, info, rules, partial)
-            tracker.advance(info.name, info.nbytes, resumed=resumed)
+        todo = [info for info in infos if info.path not in partial.entries]
+        total = sum(info.nbytes for info in infos)
+        tracker = Tracker(progress, total, total - sum(info.nbytes for info in todo))
+        for info in todo:
+            _convert_tensor(source, info, rules, partial)
+            tracker.advance(info.name, info.nbytes)
         entries = [partial.entries[info.path] for info in infos]
         if not partial.finished:
             document = {

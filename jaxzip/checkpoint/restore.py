@@ -34,6 +34,7 @@ def restore(
       format: "orbax": the original tree with its dtypes and bits (arrays are ``np.ndarray`` leaves, so that they restore
         on any number of devices), resumable like :func:`jaxzip.checkpoint.convert`. "safetensors": a directory with the
         very files that were converted, byte for byte, and their configuration and tokenizer.
+      progress: see :func:`jaxzip.checkpoint.convert`.
       resume: ``False`` starts anew.
 
     Raises:
@@ -47,37 +48,37 @@ def restore(
     checkpoint = open_checkpoint(src)
     destination = Path(dst).absolute()
     check_apart(checkpoint.path, destination)
-    tracker = Tracker(progress, len(checkpoint.tensors), sum(e["original_bytes"] for e in checkpoint.tensors.values()))
     if format == "orbax":
-        _restore_orbax(checkpoint, destination, tracker, resume)
+        _restore_orbax(checkpoint, destination, progress, resume)
     else:
-        _restore_safetensors(checkpoint, destination, tracker)
+        _restore_safetensors(checkpoint, destination, progress)
 
 
-def _restore_orbax(checkpoint: Checkpoint, destination: Path, tracker: Tracker, resume: bool) -> None:
+def _restore_orbax(checkpoint: Checkpoint, destination: Path, progress: ProgressCallback | None, resume: bool) -> None:
     plan = {
         "operation": "restore",
         "source": str(checkpoint.path),
         "document": layout.document_digest(dict(checkpoint.metadata)),
     }
     with PartialCheckpoint(destination, plan, resume=resume) as partial:
-        for name, entry in checkpoint.tensors.items():
-            leaf = Leaf.from_json(entry["leaf"])
-            resumed = leaf.path in partial.entries
-            if not resumed:
-                try:
-                    array = _checked(checkpoint, name).swapaxes(-1, -2) if _swapped(entry) else _checked(checkpoint, name)
-                except (CheckpointError, CorruptDataError):
-                    partial.discard()
-                    raise
-                partial.add(leaf, {"": array}, {})
-            tracker.advance(name, entry["original_bytes"], resumed=resumed)
+        todo = {n: e for n, e in checkpoint.tensors.items() if tuple(e["path"]) not in partial.entries}
+        total = _total_bytes(checkpoint)
+        tracker = Tracker(progress, total, total - sum(entry["original_bytes"] for entry in todo.values()))
+        for name, entry in todo.items():
+            try:
+                array = _checked(checkpoint, name)
+            except (CheckpointError, CorruptDataError):
+                partial.discard()
+                raise
+            swapped = entry["checksum"]["order"] == checksum.SWAPPED
+            partial.add(Leaf.from_json(entry["leaf"]), {"": array.swapaxes(-1, -2) if swapped else array}, {})
+            tracker.advance(name, entry["original_bytes"])
         if not partial.finished:
             leaves = [Leaf.from_json(entry["leaf"]) for entry in checkpoint.tensors.values()]
             partial.finish((*leaves, *checkpoint.other_leaves), checkpoint.metadata["source_custom_metadata"] or {})
 
 
-def _restore_safetensors(checkpoint: Checkpoint, destination: Path, tracker: Tracker) -> None:
+def _restore_safetensors(checkpoint: Checkpoint, destination: Path, progress: ProgressCallback | None) -> None:
     source = checkpoint.metadata["source"]
     if source["kind"] != "safetensors":
         raise CheckpointError(f'{checkpoint.path} was made from {source["kind"]}, not safetensors; use format="orbax"')
@@ -88,6 +89,7 @@ def _restore_safetensors(checkpoint: Checkpoint, destination: Path, tracker: Tra
     if not destination.parent.is_dir():
         raise CheckpointError(f"{destination.parent} is no directory; create it, or give another destination")
     names = {entry["source_name"]: name for name, entry in checkpoint.tensors.items()}
+    tracker = Tracker(progress, _total_bytes(checkpoint))
     partial = destination.parent / (destination.name + layout.PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -115,8 +117,8 @@ def _restore_safetensors(checkpoint: Checkpoint, destination: Path, tracker: Tra
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _swapped(entry) -> bool:
-    return entry["checksum"]["order"] == checksum.SWAPPED
+def _total_bytes(checkpoint: Checkpoint) -> int:
+    return sum(entry["original_bytes"] for entry in checkpoint.tensors.values())
 
 
 def _checked(checkpoint: Checkpoint, name: str):

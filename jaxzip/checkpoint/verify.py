@@ -48,7 +48,7 @@ def verify(src: str | Path, dst: str | Path, *, progress: ProgressCallback | Non
     checkpoint = open_checkpoint(dst)
     source = open_source(src, cast=checkpoint.metadata["source"]["cast"])
     infos = source.tensors()
-    tracker = Tracker(progress, len(infos), sum(info.nbytes for info in infos))
+    tracker = Tracker(progress, sum(info.nbytes for info in infos))
     done = 0
     missing = {info.name for info in infos} ^ set(checkpoint.tensors)
     if missing:
@@ -81,7 +81,7 @@ def verify_checksums(dst: str | Path, *, progress: ProgressCallback | None = Non
       CheckpointError, CorruptDataError, UnsupportedVersionError: ``dst`` cannot be read.
     """
     checkpoint = open_checkpoint(dst)
-    tracker = Tracker(progress, len(checkpoint.tensors), sum(e["original_bytes"] for e in checkpoint.tensors.values()))
+    tracker = Tracker(progress, sum(e["original_bytes"] for e in checkpoint.tensors.values()))
     done = 0
     for name in checkpoint.metadata["extra_files"]:
         checkpoint.extra_file(name)
