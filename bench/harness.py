@@ -93,4 +93,7 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
         table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
-    rich.console.Console().print(table)
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no width to fit
+    console.print(table)
