@@ -118,7 +118,7 @@ def open_array(directory: Path, name: str, *, driver: str = "zarr3", ocdbt: bool
 
 
 def _read_error(error: Exception, directory: Path, name: str) -> CheckpointError | CorruptDataError:
-    text = str(error).split(" [source locations")[0]
+    text = str(error).split(" [tensorstore_spec")[0].split(" [source locations")[0]
     if "NOT_FOUND" in text or "does not exist" in text or "missing" in text:
         return CheckpointError(f"{name}: a file is missing in {directory}: {text}; get the checkpoint again")
     return CorruptDataError(f"{name}: cannot be read from {directory}: {text}; it is corrupt, get the checkpoint again")

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxzip.checkpoint import layout
 from jaxzip.checkpoint.checksum import checksum
-from jaxzip.checkpoint.partial import PartialCheckpoint
+from jaxzip.checkpoint.partial import PartialCheckpoint, check_name
 from jaxzip.checkpoint.progress import ProgressCallback, Tracker
 from jaxzip.checkpoint.source import Source, TensorInfo, identity, open_source
 from jaxzip.checkpoint.tree_metadata import DICT_KEY, Leaf
@@ -67,7 +67,7 @@ def convert(
     destination = Path(dst).absolute()
     check_apart(source.path, destination)
     infos = source.tensors()
-    _check_unique(source)
+    _check_names(source)
     source_identity = identity(source)
     plan = {
         "operation": "convert",
@@ -90,7 +90,7 @@ def convert(
                 "layout_version": layout.LAYOUT_VERSION,
                 "library_version": __version__,
                 "source": source_identity | {"cast": cast, "notes": list(source.notes)},
-                "source_custom_metadata": getattr(source, "custom_metadata", None),
+                "source_custom_metadata": source.custom_metadata,
                 "hf_config": source.hf_config,
                 "extra_files": {n: hashlib.sha256(c).hexdigest() for n, c in source.extra_files.items()},
                 "tensors": entries,
@@ -199,9 +199,10 @@ def check_apart(source: Path, destination: Path) -> None:
         raise CheckpointError(f"the destination {destination} is inside the source {source}; give another destination")
 
 
-def _check_unique(source: Source) -> None:
+def _check_names(source: Source) -> None:
     seen: dict[str, str] = {}
     for leaf in (*(info.leaf for info in source.tensors()), *source.other_leaves()):
+        check_name(leaf.store_name)
         if leaf.store_name in seen:
             raise CheckpointError(
                 f"{source.path}: {'/'.join(leaf.path)} and {seen[leaf.store_name]} would both be stored as "

@@ -29,6 +29,7 @@ class GgufSource:
     """
 
     kind = "gguf"
+    custom_metadata = None
 
     def __init__(self, path: Path):
         import gguf

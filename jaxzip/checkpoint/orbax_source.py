@@ -28,7 +28,6 @@ class OrbaxSource:
         self.extra_files: dict[str, bytes] = {}
         self._directory = tree
         top = next((d for d in (tree, tree.parent) if (d / CHECKPOINT_FILE).exists()), None)
-        #: The user's own metadata, which a restored checkpoint gets back.
         self.custom_metadata = read_json(top / CHECKPOINT_FILE).get("custom_metadata") if top else None
         self._tree = read_tree(tree)
         self._infos: tuple[TensorInfo, ...] | None = None

@@ -66,13 +66,14 @@ class PartialCheckpoint:
         try:
             self._root.mkdir(exist_ok=True)
             self._lock = open(self._root / "lock", "w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"another process is writing {self.destination}; wait for it") from None
         except OSError as error:
             raise array_store.write_error(error, self._root) from error
         try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._open()
+        except BlockingIOError:
+            self._lock.close()
+            raise CheckpointError(f"another process is writing {self.destination}; wait for it") from None
         except BaseException:
             self._lock.close()
             raise

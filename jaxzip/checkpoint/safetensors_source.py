@@ -112,6 +112,7 @@ class SafetensorsSource:
     """
 
     kind = "safetensors"
+    custom_metadata = None
 
     def __init__(self, path: Path):
         self.path = path

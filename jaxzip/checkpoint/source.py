@@ -63,6 +63,8 @@ class Source(Protocol):
     hf_config: dict[str, Any] | None
     #: Small files to keep beside the weights, by name: tokenizer.json, config.json, safetensors headers.
     extra_files: dict[str, bytes]
+    #: The user's own metadata in an Orbax checkpoint, which a restored one gets back.
+    custom_metadata: dict[str, Any] | None
     #: What a user should know about how the source was understood.
     notes: tuple[str, ...]
 
@@ -202,24 +204,25 @@ class CastSource:
         self._source = source
         self.kind, self.path = source.kind, source.path
         self.hf_config, self.extra_files = source.hf_config, source.extra_files
+        self._infos = {info.path: info for info in source.tensors()}
+        self._rounded = {
+            path for path, info in self._infos.items() if info.dtype == np.float32 and info.leaf.value_type != "scalar"
+        }
+        self.custom_metadata = source.custom_metadata
         self.notes = (*source.notes, "fp32 tensors are rounded to bf16: the checkpoint holds the rounded bits")
 
     def tensors(self) -> tuple[TensorInfo, ...]:
         return tuple(
-            dataclasses.replace(info, dtype=BF16, derived=self.DERIVED) if self._casts(info) else info
-            for info in self._source.tensors()
+            dataclasses.replace(info, dtype=BF16, derived=self.DERIVED) if path in self._rounded else info
+            for path, info in self._infos.items()
         )
 
     def read(self, info: TensorInfo) -> np.ndarray:
-        array = self._source.read(info)
-        return array.astype(BF16) if info.derived == self.DERIVED and array.dtype == np.float32 else array
+        array = self._source.read(self._infos[info.path])
+        return array.astype(BF16) if info.path in self._rounded else array
 
     def other_leaves(self) -> tuple[Leaf, ...]:
         return self._source.other_leaves()
 
     def files(self) -> tuple[Path, ...]:
         return self._source.files()
-
-    @staticmethod
-    def _casts(info: TensorInfo) -> bool:
-        return info.dtype == np.float32 and info.leaf.value_type != "scalar"
