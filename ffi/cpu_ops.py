@@ -23,20 +23,20 @@ Payload = Mapping[str, jax.Array]
 
 def _call(name: str, shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array, **attributes) -> jax.Array:
     register()
-    operands, result = _same_manual_axes(operands, jax.ShapeDtypeStruct(shape, dtype))
-    return jax.ffi.ffi_call(name, result, vmap_method="expand_dims")(*operands, **attributes)
+    operands, varying = _same_manual_axes(operands)
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, dtype), vmap_method="expand_dims")
+    result = call(*operands, **attributes)
+    # ffi_call takes the result to be the same on every device, whatever its operands are.
+    return jax.lax.pcast(result, varying, to="varying") if varying else result
 
 
-def _same_manual_axes(operands, result):
-    """Inside `jax.shard_map`, marks operands and result as varying over the mesh axes that any operand varies over."""
+def _same_manual_axes(operands):
+    """Inside `jax.shard_map`, marks operands as varying over the mesh axes that any of them varies over."""
     types = [jax.typeof(operand).manual_axis_type for operand in operands]
     varying = frozenset().union(*(t.varying for t in types))
-    if not varying:
-        return operands, result
-    operands = [jax.lax.pcast(o, tuple(sorted(varying - t.varying)), to="varying") if varying - t.varying else o
-                for o, t in zip(operands, types)]
-    shared = jax.typeof(operands[0]).manual_axis_type
-    return operands, jax.ShapeDtypeStruct(result.shape, result.dtype, manual_axis_type=shared)
+    cast = [jax.lax.pcast(o, tuple(sorted(varying - t.varying)), to="varying") if varying - t.varying else o
+            for o, t in zip(operands, types)]
+    return cast, tuple(sorted(varying))
 
 
 def _sizes(m: int, k: int) -> dict[str, np.int64]:
