@@ -1,6 +1,7 @@
 // Hopper instructions that CUDA C++ has no names for.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 namespace jaxzip::ptx {
 
@@ -15,9 +16,8 @@ __device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t address) 
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
-__device__ __forceinline__ void store_shared_u16(bool active, uint32_t address, uint32_t value) {
-  asm volatile("{.reg .pred p; .reg .u16 h; setp.ne.u32 p,%0,0; cvt.u16.u32 h,%2; @p st.shared.u16 [%1],h;}" ::"r"(
-                   static_cast<int>(active)), "r"(address), "r"(value) : "memory");
+__device__ __forceinline__ void store_shared_u16(uint32_t address, uint32_t value) {
+  asm volatile("{.reg .u16 h; cvt.u16.u32 h,%1; st.shared.u16 [%0],h;}" ::"r"(address), "r"(value) : "memory");
 }
 
 // Weights are read once: past L1, so that it keeps nothing.

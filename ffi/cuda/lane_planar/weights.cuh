@@ -3,8 +3,6 @@
 // A source says how many registers a lane holds of one 16x64 tile, loads them, and turns them into A operands. `Raw` is
 // the control: the same kernel, tiling and summation order over uncompressed weights must give the same bits.
 #pragma once
-#include <type_traits>
-
 #include "layout.h"
 #include "ptx.cuh"
 
@@ -71,10 +69,25 @@ struct Raw {
   }
 };
 
+// What found no room in a block, or has no code: rare, so out of line. Positions count from `first_position`.
+static __device__ __noinline__ void scatter_overflow(const OverflowEntry* entries, uint32_t length, uint32_t first,
+                                                     uint32_t block, uint32_t plane, uint32_t first_position,
+                                                     uint32_t positions) {
+  for (uint32_t i = first + (threadIdx.x & 31);; i += 32) {
+    OverflowEntry e = {~block, 0};
+    if (i < length) e = entries[i];
+    const bool mine = e.block == block;
+    const uint32_t position = (e.entry & 0xFFFu) - first_position;
+    if (mine && position < positions) ptx::store_shared_u16(plane + 2 * position, (e.entry >> 12 << 10) & kHighMask);
+    if (!__all_sync(~0u, mine)) break;
+  }
+}
+
 // A warp's patch plane: u16 per weight of its tiles, the constant high exponent bits except where a block's entries
 // put others. Escapes cost no branch: entries are scattered before the tiles are decoded and taken back after.
 template <int kTilesPerWarp>
 struct PatchPlane {
+  static constexpr uint32_t kPositions = kTilesPerWarp * kTileElements;
   uint32_t base;  // shared address
   int lane;
 
@@ -89,30 +102,15 @@ struct PatchPlane {
   __device__ __forceinline__ void scatter(uint2 words, uint32_t count, int tile) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t entry = (i < 2 ? words.x : words.y) >> (16 * (i & 1)) & 0xFFFFu;
-      put<kRestore>(static_cast<uint32_t>(4 * (lane - 1) + i) < count, entry & 0xFFFu, high_of_code(entry >> 12), tile);
+      const uint32_t entry = ((i < 2 ? words.x : words.y) >> (16 * (i & 1))) & 0xFFFFu;
+      bool active = static_cast<uint32_t>(4 * (lane - 1) + i) < count;
+      uint32_t position = entry & 0xFFFu;
+      if (kTilesPerWarp < kTiles) {
+        position -= tile * kTileElements;
+        active = active && position < kPositions;
+      }
+      if (active) ptx::store_shared_u16(base + 2 * position, kRestore ? kConstantHigh : high_of_code(entry >> 12));
     }
-  }
-
-  // What found no room in the block, or has no code. Rare, so out of line.
-  __device__ __noinline__ void scatter_overflow(const Matrix& m, uint32_t first, uint32_t block, int tile) const {
-    for (uint32_t i = first + lane;; i += 32) {
-      OverflowEntry e = {~block, 0};
-      if (i < m.overflow_length) e = m.overflow[i];
-      put<false>(e.block == block, e.entry & 0xFFFu, e.entry >> 12 << 10 & kHighMask, tile);
-      if (!__all_sync(~0u, e.block == block)) break;
-    }
-    __syncwarp();
-  }
-
- private:
-  template <bool kRestore>
-  __device__ __forceinline__ void put(bool active, uint32_t position, uint32_t high, int tile) const {
-    if (kTilesPerWarp < kTiles) {
-      position -= tile * kTileElements;
-      active = active && position < kTilesPerWarp * kTileElements;
-    }
-    ptx::store_shared_u16(active, base + 2 * position, kRestore ? kConstantHigh : high);
   }
 };
 

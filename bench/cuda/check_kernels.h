@@ -1,0 +1,8 @@
+// Correctness of every kernel on small and ragged problems.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "weights.h"
+
+// Number of failures; prints one line a problem.
+int check_kernels(const ExponentClasses& classes, int sms, cudaStream_t stream);

@@ -1,0 +1,33 @@
+// Reads exponents.json, just well enough for that file.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <sstream>
+#include <string>
+
+#include "weights.h"
+
+ExponentClasses read_exponents(const char* path) {
+  std::ifstream file(path);
+  std::stringstream text;
+  text << file.rdbuf();
+  const std::string s = text.str();
+  const size_t first = s.find("\"first\":"), classes = s.find("\"classes\":");
+  if (first == std::string::npos || classes == std::string::npos) {
+    std::fprintf(stderr, "%s: no exponent classes in it\n", path);
+    std::exit(1);
+  }
+  ExponentClasses result = {std::atoi(s.c_str() + first + 8), {}};
+  const char* p = std::strchr(s.c_str() + classes, '[') + 1;
+  while ((p = std::strpbrk(p, "[]")) && *p == '[') {
+    result.counts.emplace_back();
+    while (*p != ']') {
+      char* end;
+      result.counts.back().push_back(std::strtod(p + 1, &end));
+      p = end;
+    }
+    ++p;
+  }
+  return result;
+}

@@ -1,0 +1,131 @@
+// Bare CUDA benchmark of the lane-planar kernels: `check`, or `speed` against the better of cublasGemmEx and cublasLt.
+//
+//   bench check
+//   bench speed OUT.json [weights=real] [n=1,8,16] [shapes=4096x4096,...] [variants=1]
+#include <algorithm>
+#include <cstring>
+#include <fstream>
+#include <sstream>
+
+#include "check_kernels.h"
+#include "cublas_reference.h"
+#include "decompress.h"
+#include "kernels.h"
+#include "product.h"
+#include "timing.h"
+
+namespace {
+
+constexpr size_t kColdBytes = 420u << 20;  // seven times the L2
+constexpr double kCopyBandwidth = 4.3e12;
+
+std::string option(int argc, char** argv, const std::string& name, const std::string& otherwise) {
+  for (int i = 2; i < argc; ++i)
+    if (!std::strncmp(argv[i], (name + "=").c_str(), name.size() + 1)) return argv[i] + name.size() + 1;
+  return otherwise;
+}
+
+std::vector<std::string> split(const std::string& s) {
+  std::vector<std::string> parts;
+  std::stringstream stream(s);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  return parts;
+}
+
+void measure(const Problem& p, int n, int sms, bool variants, cudaStream_t stream, CublasReference& cublas, std::ostream& json) {
+  using namespace jaxzip::lane_planar;
+  DeviceArray<__nv_bfloat16> x(static_cast<size_t>(n) * p.k), y(static_cast<size_t>(n) * p.m);
+  fill_gaussian(reinterpret_cast<uint16_t*>(x.get()), x.size(), 1.0f, 0, 77);
+  CHECK(cudaDeviceSynchronize());
+  const size_t size = static_cast<size_t>(p.m) * p.k;
+  const auto dense = [&](int i) { return DenseProduct{p.dense->get() + size * (i % p.dense_copies), x.get(), y.get(), p.m, n, p.k}; };
+  const int dense_launches = std::max(p.dense_copies, 40), launches = std::max(p.encoded.copies, 40);
+  float best_dense = 1e9f, gemm_ex = 0;
+  const int ways = cublas.prepare(dense(0));
+  for (int way = 0; way < ways; ++way) {
+    const float us = graph_microseconds(stream, [&](int i) { cublas.run(way, dense(i)); }, dense_launches, 5);
+    if (way == 0) gemm_ex = us;
+    best_dense = std::min(best_dense, us);
+  }
+  struct Timed {
+    float us;
+    Candidate candidate;
+  };
+  const auto time = [&](const Candidate& c, bool overlap, int repeats) {
+    return graph_microseconds(
+        stream, [&](int i) { CHECK(run_candidate(c, p.encoded.copy(i), x.get(), y.get(), n, false, stream, false, overlap)); }, launches, repeats);
+  };
+  std::vector<Timed> timed;
+  for (const Candidate& c : candidates(p.encoded.matrix, n, sms)) timed.push_back({time(c, false, 3), c});
+  if (timed.empty()) return;
+  const auto faster = [](const Timed& a, const Timed& b) { return a.us < b.us; };
+  std::sort(timed.begin(), timed.end(), faster);
+  for (size_t i = 0; i < std::min<size_t>(3, timed.size()); ++i) timed[i].us = time(timed[i].candidate, false, 11);
+  std::sort(timed.begin(), timed.begin() + std::min<size_t>(3, timed.size()), faster);
+  const Candidate& best = timed[0].candidate;
+  const float us = timed[0].us, overlapped = time(best, true, 11);
+  const double bytes = p.encoded.block_words_total * 4.0 + 2.0 * n * (p.m + p.k), floor_us = bytes / kCopyBandwidth * 1e6;
+  std::printf("%5dx%-5d N%-3d %s %.3f bits: cublas %6.2f (gemmEx %6.2f)  ours %6.2f  ratio %.3f  overlapped %6.2f %.3f  %.2f TB/s  floor %6.2f  %s\n",
+              p.m, p.k, n, p.weights.c_str(), p.encoded.bits_per_weight, best_dense, gemm_ex, us, best_dense / us, overlapped,
+              best_dense / overlapped, bytes / us / 1e6, floor_us, best.name.c_str());
+  json << "{\"m\": " << p.m << ", \"k\": " << p.k << ", \"n\": " << n << ", \"weights\": \"" << p.weights << "\", \"bits\": "
+       << p.encoded.bits_per_weight << ", \"cublas_us\": " << best_dense << ", \"gemm_ex_us\": " << gemm_ex << ", \"us\": " << us
+       << ", \"overlapped_us\": " << overlapped << ", \"ratio\": " << best_dense / us << ", \"floor_us\": " << floor_us << ", \"kernel\": \"" << best.name
+       << "\"},\n";
+  if (variants) {  // the best of each kernel and cluster size
+    std::vector<std::string> seen;
+    for (const Timed& t : timed) {
+      const std::string kind = t.candidate.name.substr(0, t.candidate.name.find(" cl"));
+      if (std::find(seen.begin(), seen.end(), kind) != seen.end()) continue;
+      seen.push_back(kind);
+      if (seen.size() <= 8) std::printf("      %6.2f %s\n", t.us, t.candidate.name.c_str());
+    }
+  }
+  std::fflush(stdout);
+}
+
+void measure_decompression(const Problem& p, cudaStream_t stream) {
+  const size_t size = static_cast<size_t>(p.m) * p.k;
+  for (const bool transposed : {false, true}) {
+    const float us = graph_microseconds(
+        stream,
+        [&](int i) {
+          CHECK(jaxzip::lane_planar::launch_decompress(p.encoded.copy(i), p.dense->get() + size * (i % p.dense_copies), transposed, stream));
+        },
+        std::max(p.encoded.copies, 20), 5);
+    const double bytes = p.encoded.block_words_total * 4.0 + 2.0 * size;
+    std::printf("%5dx%-5d decompress %s %.2f us, %.2f TB/s\n", p.m, p.k, transposed ? "[k, m]" : "[m, k]", us, bytes / us / 1e6);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) {
+    std::fprintf(stderr, "usage: bench check | bench speed OUT.json [weights=] [n=] [shapes=] [variants=1]\n");
+    return 2;
+  }
+  cudaDeviceProp properties;
+  CHECK(cudaGetDeviceProperties(&properties, 0));
+  cudaStream_t stream;
+  CHECK(cudaStreamCreate(&stream));
+  const ExponentClasses classes = read_exponents(option(argc, argv, "exponents", "bench/cuda/exponents.json").c_str());
+  const int sms = properties.multiProcessorCount;
+  if (!std::strcmp(argv[1], "check")) return check_kernels(classes, sms, stream) != 0;
+
+  CublasReference cublas(stream);
+  std::ofstream json(argc > 2 ? argv[2] : "/dev/null");
+  json << "[\n";
+  const std::string shapes = option(argc, argv, "shapes", "4096x4096,6144x4096,1024x4096,14336x4096,28672x4096,4096x14336,8192x8192");
+  for (const std::string& shape : split(shapes))
+    for (const std::string& weights : split(option(argc, argv, "weights", "real"))) {
+      int m, k;
+      if (std::sscanf(shape.c_str(), "%dx%d", &m, &k) != 2) return 2;
+      const Problem p = make_problem(m, k, weights, classes, kColdBytes);
+      for (const std::string& n : split(option(argc, argv, "n", "1,2,4,8,16,32")))
+        measure(p, std::stoi(n), sms, option(argc, argv, "variants", "0") == "1", stream, cublas, json);
+      if (option(argc, argv, "decompress", "0") == "1") measure_decompression(p, stream);
+    }
+  json << "{}]\n";
+  return 0;
+}

@@ -1,0 +1,90 @@
+// Launch of the small-N matmul: which kernels are compiled, which one a shape gets, and the launch itself.
+#include "matmul_direct.h"
+
+#include <algorithm>
+
+#include "matmul_direct.cuh"
+
+namespace jaxzip::lane_planar {
+namespace {
+
+constexpr int kSharedPerSm = 227 * 1024;
+
+struct Variant {
+  int tiles_per_warp, column_tiles, warps, ctas_per_sm;
+  bool raw;
+  const void* kernel;
+};
+
+template <class Weights, int kTilesPerWarp, int kColumnTiles, int kWarps, int kCtasPerSm>
+Variant variant() {
+  return {kTilesPerWarp, kColumnTiles, kWarps, kCtasPerSm, !Weights::kHasEscapes,
+          reinterpret_cast<const void*>(&matmul_direct<Weights, kTilesPerWarp, kColumnTiles, kWarps, kCtasPerSm>)};
+}
+
+template <class Weights>
+const Variant* find_variant(int n, const DirectConfig& c) {
+  static const Variant variants[] = {
+      variant<Weights, 1, 1, 16, 1>(), variant<Weights, 2, 1, 16, 1>(), variant<Weights, 4, 1, 16, 1>(),
+      variant<Weights, 1, 2, 16, 1>(), variant<Weights, 2, 2, 16, 1>(), variant<Weights, 4, 2, 16, 1>(),
+      variant<Weights, 1, 1, 8, 2>(),  variant<Weights, 2, 1, 8, 2>(),  variant<Weights, 4, 1, 8, 2>(),
+      variant<Weights, 1, 2, 8, 2>(),  variant<Weights, 2, 2, 8, 2>(),  variant<Weights, 1, 4, 16, 1>(),
+      variant<Weights, 2, 4, 16, 1>(), variant<Weights, 4, 4, 8, 1>(),  variant<Weights, 2, 4, 8, 2>(),
+  };
+  const int column_tiles = n <= 8 ? 1 : n <= 16 ? 2 : 4;
+  for (const Variant& v : variants)
+    if (v.tiles_per_warp == c.tiles_per_warp && v.column_tiles == column_tiles && v.warps == c.warps &&
+        v.ctas_per_sm == c.ctas_per_sm)
+      return &v;
+  return nullptr;
+}
+
+const Variant* find_variant(int n, const DirectConfig& c, bool raw) {
+  return raw ? find_variant<Raw>(n, c) : find_variant<LanePlanar>(n, c);
+}
+
+DirectPlan plan_for(const Matrix& w, int n, const DirectConfig& c, bool raw) {
+  return raw ? plan_direct<Raw>(w, n, c.tiles_per_warp, c.warps, c.log_cluster, c.clusters)
+             : plan_direct<LanePlanar>(w, n, c.tiles_per_warp, c.warps, c.log_cluster, c.clusters);
+}
+
+}  // namespace
+
+int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& c, bool raw) {
+  if (n < 1 || n > kDirectMaxN || c.log_cluster < 0 || c.log_cluster > 3 || c.clusters < 1 ||
+      c.clusters > w.m_blocks() || !find_variant(n, c, raw))
+    return 0;
+  const int bytes = plan_for(w, n, c, raw).bytes;
+  return bytes <= kSharedPerSm / c.ctas_per_sm - (c.ctas_per_sm > 1 ? 1024 : 0) ? bytes : 0;
+}
+
+cudaError_t launch_matmul_direct(const Matrix& w, const __nv_bfloat16* x, void* y, int n, bool fp32_out,
+                                 const DirectConfig& c, cudaStream_t stream, bool raw, bool overlap) {
+  if (!direct_shared_bytes(w, n, c, raw)) return cudaErrorInvalidValue;
+  const Variant& v = *find_variant(n, c, raw);
+  DirectArgs args = {w, x, y, n, fp32_out, plan_for(w, n, c, raw)};
+  // A property of the function on the current device; setting it again costs nothing.
+  if (cudaError_t error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.plan.bytes))
+    return error;
+  cudaLaunchAttribute attributes[2];
+  int count = 0;
+  if (c.log_cluster) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {1u << c.log_cluster, 1, 1};
+  }
+  if (overlap) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(c.clusters << c.log_cluster);
+  launch.blockDim = dim3(c.warps * 32);
+  launch.dynamicSmemBytes = args.plan.bytes;
+  launch.stream = stream;
+  launch.attrs = attributes;
+  launch.numAttrs = count;
+  void* parameters[] = {&args};
+  return cudaLaunchKernelExC(&launch, v.kernel, parameters);
+}
+
+}  // namespace jaxzip::lane_planar

@@ -1,0 +1,33 @@
+// Host interface of the small-N matmul: y[n, m] = x[n, k] @ W[m, k].T for n <= 32, W lane-planar or raw.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "layout.h"
+
+namespace jaxzip::lane_planar {
+
+constexpr int kDirectMaxN = 32;
+
+struct DirectConfig {
+  int tiles_per_warp;  // 1, 2 or 4: a warp takes so many of a block's four 16x64 tiles
+  int warps;           // 8 or 16
+  int ctas_per_sm;
+  int log_cluster;  // K is split over 2^log_cluster CTAs, at most 8
+  int clusters;     // any number >= 1; row blocks are dealt to them in turn
+};
+
+// The configuration for this shape on a device of `sms` multiprocessors.
+DirectConfig choose_direct(int m, int k, int n, int sms);
+
+// Shared memory that a CTA needs, or 0 if there is no such kernel or more is needed than an SM has.
+int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& config, bool raw = false);
+
+// Launches on `stream`: no allocation, no synchronisation, safe to capture. `w.blocks` holds bf16 in fragment order
+// (2048 words a block, no entries, zero shifts) if `raw`. `overlap` asks for programmatic dependent launch: only x and y may
+// then depend on the kernel before. Returns cudaErrorInvalidValue for a configuration that does not fit.
+cudaError_t launch_matmul_direct(const Matrix& w, const __nv_bfloat16* x, void* y, int n, bool fp32_out,
+                                 const DirectConfig& config, cudaStream_t stream, bool raw = false,
+                                 bool overlap = false);
+
+}  // namespace jaxzip::lane_planar
