@@ -1,1 +1,42 @@
-"""Flax transformers that run on compressed weights, one file a family."""
+"""Flax transformers whose weights may be dense or compressed, generation, and tokenizers.
+
+    config      LlamaConfig: what a checkpoint's metadata stores
+    layers      Linear, Embedding, RMSNorm: the only places that touch weights
+    rope, attention, llama                one block of the network each; llama.Llama is the model
+    params      plain nested dicts in and out of a model      init  random weights for tests and benchmarks
+    cache       KVCache, static shapes      sampling  logits to a token      generate  the loop under one jit
+    tokenizer   text to ids and back        tokenizer_gguf  tokenizer.json from GGUF metadata
+
+    prompts ─► pad left ─► prefill ─► sample ─► while not all done: decode one token, sample ─► tokens
+                              └────────────── KVCache ──────────────┘
+
+Example::
+
+    model = Llama.from_params(LlamaConfig.from_hf(hf_config), params)    # params: dense arrays or CompressedTensors
+    out = generate(model, [tokenizer.encode("Hello")], max_new_tokens=32)
+    print(tokenizer.decode(out.sequences()[0]))
+"""
+
+from jaxzip.models.cache import KVCache
+from jaxzip.models.config import Llama3RopeScaling, LlamaConfig, UnsupportedConfigError
+from jaxzip.models.generate import Generation, generate, stream
+from jaxzip.models.init import random_params
+from jaxzip.models.llama import Llama
+from jaxzip.models.sampling import GREEDY, Sampling
+from jaxzip.models.tokenizer import StreamDecoder, Tokenizer
+
+__all__ = [
+    "GREEDY",
+    "Generation",
+    "KVCache",
+    "Llama",
+    "Llama3RopeScaling",
+    "LlamaConfig",
+    "Sampling",
+    "StreamDecoder",
+    "Tokenizer",
+    "UnsupportedConfigError",
+    "generate",
+    "random_params",
+    "stream",
+]

@@ -1,0 +1,230 @@
+"""``generate`` and ``stream``: prefill and the decode loop, under one ``jax.jit``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxzip.models.batching import bucket, pad_prompts
+from jaxzip.models.cache import KVCache
+from jaxzip.models.llama import Llama
+from jaxzip.models.sampling import GREEDY, Sampling, sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What :func:`generate` returns, on the host.
+
+    Attributes:
+      tokens: int32 ``[B, max_new_tokens]``, the end-of-sequence token included, ``pad`` after it.
+      lengths: int32 ``[B]``, tokens of each row that count.
+      logits: fp32 ``[B, max_new_tokens, vocab_size]``, what each token was drawn from; ``None`` unless asked for, and
+        zero where no row was running any more.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    logits: np.ndarray | None = None
+
+    def sequences(self) -> list[list[int]]:
+        """The generated tokens of each row, without padding."""
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    key: jax.Array | None = None,
+    eos: Sequence[int] | None = None,
+    pad: int = 0,
+    return_logits: bool = False,
+) -> Generation:
+    """Continues each prompt by up to ``max_new_tokens`` tokens.
+
+    Prefill and the decode loop are one program, compiled for a bucket of prompt length and ``max_new_tokens``, the
+    number of prompts and the kind of sampling; weights are its arguments. It ends early when every row has ended.
+
+    Args:
+      prompts: token ids, of different lengths; a row's result depends on the others only by rounding.
+      sampling: how tokens are drawn.
+      key: typed PRNG key (``jax.random.key(seed)``); needed unless greedy. A row's draws depend on the key, the row's
+        index and the step only.
+      eos: token ids that end a row; default: the config's. ``()`` never ends.
+      pad: what fills ``tokens`` after a row's end.
+      return_logits: keep the logits of every step (``4 * B * max_new_tokens * vocab_size`` bytes).
+
+    Raises:
+      PromptError: no prompt, an empty one, an id outside the vocabulary, or a prompt too long for the context.
+      ValueError: ``max_new_tokens`` is below 1, or sampling without a key.
+    """
+    setup = _Setup.of(model, prompts, max_new_tokens, sampling, key, eos, pad)
+    run = _generate(setup.static, return_logits, setup.weights, setup.inputs)
+    n = max_new_tokens
+    logits = np.asarray(run.logits)[:, :n] if return_logits else None
+    return Generation(np.asarray(run.tokens)[:, :n], np.asarray(run.lengths), logits)
+
+
+def stream(
+    model: Llama,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    key: jax.Array | None = None,
+    eos: Sequence[int] | None = None,
+    chunk: int = 1,
+) -> Iterator[int]:
+    """Yields the tokens that :func:`generate` gives for ``[prompt]``, as they come.
+
+    Args:
+      chunk: tokens decoded between two looks at the device; more is faster and less smooth. The cache is donated
+        from one chunk to the next.
+
+    Raises:
+      As :func:`generate`, at the call and not at the first token.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, expected 1 or more")
+    setup = _Setup.of(model, [prompt], max_new_tokens, sampling, key, eos, pad=0)
+    return _stream(setup, chunk)
+
+
+def _stream(setup: _Setup, chunk: int) -> Iterator[int]:
+    run, shown = _start(setup.static, False, setup.weights, setup.inputs), 0
+    while True:
+        length, done = int(run.lengths[0]), bool(run.done[0])
+        yield from np.asarray(run.tokens)[0, shown:length].tolist()
+        shown = length
+        limit = int(setup.inputs["limit"])
+        if done or length >= limit:
+            return
+        run = _advance(setup.static, setup.weights, setup.inputs, run, np.int32(min(length + chunk, limit)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What a program is compiled for, besides the shapes of its arguments."""
+
+    graphdef: nnx.GraphDef
+    capacity: int
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    static: _Static
+    weights: nnx.State
+    inputs: dict[str, jax.Array | np.ndarray]
+
+    @classmethod
+    def of(cls, model, prompts, max_new_tokens, sampling, key, eos, pad) -> _Setup:
+        tokens, start = pad_prompts(model.config, prompts, max_new_tokens)
+        if key is None:
+            if sampling.kind != "greedy":
+                raise ValueError(f"{sampling} draws at random; pass key=jax.random.key(seed)")
+            key = jax.random.key(0)
+        graphdef, weights = nnx.split(model)
+        inputs = {
+            "tokens": tokens,
+            "start": start,
+            "limit": np.int32(max_new_tokens),
+            "eos": np.array(model.config.eos_token_ids if eos is None else tuple(eos), np.int32),
+            "pad": np.int32(pad),
+            "key": key,
+            "sampling": sampling.values(),
+        }
+        return cls(_Static(graphdef, bucket(max_new_tokens), sampling.kind), weights, inputs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The decode loop's state: ``step`` tokens of each row are known, the last of them not yet in the cache."""
+
+    step: jax.Array
+    last: jax.Array
+    done: jax.Array
+    lengths: jax.Array
+    tokens: jax.Array
+    logits: jax.Array | None
+    cache: KVCache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(static: _Static, keep_logits: bool, weights: nnx.State, inputs) -> _Run:
+    run = _loop(static, weights, inputs, _prefill(static, keep_logits, weights, inputs), inputs["limit"])
+    return dataclasses.replace(run, cache=None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(static: _Static, keep_logits: bool, weights: nnx.State, inputs) -> _Run:
+    return _prefill(static, keep_logits, weights, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _advance(static: _Static, weights: nnx.State, inputs, run: _Run, until: jax.Array) -> _Run:
+    return _loop(static, weights, inputs, run, until)
+
+
+def _prefill(static: _Static, keep_logits: bool, weights: nnx.State, inputs) -> _Run:
+    model = nnx.merge(static.graphdef, weights)
+    rows, width = inputs["tokens"].shape
+    with jax.named_scope("prefill"):
+        cache = KVCache.empty(model.config, inputs["start"], width + static.capacity)
+        hidden, cache = model.hidden(inputs["tokens"], cache)
+        logits = model.logits(hidden[:, -1])
+    run = _Run(
+        step=jnp.int32(0),
+        last=jnp.zeros(rows, jnp.int32),
+        done=jnp.zeros(rows, bool),
+        lengths=jnp.zeros(rows, jnp.int32),
+        tokens=jnp.full((rows, static.capacity), inputs["pad"], jnp.int32),
+        logits=jnp.zeros((rows, static.capacity, logits.shape[-1]), jnp.float32) if keep_logits else None,
+        cache=cache,
+    )
+    return _record(static, inputs, run, logits)
+
+
+def _loop(static: _Static, weights: nnx.State, inputs, run: _Run, until: jax.Array) -> _Run:
+    def unfinished(run: _Run):
+        return (run.step < until) & ~jnp.all(run.done)
+
+    def decode(run: _Run) -> _Run:
+        # Without the barrier XLA may decompress the weights before the loop, and hold them all.
+        here, last = jax.lax.optimization_barrier((weights, run.last))
+        model = nnx.merge(static.graphdef, here)
+        with jax.named_scope("decode"):
+            hidden, cache = model.hidden(last[:, None], run.cache)
+            logits = model.logits(hidden[:, -1])
+        return _record(static, inputs, dataclasses.replace(run, cache=cache), logits)
+
+    return jax.lax.while_loop(unfinished, decode, run)
+
+
+def _record(static: _Static, inputs, run: _Run, logits: jax.Array) -> _Run:
+    """Draws the next token of each row from ``logits[B, V]`` and writes it down; finished rows get padding."""
+    with jax.named_scope("sample"):
+        drawn = sample(logits, inputs["key"], run.step, static.kind, inputs["sampling"])
+    ends = jnp.any(drawn[:, None] == inputs["eos"][None, :], axis=1)
+    shown = jnp.where(run.done, inputs["pad"], drawn)
+    kept = run.logits
+    if kept is not None:
+        kept = jax.lax.dynamic_update_slice(kept, logits[:, None], (0, run.step, 0))
+    return dataclasses.replace(
+        run,
+        step=run.step + 1,
+        last=drawn,
+        done=run.done | ends,
+        lengths=run.lengths + ~run.done,
+        tokens=jax.lax.dynamic_update_slice(run.tokens, shown[:, None], (0, run.step)),
+        logits=kept,
+    )

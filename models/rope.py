@@ -1,0 +1,40 @@
+"""Rotary position embedding (RoPE), with Llama 3's frequency scaling."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxzip.models.config import LlamaConfig
+
+
+def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Angle per position of each rotated pair: fp32 ``[head_dim // 2]``.
+
+    RoFormer (Su et al., 2021), eq. 15; the scaling is that of Llama 3.1 (see ``Llama3RopeScaling``).
+    """
+    # On the host in fp64: the constants are rounded once, whatever the device's pow does.
+    freqs = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_max_position_embeddings * freqs / (2 * np.pi)
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = np.clip(keep, 0.0, 1.0)
+        freqs = keep * freqs + (1 - keep) * freqs / scaling.factor
+    return freqs.astype(np.float32)
+
+
+def rotation(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines for int32 ``positions[B, S]``: two fp32 arrays ``[B, S, head_dim // 2]``."""
+    angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates ``x[B, S, heads, head_dim]``, pairing element ``i`` with ``i + head_dim // 2`` (Hugging Face's order).
+
+    Computed in fp32 and rounded once to ``x.dtype``.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
