@@ -29,7 +29,8 @@ print(json.dumps({"seconds": seconds, "peak_bytes": 1024 * resource.getrusage(re
 
 
 def weights(shape: tuple[int, int], seed: int):
-    """bf16 weights with Gaussian exponents and random signs and mantissas: cheap to make, as hard to compress as real ones."""
+    """bf16 weights with Gaussian exponents and random signs and mantissas: cheap to make, as hard to "
+    "compress as real ones."""
     import ml_dtypes
     import numpy as np
 
@@ -65,24 +66,28 @@ def measure(source: pathlib.Path, folder: pathlib.Path, label: str, steps: tuple
     }
     for step in steps:
         command = [sys.executable, "-W", "ignore", "-c", MEASURE, step, *arguments[step]]
-        result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        result = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        )
         if step == "convert":
             from jaxzip import checkpoint
 
             info = checkpoint.inspect(dst)
             total = info["total"]
             largest = max(row["original_bytes"] for row in info["tensors"])
-        rows.append({
-            "source": label,
-            "step": step,
-            "GB": total["original_bytes"] / 1e9,
-            "seconds": result["seconds"],
-            "MB/s": total["original_bytes"] / 1e6 / result["seconds"],
-            "largest tensor MB": largest / 1e6,
-            "peak MB": result["peak_bytes"] / 1e6,
-            "bound MB": 3 * largest / 1e6 + 400,
-            "ratio": total["ratio"],
-        })
+        rows.append(
+            {
+                "source": label,
+                "step": step,
+                "GB": total["original_bytes"] / 1e9,
+                "seconds": result["seconds"],
+                "MB/s": total["original_bytes"] / 1e6 / result["seconds"],
+                "largest tensor MB": largest / 1e6,
+                "peak MB": result["peak_bytes"] / 1e6,
+                "bound MB": 3 * largest / 1e6 + 400,
+                "ratio": total["ratio"],
+            }
+        )
     return rows
 
 

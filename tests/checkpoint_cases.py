@@ -43,7 +43,10 @@ def nested_tree() -> dict[str, Any]:
 
 def flat_tree() -> dict[str, Any]:
     """A tree whose keys have slashes and dots, as flattened parameter dicts do."""
-    return {"model/layer.0/kernel": jnp.asarray(gaussian_weights((64, 128))), "model/layer.0/bias": np.zeros(128, np.int32)}
+    return {
+        "model/layer.0/kernel": jnp.asarray(gaussian_weights((64, 128))),
+        "model/layer.0/bias": np.zeros(128, np.int32),
+    }
 
 
 def save_standard(path: Path, tree) -> None:
@@ -70,7 +73,9 @@ def save_v1(path: Path, tree) -> None:
 def save_composite(path: Path, tree) -> None:
     handler = ocp.CompositeCheckpointHandler()
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path, args=ocp.args.Composite(params=ocp.args.StandardSave(tree), notes=ocp.args.JsonSave({"a": 1})))
+        checkpointer.save(
+            path, args=ocp.args.Composite(params=ocp.args.StandardSave(tree), notes=ocp.args.JsonSave({"a": 1}))
+        )
 
 
 def save_manager(path: Path, tree) -> None:

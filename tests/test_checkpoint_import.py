@@ -42,7 +42,9 @@ def assert_is_llama(tree, tensors, *, tied):
     np.testing.assert_array_equal(
         cases.bits(dense(tree, "embedder", "embedding")), cases.bits(tensors["model.embed_tokens.weight"])
     )
-    np.testing.assert_array_equal(cases.bits(dense(tree, "final_norm", "scale")), cases.bits(tensors["model.norm.weight"]))
+    np.testing.assert_array_equal(
+        cases.bits(dense(tree, "final_norm", "scale")), cases.bits(tensors["model.norm.weight"])
+    )
     assert ("lm_head" in tree) != tied
     assert set(tree) <= {"embedder", "layers", "final_norm", "lm_head"}
 
@@ -67,6 +69,11 @@ def test_hugging_face_llama(tmp_path, tied):
     assert cases.tree_digest(src) == before
     checkpoint.restore(dst, tmp_path / "tree")
     assert_is_llama(checkpoint_tree(tmp_path / "tree"), tensors, tied=tied)
+    checkpoint.convert(tmp_path / "tree", tmp_path / "again")
+    again = checkpoint.open_checkpoint(tmp_path / "again")
+    assert again.hf_config == opened.hf_config and again.extra_file("tokenizer.json") == opened.extra_file(
+        "tokenizer.json"
+    )
 
 
 def checkpoint_tree(path):
@@ -119,7 +126,8 @@ def write_gguf(path, tensors, *, quantised):
     writer.add_vocab_size(160)
     parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+             "post_attention_layernorm": "ffn_norm"}  # fmt: skip
     top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     for name, array in tensors.items():
         stem = name.removesuffix(".weight")
@@ -148,10 +156,13 @@ def test_gguf_of_bf16_weights_is_the_hugging_face_model(tmp_path, tied):
     checkpoint.convert(tmp_path / "m.gguf", tmp_path / "dst")
     assert checkpoint.verify(tmp_path / "m.gguf", tmp_path / "dst") and checkpoint.verify_checksums(tmp_path / "dst")
     opened = checkpoint.open_checkpoint(tmp_path / "dst")
-    norms = {name: array.astype(np.float32) for name, array in tensors.items() if array.ndim == 1}
-    assert_is_llama(opened.load_tree(on_host=True), tensors | norms, tied=tied)
+    assert_is_llama(opened.load_tree(on_host=True), tensors, tied=tied)
+    assert opened.entry("final_norm/scale")["derived"] == "F32 vectors rounded to bf16"
+    assert "derived" not in opened.entry("embedder/embedding")
     config = opened.hf_config
-    assert config["tie_word_embeddings"] is tied and config["rms_norm_eps"] == 1e-5 and config["num_key_value_heads"] == 2
+    assert (
+        config["tie_word_embeddings"] is tied and config["rms_norm_eps"] == 1e-5 and config["num_key_value_heads"] == 2
+    )
     assert config["head_dim"] == 16 and config["vocab_size"] == 160 and config["num_hidden_layers"] == 2
 
 

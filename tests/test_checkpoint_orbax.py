@@ -50,6 +50,18 @@ def test_strings_and_custom_metadata_come_back(tmp_path):
     assert ocp_v1.metadata(tmp_path / "back").custom_metadata == {"author": "test"}
 
 
+def test_a_sharded_checkpoint_is_read_on_one_host(tmp_path):
+    w = cases.gaussian_weights((256, 128))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+    sharded = jax.device_put(w, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b")))
+    cases.save_v1(tmp_path / "src", {"w": sharded})
+    checkpoint.convert(tmp_path / "src", tmp_path / "dst")
+    assert checkpoint.verify(tmp_path / "src", tmp_path / "dst")
+    np.testing.assert_array_equal(
+        cases.bits(jaxzip.decompress(checkpoint.open_checkpoint(tmp_path / "dst").load("w"))), cases.bits(w)
+    )
+
+
 def test_random_keys_come_back(tmp_path):
     cases.save_v1(tmp_path / "src", {"key": jax.random.key(3), "w": np.ones(3, np.float32)})
     checkpoint.convert(tmp_path / "src", tmp_path / "dst")
@@ -109,7 +121,7 @@ def test_metadata_has_what_arrays_cannot_say(nested):
     assert entry["shape"] == [128, 192] and entry["dtype"] == "bfloat16" and entry["output_axis"] == -1
     assert entry["checksum"]["algorithm"] == "sha256" and entry["window"]["start_exp"] > 0
     info = checkpoint.inspect(dst)
-    row = next(row for row in info["tensors"] if row["name"] == "layers/0/mlp/kernel")
+    row = next(row for row in info["tensors"] if row["path"] == "layers/0/mlp/kernel")
     assert 10 < row["bits_per_weight"] < 16 and row["coverage"] > 0.9 and row["escapes"] > 0
     assert info["total"]["stored_bytes"] < info["total"]["original_bytes"]
     assert info["source"]["kind"] == "orbax" and info["source"]["fingerprint"]
@@ -117,7 +129,11 @@ def test_metadata_has_what_arrays_cannot_say(nested):
 
 def test_rules_decide_and_unused_rules_are_reported(tmp_path):
     cases.save_pytree(tmp_path / "src", cases.nested_tree())
-    rules = (jaxzip.CompressionRule(r"stack", format="raw"), jaxzip.CompressionRule(r"nowhere"), jaxzip.CompressionRule())
+    rules = (
+        jaxzip.CompressionRule(r"stack", format="raw"),
+        jaxzip.CompressionRule(r"nowhere"),
+        jaxzip.CompressionRule(),
+    )
     report = checkpoint.convert(tmp_path / "src", tmp_path / "dst", rules=rules)
     assert {row.path: row.format for row in report.tensors}["stack"] == "raw"
     assert report.unused_rules == (rules[1],)

@@ -20,7 +20,8 @@ import importlib, os, signal, sys
 module, name, when, operation, src, dst = sys.argv[1:]
 from jaxzip import checkpoint
 target = importlib.import_module(module)
-owner = target.PartialCheckpoint if hasattr(target, "PartialCheckpoint") and hasattr(target.PartialCheckpoint, name) else target
+writer = getattr(target, "PartialCheckpoint", None)
+owner = writer if hasattr(writer, name) else target
 real, count = getattr(owner, name), [0]
 def dying(*args, **kwargs):
     count[0] += 1
@@ -55,7 +56,10 @@ def source(tmp_path_factory):
 def run_and_die(point, operation, src, dst):
     module, name, when = point
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, module, name, str(when), operation, src, dst], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", CHILD, module, name, str(when), operation, src, dst],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
 

@@ -1,12 +1,12 @@
 """Checkpoints: compressed Orbax checkpoints in and out, importers of safetensors and GGUF, verification.
 
-    source              any checkpoint, read one tensor at a time (orbax_source, safetensors_source, gguf_source)
-      | convert         compresses; partial writes it so that it survives kill -9; layout says what is in it
-      v
-    compressed Orbax checkpoint  --read-->  CompressedTensors     --verify-->  the same bits as the source?
-      | restore
-      v
-    the original Orbax tree, or the original safetensors files
+source              any checkpoint, read one tensor at a time (orbax_source, safetensors_source, gguf_source)
+  | convert         compresses; partial writes it so that it survives kill -9; layout says what is in it
+  v
+compressed Orbax checkpoint  --read-->  CompressedTensors     --verify-->  the same bits as the source?
+  | restore
+  v
+the original Orbax tree, or the original safetensors files
 """
 
 from jaxzip.checkpoint.convert import convert

@@ -1,7 +1,7 @@
 """One array on disk, in the layout in which Orbax stores a tree's leaves: a zarr3 directory (or any that Orbax wrote).
 
-Arrays go straight through tensorstore, as Orbax itself writes them. Every chunk carries a CRC-32C, so that a flipped bit
-is found when it is read, by Orbax too, and chunks are small, so that writing needs no second copy of a large array.
+Arrays go straight through tensorstore, as Orbax itself writes them. Every chunk carries a CRC-32C, so that a flipped
+bit is found when it is read, by Orbax too, and chunks are small, so that writing needs no second copy of a large array.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def write_error(error: Exception, path: Path) -> CheckpointError:
     """The typed error of a failed write to ``path``."""
     if "No space left" in str(error) or getattr(error, "errno", None) == 28 or "quota" in str(error).lower():
-        return CheckpointError(f"disk full while writing {path}: free some space and run the same command again ({error})")
+        return CheckpointError(
+            f"disk full while writing {path}: free some space and run the same command again ({error})"
+        )
     return CheckpointError(f"cannot write {path}: {error}")
 
 
@@ -88,7 +90,7 @@ def read_array(
 
     Raises:
       CheckpointError: the array or one of its chunks is missing.
-      CorruptDataError: a chunk is truncated or has a wrong checksum, or the stored shape or dtype is not the expected one.
+      CorruptDataError: a chunk is truncated or has a wrong checksum, or the stored shape or dtype is not the expected.
     """
     store = open_array(directory, name, driver=driver, ocdbt=ocdbt)
     found = (tuple(store.shape), store.dtype.numpy_dtype)

@@ -42,10 +42,10 @@ def convert(
 ) -> CompressionReport:
     """Compresses the checkpoint at ``src`` into a new Orbax checkpoint at ``dst``.
 
-    ``dst`` appears in one step, complete, or not at all. Until then the work is in ``dst`` + ".jaxzip-partial"; the same
-    call after a crash or ``kill -9`` goes on with the tensors that are complete there, provided that the source's files
-    (names, sizes, times), the rules and ``cast`` are the same. ``src`` is only read. Leaves that no rule takes, and those
-    that compression would not shrink, are carried over unchanged.
+    ``dst`` appears in one step, complete, or not at all. Until then the work is in ``dst`` + ".jaxzip-partial"; the
+    same call after a crash or ``kill -9`` goes on after the tensors that are complete there, provided that the source's
+    files (names, sizes, times), the rules and ``cast`` are the same. ``src`` is only read. Leaves that no rule takes,
+    and those that compression would not shrink, are carried over unchanged.
 
     Args:
       src: see :func:`jaxzip.checkpoint.open_source`.

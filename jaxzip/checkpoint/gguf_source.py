@@ -22,10 +22,11 @@ _SLAB_ELEMENTS = 4 << 20
 class GgufSource:
     """One GGUF file.
 
-    In a file with quantised tensors everything becomes bf16: blocks are decoded to fp32 and rounded to nearest even, and
-    so are its fp32 norms, because the model that comes out is a bf16 model; the metadata says so. In a file without,
-    F16, BF16 and F32 tensors pass through as they are. The rows of q and k, which llama.cpp permutes for its rotary
-    embedding, are put back into Hugging Face's order. Tensors of other architectures keep their own names.
+    In a file with quantised tensors everything becomes bf16: blocks are decoded to fp32 and rounded to nearest even,
+    and so are its fp32 norms, because the model that comes out is a bf16 model. Of a Llama in BF16, whose norms GGUF keeps
+    in F32, only those vectors are rounded. The metadata says so. Everything else passes through as it is. The rows of q
+    and k, which llama.cpp permutes for its rotary embedding, are put back into Hugging Face's order. Tensors of other
+    architectures keep their own names.
     """
 
     kind = "gguf"
@@ -38,7 +39,9 @@ class GgufSource:
         try:
             self._reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-            raise CorruptDataError(f"{path} is no readable GGUF file ({error}); it is truncated or corrupt, get it again") from None
+            raise CorruptDataError(
+                f"{path} is no readable GGUF file ({error}); it is truncated or corrupt, get it again"
+            ) from None
         self._fields = _Fields(self._reader)
         self._llama = self._fields.get("general.architecture") == "llama"
         self._tensors = {}
@@ -47,13 +50,19 @@ class GgufSource:
             kind = gguf.GGMLQuantizationType(tensor.tensor_type).name
             if tensor.data_offset + int(tensor.n_bytes) > size:
                 raise CorruptDataError(
-                    f"{path}: {tensor.name} ends at byte {tensor.data_offset + int(tensor.n_bytes)}, the file has {size}; "
+                    f"{path}: {tensor.name} ends at byte {tensor.data_offset + int(tensor.n_bytes)}, the "
+                    f"file has {size}; "
                     "it is truncated, get it again"
                 )
             self._tensors[tensor.name] = (tensor, kind)
             types.add(kind)
         quantised = sorted(types - set(_PLAIN))
-        self._derived = f"dequantised from {'/'.join(quantised)}, rounded to bf16" if quantised else None
+        self._derived = None
+        if quantised:
+            self._derived = f"dequantised from {'/'.join(quantised)}, rounded to bf16"
+        elif self._llama and {"BF16", "F32"} <= types:
+            self._derived = "F32 vectors rounded to bf16"
+        self._quantised = bool(quantised)
         self._infos = tuple(self._info(tensor, kind) for tensor, kind in self._tensors.values())
         self.hf_config = hf_config(self._fields, self._tensors) if self._llama else None
         self.notes = (self._derived,) if self._derived else ()
@@ -84,7 +93,7 @@ class GgufSource:
     def _decode(self, raw: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
         if kind in _PLAIN:
             array = raw.view(_PLAIN[kind]).reshape(shape)
-            return array.astype(BF16) if self._derived and array.dtype.kind == "f" else array
+            return array.astype(BF16) if self._rounds(kind, len(shape)) else array
         import gguf
 
         rows = raw.reshape(int(np.prod(shape[:-1])), -1)
@@ -94,7 +103,9 @@ class GgufSource:
             try:
                 block = gguf.quants.dequantize(rows[start : start + step], gguf.GGMLQuantizationType[kind])
             except NotImplementedError:
-                raise CheckpointError(f"{self.path}: the gguf package cannot decode {kind}; upgrade it or use another file") from None
+                raise CheckpointError(
+                    f"{self.path}: the gguf package cannot decode {kind}; upgrade it or use another file"
+                ) from None
             out[start : start + step] = block.reshape(-1, shape[-1])
         return out.reshape(shape)
 
@@ -104,10 +115,15 @@ class GgufSource:
         shape = tuple(int(n) for n in reversed(tensor.shape))
         if self._transposed(tensor):
             shape = shape[::-1]
-        dtype = BF16 if self._derived and not kind.startswith("I") else _PLAIN.get(kind, BF16)
+        rounds = kind not in _PLAIN or self._rounds(kind, len(shape))
+        dtype = BF16 if rounds else _PLAIN[kind]
         axis = None if name or len(shape) < 2 else TABLE_AXIS
-        derived = self._derived if dtype == BF16 and kind != "BF16" else None
+        derived = self._derived if rounds else None
         return TensorInfo(dict_leaf(path), shape, dtype, axis, tensor.name, derived)
+
+    def _rounds(self, kind: str, ndim: int) -> bool:
+        """Whether a tensor that is not quantised becomes bf16."""
+        return kind in ("F16", "F32", "F64") and self._derived is not None and (self._quantised or ndim == 1)
 
     def _transposed(self, tensor) -> bool:
         name = llama_names.hf_name(tensor.name) if self._llama else None
@@ -187,7 +203,9 @@ def hf_config(fields: Mapping[str, Any], tensor_names: Mapping[str, Any]) -> dic
             "rope_theta": decimal("llama.rope.freq_base", 10000.0),
         }
     except KeyError as error:
-        raise CheckpointError(f"the GGUF file has no {error}; it is no complete Llama model, get another file") from None
+        raise CheckpointError(
+            f"the GGUF file has no {error}; it is no complete Llama model, get another file"
+        ) from None
     if "rope_freqs.weight" in tensor_names:
         raise CheckpointError(
             "the GGUF file has rope_freqs (Llama 3.1 rotary scaling), which GGUF stores without its parameters; "

@@ -22,7 +22,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         report = entry_report(entry)
         rows.append(
             {
-                "name": name,
+                "path": name,
                 "shape": entry["shape"],
                 "dtype": entry["dtype"],
                 "format": entry["format"],
@@ -46,6 +46,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "layout_version": checkpoint.metadata["layout_version"],
         "library_version": checkpoint.metadata["library_version"],
         "source": checkpoint.metadata["source"],
+        "notes": checkpoint.metadata["source"]["notes"],
         "model_type": (checkpoint.hf_config or {}).get("model_type"),
         "extra_files": sorted(checkpoint.metadata["extra_files"]),
         "tensors": rows,
@@ -55,6 +56,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "original_bytes": original,
             "stored_bytes": stored,
             "ratio": stored / max(original, 1),
-            "compressed_bits_per_weight": 8 * sum(row["stored_bytes"] for row in compressed) / weights if weights else None,
+            "bits_per_weight": 8 * stored / max(sum(math.prod(row["shape"]) for row in rows), 1),
+            "compressed_bits_per_weight": 8 * sum(row["stored_bytes"] for row in compressed) / weights
+            if weights
+            else None,
         },
     }

@@ -73,7 +73,9 @@ def read_document(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give the path of a compressed checkpoint")
     if not (path / CHECKPOINT_FILE).exists():
-        raise CheckpointError(f"{path} has no {CHECKPOINT_FILE}: it is no compressed checkpoint; make one with jaxzip convert")
+        raise CheckpointError(
+            f"{path} has no {CHECKPOINT_FILE}: it is no compressed checkpoint; make one with jaxzip convert"
+        )
     metadata = read_json(path / CHECKPOINT_FILE)
     custom = metadata.get("custom_metadata") if isinstance(metadata, dict) else None
     if not isinstance(custom, dict) or "jaxzip" not in custom:
@@ -82,7 +84,8 @@ def read_document(path: Path) -> dict[str, Any]:
     version = document.get("layout_version") if isinstance(document, dict) else None
     if isinstance(version, int) and version > LAYOUT_VERSION:
         raise UnsupportedVersionError(
-            f"{path} has layout version {version} (written by jaxzip {document.get('library_version')}), this jaxzip reads "
+            f"{path} has layout version {version} (written by jaxzip {document.get('library_version')}), "
+            "this jaxzip reads "
             f"up to {LAYOUT_VERSION}; upgrade jaxzip"
         )
     if not isinstance(document, dict) or document_digest(document) != custom.get("jaxzip_sha256"):

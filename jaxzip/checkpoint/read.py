@@ -1,4 +1,5 @@
-"""``open_checkpoint``: a compressed checkpoint's tensors, one by one or as a tree, checked before anything uses them."""
+"""``open_checkpoint``: a compressed checkpoint's tensors, one by one or as a tree, checked before "
+"anything uses them."""
 
 from __future__ import annotations
 
@@ -94,7 +95,9 @@ class Checkpoint:
         else:
             value = self._read_compressed(name, leaf, entry)
         if verify and not checksum.matches(dense(value, entry["checksum"]["order"]), entry["checksum"]):
-            raise CorruptDataError(f"{name}: the decoded bits do not have the checksum of the original; get {self.path} again")
+            raise CorruptDataError(
+                f"{name}: the decoded bits do not have the checksum of the original; get {self.path} again"
+            )
         return value
 
     def load_tree(self, *, on_host: bool = False, sharding: Sharding | None = None, verify: bool = False) -> Any:
@@ -129,12 +132,14 @@ class Checkpoint:
     def _read_compressed(self, name: str, leaf: Leaf, entry: Mapping[str, Any]) -> CompressedTensor:
         if entry["format"] not in formats.names():
             raise CheckpointError(
-                f"{name}: unknown format {entry['format']!r}; this jaxzip knows {', '.join(formats.names())}; upgrade jaxzip"
+                f"{name}: unknown format {entry['format']!r}; this jaxzip knows "
+                f"{', '.join(formats.names())}; upgrade jaxzip"
             )
         fmt = formats.get(entry["format"])
         if entry["format_version"] > fmt.version:
             raise UnsupportedVersionError(
-                f"{name}: {fmt.name} version {entry['format_version']}, this jaxzip reads up to {fmt.version}; upgrade jaxzip"
+                f"{name}: {fmt.name} version {entry['format_version']}, this jaxzip reads up to "
+                f"{fmt.version}; upgrade jaxzip"
             )
         payload = {field: self._read(leaf, field, spec) for field, spec in entry["payload"].items()}
         core = tuple(entry["shape"][-entry["core_ndim"] :])
@@ -169,7 +174,9 @@ def validate(z: CompressedTensor) -> None:
     """
     fmt, (m, k) = formats.get(z.format), z.matrix_shape
     if set(z.payload) != set(fmt.fields(m, k)):
-        raise CorruptDataError(f"{fmt.name}: payload arrays are {sorted(z.payload)}, expected {sorted(fmt.fields(m, k))}")
+        raise CorruptDataError(
+            f"{fmt.name}: payload arrays are {sorted(z.payload)}, expected {sorted(fmt.fields(m, k))}"
+        )
     for index in np.ndindex(z.batch_shape):
         host.validate(_matrix(z, index), z.format, m, k)
 

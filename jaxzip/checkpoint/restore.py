@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from jaxzip.checkpoint.convert import check_apart
 from jaxzip.checkpoint.partial import PartialCheckpoint, sync_directory
 from jaxzip.checkpoint.progress import ProgressCallback, Tracker
 from jaxzip.checkpoint.read import Checkpoint, dense, open_checkpoint
-from jaxzip.checkpoint.safetensors_source import HEADER_SUFFIX, parse_header
+from jaxzip.checkpoint.safetensors_source import HEADER_SUFFIX, INDEX_FILE, parse_header
 from jaxzip.checkpoint.tree_metadata import Leaf, write_file
 from jaxzip.errors import CheckpointError, CorruptDataError
 
@@ -26,20 +27,21 @@ def restore(
     progress: ProgressCallback | None = None,
     resume: bool = True,
 ) -> None:
-    """Writes the original of the compressed checkpoint ``src`` to ``dst``; every tensor's checksum is compared on the way.
+    """Writes the original of the compressed checkpoint ``src`` to ``dst``, comparing each checksum on the way.
 
     ``dst`` appears in one step, complete, or not at all.
 
     Args:
-      format: "orbax": the original tree with its dtypes and bits (arrays are ``np.ndarray`` leaves, so that they restore
-        on any number of devices), resumable like :func:`jaxzip.checkpoint.convert`. "safetensors": a directory with the
-        very files that were converted, byte for byte, and their configuration and tokenizer.
+      format: "orbax": the original tree with its dtypes and bits (arrays are ``np.ndarray`` leaves, so that they
+        restore on any number of devices), the model's configuration and tokenizer beside it; resumable like
+        :func:`jaxzip.checkpoint.convert`. "safetensors": a directory with the very files that were converted, byte for
+        byte, and their configuration and tokenizer; an interrupted run starts anew.
       progress: see :func:`jaxzip.checkpoint.convert`.
       resume: ``False`` starts anew.
 
     Raises:
       ValueError: unknown ``format``.
-      CheckpointError: ``dst`` exists, the disk is full, or the source was no safetensors (or was rounded on the way in).
+      CheckpointError: ``dst`` exists, the disk is full, or the source was no safetensors (or was rounded when read).
       CorruptDataError: ``src`` is damaged, the message names the tensor.
       UnsupportedVersionError: a newer jaxzip wrote ``src``.
     """
@@ -65,17 +67,31 @@ def _restore_orbax(checkpoint: Checkpoint, destination: Path, progress: Progress
         total = _total_bytes(checkpoint)
         tracker = Tracker(progress, total, total - sum(entry["original_bytes"] for entry in todo.values()))
         for name, entry in todo.items():
-            try:
-                array = _checked(checkpoint, name)
-            except (CheckpointError, CorruptDataError):
-                partial.discard()
-                raise
-            swapped = entry["checksum"]["order"] == checksum.SWAPPED
-            partial.add(Leaf.from_json(entry["leaf"]), {"": array.swapaxes(-1, -2) if swapped else array}, {})
+            _restore_tensor(checkpoint, name, partial)
             tracker.advance(name, entry["original_bytes"])
         if not partial.finished:
             leaves = [Leaf.from_json(entry["leaf"]) for entry in checkpoint.tensors.values()]
-            partial.finish((*leaves, *checkpoint.other_leaves), checkpoint.metadata["source_custom_metadata"] or {})
+            metadata = checkpoint.metadata["source_custom_metadata"] or {}
+            partial.finish((*leaves, *checkpoint.other_leaves), metadata, _small_files(checkpoint), ".")
+
+
+def _restore_tensor(checkpoint: Checkpoint, name: str, partial: PartialCheckpoint) -> None:
+    entry = checkpoint.entry(name)
+    try:
+        array = _checked(checkpoint, name)
+    except (CheckpointError, CorruptDataError):
+        partial.discard()
+        raise
+    if entry["checksum"]["order"] == checksum.SWAPPED:
+        array = array.swapaxes(-1, -2)
+    partial.add(Leaf.from_json(entry["leaf"]), {"": array}, {})
+
+
+def _small_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Configuration and tokenizer, so that what is restored is a model again."""
+    config = {"config.json": json.dumps(checkpoint.hf_config).encode()} if checkpoint.hf_config else {}
+    names = (name for name in checkpoint.metadata["extra_files"] if not name.endswith((HEADER_SUFFIX, INDEX_FILE)))
+    return config | {name: checkpoint.extra_file(name) for name in names}
 
 
 def _restore_safetensors(checkpoint: Checkpoint, destination: Path, progress: ProgressCallback | None) -> None:
@@ -126,5 +142,7 @@ def _checked(checkpoint: Checkpoint, name: str):
     entry = checkpoint.entry(name)
     array = dense(checkpoint.load(name), entry["checksum"]["order"])
     if not checksum.matches(array, entry["checksum"]):
-        raise CorruptDataError(f"{name}: the decoded bits do not have the checksum of the original; get {checkpoint.path} again")
+        raise CorruptDataError(
+            f"{name}: the decoded bits do not have the checksum of the original; get {checkpoint.path} again"
+        )
     return array

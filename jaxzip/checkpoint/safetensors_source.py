@@ -7,13 +7,12 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from jaxzip.checkpoint import llama_names
-from jaxzip.checkpoint.source import TensorInfo, dict_leaf
+from jaxzip.checkpoint.source import TensorInfo, dict_leaf, llama_config, small_files
 from jaxzip.checkpoint.tree_metadata import Leaf, read_json
 from jaxzip.errors import CheckpointError, CorruptDataError
 from jaxzip.tensor import TABLE_AXIS
@@ -26,13 +25,15 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "BOOL": np.dtype(np.bool_),
-    **{f"{sign}{bits}": np.dtype(f"{kind}{bits}") for sign, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+    **{
+        f"{sign}{bits}": np.dtype(f"{kind}{bits}")
+        for sign, kind in (("I", "int"), ("U", "uint"))
+        for bits in (8, 16, 32, 64)
+    },
 }
 INDEX_FILE = "model.safetensors.index.json"
 #: Where a converted checkpoint keeps the headers, so that the files can be written again byte for byte.
 HEADER_SUFFIX = ".header"
-_KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_KEPT_BYTES = 64 << 20
 _MAX_HEADER = 100 << 20
 
 
@@ -65,7 +66,9 @@ def read_header(path: Path) -> tuple[bytes, list[Entry]]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; the model is incomplete, get it again") from None
     if not header:
-        raise CorruptDataError(f"{path}: the header needs {length} bytes, the file has {size}; it is truncated or corrupt")
+        raise CorruptDataError(
+            f"{path}: the header needs {length} bytes, the file has {size}; it is truncated or corrupt"
+        )
     return prefix + header, parse_header(path, prefix + header, size)
 
 
@@ -100,15 +103,17 @@ def parse_header(path: Path, header: bytes, size: int | None = None) -> list[Ent
         entries.append(Entry(name, path, DTYPES[dtype], shape, 8 + length + start, 8 + length + end))
         end_before = end
     if size is not None and 8 + length + end_before != size:
-        raise CorruptDataError(f"{path}: the header describes {8 + length + end_before} bytes, the file has {size}; get it again")
+        raise CorruptDataError(
+            f"{path}: the header describes {8 + length + end_before} bytes, the file has {size}; get it again"
+        )
     return entries
 
 
 class SafetensorsSource:
     """Tensors of one or several safetensors files.
 
-    A Llama (``config.json`` says so) gets the tree of ``jaxzip.models``, kernels as transposed views. Anything else keeps
-    its names, split at the dots, and PyTorch's ``[M, K]`` matrices.
+    A Llama (``config.json`` says so) gets the tree of ``jaxzip.models``, kernels as transposed views. Anything else
+    keeps its names, split at the dots, and PyTorch's ``[M, K]`` matrices.
     """
 
     kind = "safetensors"
@@ -116,19 +121,16 @@ class SafetensorsSource:
 
     def __init__(self, path: Path):
         self.path = path
-        directory = path if path.is_dir() else path.parent
         self._files = self._list_files(path)
-        self.extra_files: dict[str, bytes] = {}
-        self.hf_config = None
-        if path.is_dir():
-            self._keep_small_files(directory)
-            if (directory / "config.json").exists():
-                self.hf_config = read_json(directory / "config.json")
-        llama = (self.hf_config or {}).get("model_type") == "llama"
-        if not llama:
-            self.hf_config = None
-        self.notes: tuple[str, ...] = () if llama else (
-            "not a Llama model by its config.json: tensors keep their own names, matrices are [M, K] as in PyTorch",
+        self.extra_files = small_files(path) if path.is_dir() else {}
+        self.hf_config = llama_config(self.extra_files)
+        llama = self.hf_config is not None
+        self.notes: tuple[str, ...] = (
+            ()
+            if llama
+            else (
+                "not a Llama model by its config.json: tensors keep their own names, matrices are [M, K] as in PyTorch",
+            )
         )
         self._entries: dict[tuple[str, ...], Entry] = {}
         self._transposed: set[tuple[str, ...]] = set()
@@ -162,7 +164,9 @@ class SafetensorsSource:
         known = path is not None
         path = path or tuple(entry.name.split("."))
         if path in self._entries:
-            raise CorruptDataError(f"{entry.file}: {entry.name} is also in {self._entries[path].file}; keep one of them")
+            raise CorruptDataError(
+                f"{entry.file}: {entry.name} is also in {self._entries[path].file}; keep one of them"
+            )
         self._entries[path] = entry
         transposed = known and llama_names.is_kernel(path) and len(entry.shape) == 2
         if transposed:
@@ -170,11 +174,6 @@ class SafetensorsSource:
         axis = None if known or len(entry.shape) < 2 else TABLE_AXIS
         shape = entry.shape[::-1] if transposed else entry.shape
         self._infos.append(TensorInfo(dict_leaf(path), shape, entry.dtype, axis, entry.name))
-
-    def _keep_small_files(self, directory: Path) -> None:
-        for file in sorted(directory.iterdir()):
-            if file.is_file() and file.suffix in _KEPT_SUFFIXES and file.stat().st_size <= _KEPT_BYTES:
-                self.extra_files[file.name] = file.read_bytes()
 
     @staticmethod
     def _list_files(path: Path) -> tuple[Path, ...]:
@@ -189,7 +188,9 @@ class SafetensorsSource:
             raise CorruptDataError(f"{path / INDEX_FILE} has no weight_map; get the model again") from None
         for name in names:
             if Path(name).name != name:
-                raise CorruptDataError(f"{path / INDEX_FILE} names {name!r}, outside the directory; get the model again")
+                raise CorruptDataError(
+                    f"{path / INDEX_FILE} names {name!r}, outside the directory; get the model again"
+                )
             if not (path / name).exists():
                 raise CheckpointError(f"{path / name} is missing, {INDEX_FILE} names it; get the file")
         return tuple(path / name for name in names)

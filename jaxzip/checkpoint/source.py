@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,9 +15,11 @@ import numpy as np
 
 from jaxzip.checkpoint import layout
 from jaxzip.checkpoint.tree_metadata import DICT_KEY, TREE_FILE, Leaf
-from jaxzip.errors import CheckpointError, TensorNotFoundError
+from jaxzip.errors import CheckpointError, CorruptDataError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+_SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_SMALL_BYTES = 64 << 20
 KINDS = "an Orbax checkpoint, a directory of *.safetensors, a .safetensors file, a .gguf file"
 
 
@@ -86,22 +89,29 @@ class Source(Protocol):
         """The files that hold the source's data."""
 
 
-def find(source: Source, name: str) -> TensorInfo:
-    """The tensor with the '/'-joined path ``name``.
-
-    Raises:
-      TensorNotFoundError: there is none; names the nearest.
-    """
-    infos = {info.name: info for info in source.tensors()}
-    if name not in infos:
-        raise TensorNotFoundError(layout.not_found(name, infos, source.path))
-    return infos[name]
-
-
 def dict_leaf(path: Iterable[str]) -> Leaf:
     """An array leaf in nested dicts."""
     path = tuple(path)
     return Leaf(path, (DICT_KEY,) * len(path), "np.ndarray")
+
+
+def small_files(directory: Path) -> dict[str, bytes]:
+    """The files beside the weights that a model needs (configuration, tokenizer), by name."""
+    files = (f for f in sorted(directory.iterdir()) if f.is_file() and f.suffix in _SMALL_SUFFIXES)
+    return {f.name: f.read_bytes() for f in files if f.stat().st_size <= _SMALL_BYTES and not f.name.startswith("_")}
+
+
+def llama_config(files: dict[str, bytes]) -> dict[str, Any] | None:
+    """The model's configuration, if ``config.json`` is among ``files`` and is a Llama's.
+
+    Raises:
+      CorruptDataError: it is no JSON.
+    """
+    try:
+        config = json.loads(files.get("config.json", b"null"))
+    except ValueError as error:
+        raise CorruptDataError(f"config.json is truncated or corrupt ({error}); get it again") from None
+    return config if isinstance(config, dict) and config.get("model_type") == "llama" else None
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -167,7 +177,9 @@ def _open(path: Path) -> Source:
     if len(ggufs) == 1:
         return GgufSource(ggufs[0])
     if len(ggufs) > 1:
-        raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files; give one of them: {', '.join(f.name for f in ggufs)}")
+        raise CheckpointError(
+            f"{path} holds {len(ggufs)} GGUF files; give one of them: {', '.join(f.name for f in ggufs)}"
+        )
     if (path / "_CHECKPOINT_METADATA").exists() or (path / "manifest.ocdbt").exists():
         raise CheckpointError(f"{path / TREE_FILE} is missing; the Orbax checkpoint is incomplete, get it again")
     raise CheckpointError(f"{path}: unknown format; expected {KINDS}")

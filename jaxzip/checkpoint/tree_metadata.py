@@ -104,11 +104,14 @@ def read_tree(directory: Path) -> TreeMetadata:
             name = ".".join(path)
             kind = value["value_type"]
             if kind == "string" and name not in strings:
-                raise CheckpointError(f"{directory / STRINGS_FILE} has no value of {name!r}; the checkpoint is incomplete")
+                raise CheckpointError(
+                    f"{directory / STRINGS_FILE} has no value of {name!r}; the checkpoint is incomplete"
+                )
             leaves.append(Leaf(path, tuple(k["key_type"] for k in keys), kind, strings.get(name), extensions.get(name)))
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptDataError(
-            f"{directory / TREE_FILE} is not a tree description of Orbax ({type(error).__name__}: {error}); it is corrupt "
+            f"{directory / TREE_FILE} is not a tree description of Orbax ({type(error).__name__}: {error}); "
+            "it is corrupt "
             "or of a version of Orbax that jaxzip does not know"
         ) from error
     ocdbt = document.get("use_ocdbt")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxzip.checkpoint import checksum
 from jaxzip.checkpoint.progress import ProgressCallback, Tracker
-from jaxzip.checkpoint.read import dense, open_checkpoint
-from jaxzip.checkpoint.source import open_source
+from jaxzip.checkpoint.read import Checkpoint, dense, open_checkpoint
+from jaxzip.checkpoint.source import Source, TensorInfo, open_source
 from jaxzip.checkpoint.tree_metadata import Leaf
 
 _SLAB_BYTES = 64 << 20
@@ -30,6 +31,10 @@ class VerifyResult:
 
     def __bool__(self) -> bool:
         return self.identical
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON."""
+        return dataclasses.asdict(self) | {"identical": self.identical}
 
     def __str__(self) -> str:
         if self.identical:
@@ -56,19 +61,9 @@ def verify(src: str | Path, dst: str | Path, *, progress: ProgressCallback | Non
     if sorted(map(str, source.other_leaves())) != sorted(map(str, checkpoint.other_leaves)):
         return VerifyResult(0, 0, "the leaves without arrays (strings, None, empty dicts) are not the same")
     for index, info in enumerate(infos):
-        entry = checkpoint.entry(info.name)
-        found = (tuple(entry["shape"]), np.dtype(entry["dtype"]))
-        if found != (info.shape, info.dtype):
-            have, want = (f"{d}{list(s)}" for s, d in (found, (info.shape, info.dtype)))
-            return VerifyResult(index, done, f"{info.name} is {want} in the source and {have} in the checkpoint")
-        if Leaf.from_json(entry["leaf"]) != info.leaf:
-            return VerifyResult(index, done, f"{info.name} is another kind of leaf in the source")
-        original = source.read(info)
-        swapped = original.ndim >= 2 and original.swapaxes(-1, -2).flags.c_contiguous and not original.flags.c_contiguous
-        stored = dense(checkpoint.load(info.name), checksum.SWAPPED if swapped else checksum.C_ORDER)
-        place = first_difference(original, stored.swapaxes(-1, -2) if swapped else stored)
-        if place is not None:
-            return VerifyResult(index, done, f"{info.name}{place}")
+        difference = _difference(source, info, checkpoint)
+        if difference is not None:
+            return VerifyResult(index, done, difference)
         done += info.nbytes
         tracker.advance(info.name, info.nbytes)
     return VerifyResult(len(infos), done)
@@ -86,13 +81,28 @@ def verify_checksums(dst: str | Path, *, progress: ProgressCallback | None = Non
     for name in checkpoint.metadata["extra_files"]:
         checkpoint.extra_file(name)
     for index, (name, entry) in enumerate(checkpoint.tensors.items()):
-        value = dense(checkpoint.load(name), entry["checksum"]["order"])
-        if not checksum.matches(value, entry["checksum"]):
-            want = entry["checksum"]["value"]
-            return VerifyResult(index, done, f"{name}: SHA-256 is {checksum.digest(value)}, recorded is {want}")
+        found = checksum.digest(dense(checkpoint.load(name), entry["checksum"]["order"]))
+        if found != entry["checksum"]["value"]:
+            return VerifyResult(index, done, f"{name}: SHA-256 is {found}, recorded is {entry['checksum']['value']}")
         done += entry["original_bytes"]
         tracker.advance(name, entry["original_bytes"])
     return VerifyResult(len(checkpoint.tensors), done)
+
+
+def _difference(source: Source, info: TensorInfo, checkpoint: Checkpoint) -> str | None:
+    """Compares one tensor; a function of its own, so that its arrays are freed before the next one is read."""
+    entry = checkpoint.entry(info.name)
+    found = (tuple(entry["shape"]), np.dtype(entry["dtype"]))
+    if found != (info.shape, info.dtype):
+        have, want = (f"{d}{list(s)}" for s, d in (found, (info.shape, info.dtype)))
+        return f"{info.name} is {want} in the source and {have} in the checkpoint"
+    if Leaf.from_json(entry["leaf"]) != info.leaf:
+        return f"{info.name} is another kind of leaf in the source"
+    stored = dense(checkpoint.load(info.name), entry["checksum"]["order"])
+    if entry["checksum"]["order"] == checksum.SWAPPED:
+        stored = stored.swapaxes(-1, -2)
+    place = first_difference(source.read(info), stored)
+    return None if place is None else f"{info.name}{place}"
 
 
 def first_difference(a: np.ndarray, b: np.ndarray) -> str | None:
@@ -107,7 +117,8 @@ def first_difference(a: np.ndarray, b: np.ndarray) -> str | None:
             index = tuple(int(i) for i in np.argwhere(differs)[0])
             index = (index[0] + start, *index[1:])
             digits = 2 * a.dtype.itemsize
-            return f"{list(index)}: {int(a[index]):#0{digits + 2}x} in the source, {int(b[index]):#0{digits + 2}x} in the checkpoint"
+            ours, theirs = (f"{int(bits[index]):#0{digits + 2}x}" for bits in (b, a))
+            return f"{list(index)}: {theirs} in the source, {ours} in the checkpoint"
     return None
 
 
