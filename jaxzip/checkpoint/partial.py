@@ -7,8 +7,8 @@
 
 Orbax's own partial saves (``experimental.v1.partial`` of 0.12) are not used: each leaves a directory, and ``finalize``
 merges them in place, JSON files included, so that a kill there cannot be resumed; every merge compares all pairs of
-keys (half a second each with the 2,300 arrays of a 32-layer model). The result here is what Orbax would write without OCDBT,
-and Orbax opens it.
+keys (half a second each with the 2,300 arrays of a 32-layer model). The result here is what Orbax
+would write without OCDBT, and Orbax opens it.
 """
 
 from __future__ import annotations
