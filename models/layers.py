@@ -5,12 +5,15 @@ New layers hold ``jax.ShapeDtypeStruct`` in place of weights: building a model a
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import jaxzip
 from jaxzip import ops
+from jaxzip.ops import registry
 from jaxzip.tensor import CompressedTensor
 
 
@@ -18,11 +21,20 @@ def _abstract(*shape: int, dtype: str) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
 
 
-def _for(weight, op: str, implementation: str | None) -> str | None:
-    """``implementation`` where it applies: dense weights are XLA's, and a backend may lack an operation."""
-    if not isinstance(weight, CompressedTensor) or implementation not in ops.implementations(op):
-        return None
-    return implementation
+def _operands(weight: Any, op: str, implementation: str | None) -> tuple[Any, str | None]:
+    """The weight and the implementation to call ``op`` with.
+
+    Dense weights are XLA's, and so is a compressed weight that is to run by ``"xla"``: behind a barrier XLA cannot tell
+    the decoded array from a stored one. Otherwise it folds the decoder's transpose into the dot, which may then sum in
+    another order; so ``"xla"`` gives the logits of the dense model bit for bit. A backend that lacks ``op`` leaves it
+    to the best one.
+    """
+    if not isinstance(weight, CompressedTensor):
+        return weight, None
+    if implementation == registry.XLA and op == "matmul":
+        return jax.lax.optimization_barrier(jaxzip.decompress(weight, implementation=registry.XLA)), None
+    known = implementation in ops.implementations(op) or implementation not in ops.implementations("matmul")
+    return weight, implementation if known else None
 
 
 class Linear(nnx.Module):
@@ -34,11 +46,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, *, out_dtype: str | None = None, implementation: str | None = None) -> jax.Array:
         """``x[..., K]`` to ``[..., M]`` in ``out_dtype`` (default: the layer's dtype), rounded once from fp32."""
-        kernel = self.kernel.get_value()
-        compressed = isinstance(kernel, CompressedTensor)
-        return jaxzip.matmul(
-            x, kernel, out_dtype=out_dtype or self.dtype, implementation=implementation if compressed else None
-        )
+        kernel, implementation = _operands(self.kernel.get_value(), "matmul", implementation)
+        return jaxzip.matmul(x, kernel, out_dtype=out_dtype or self.dtype, implementation=implementation)
 
 
 class Embedding(nnx.Module):
@@ -49,17 +58,14 @@ class Embedding(nnx.Module):
         self.embedding = _abstract(vocab_size, features, dtype=dtype)
 
     def __call__(self, ids: jax.Array, *, implementation: str | None = None) -> jax.Array:
-        """Rows of the table: int32 ``ids[...]`` to ``[..., D]``; a backend that has no ``take`` leaves it to the best."""
-        table = self.embedding.get_value()
-        return jaxzip.take(table, ids, implementation=_for(table, "take", implementation)).astype(self.dtype)
+        """Rows of the table: int32 ``ids[...]`` to ``[..., D]`` in the layer's dtype."""
+        table, implementation = _operands(self.embedding.get_value(), "take", implementation)
+        return jaxzip.take(table, ids, implementation=implementation).astype(self.dtype)
 
     def attend(self, x: jax.Array, *, implementation: str | None = None) -> jax.Array:
         """Logits of a tied head: ``x[..., D]`` to fp32 ``[..., V]``, through the same fused matmul as any kernel."""
-        table = self.embedding.get_value()
-        compressed = isinstance(table, CompressedTensor)
-        return jaxzip.matmul(
-            x, table.T, out_dtype=jnp.float32, implementation=implementation if compressed else None
-        )
+        table, implementation = _operands(self.embedding.get_value(), "matmul", implementation)
+        return jaxzip.matmul(x, table.T, out_dtype=jnp.float32, implementation=implementation)
 
 
 class RMSNorm(nnx.Module):

@@ -61,7 +61,8 @@ class Llama(nnx.Module):
 
     Attributes:
       config: a ``LlamaConfig``.
-      implementation: of every matmul and lookup on compressed weights (``None`` chooses); dense weights are XLA's.
+      implementation: of every matmul and lookup on compressed weights; ``None`` chooses the best here, ``"xla"``
+        decodes each weight and then computes exactly what the dense model does. Dense weights are XLA's.
     """
 
     def __init__(self, config: LlamaConfig, *, implementation: str | None = None):
