@@ -199,11 +199,9 @@ def _loop(static: _Static, weights: nnx.State, inputs, run: _Run, until: jax.Arr
         return (run.step < until) & ~jnp.all(run.done)
 
     def decode(run: _Run) -> _Run:
-        # Without the barrier XLA may decompress the weights before the loop, and hold them all.
-        here, last = jax.lax.optimization_barrier((weights, run.last))
-        model = nnx.merge(static.graphdef, here)
+        model = nnx.merge(static.graphdef, weights)
         with jax.named_scope("decode"):
-            hidden, cache = model.hidden(last[:, None], run.cache)
+            hidden, cache = model.hidden(run.last[:, None], run.cache)
             logits = model.logits(hidden[:, -1])
         return _record(static, inputs, dataclasses.replace(run, cache=cache), logits)
 

@@ -21,20 +21,25 @@ def _abstract(*shape: int, dtype: str) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
 
 
-def _operands(weight: Any, op: str, implementation: str | None) -> tuple[Any, str | None]:
-    """The weight and the implementation to call ``op`` with.
+def _operands(
+    x: jax.Array, weight: Any, op: str, implementation: str | None
+) -> tuple[jax.Array, Any, str | None]:
+    """The activations, the weight and the implementation to call ``op`` with.
 
     Dense weights are XLA's, and so is a compressed weight that is to run by ``"xla"``: behind a barrier XLA cannot tell
     the decoded array from a stored one. Otherwise it folds the decoder's transpose into the dot, which may then sum in
     another order; so ``"xla"`` gives the logits of the dense model bit for bit. A backend that lacks ``op`` leaves it
     to the best one.
     """
+    # Activations and weight go through one barrier, dense or not: what XLA fuses into the activations is then the same
+    # for both, and nothing that is done to a weight (decoding, widening) is moved out of the decode loop.
+    x, weight = jax.lax.optimization_barrier((x, weight))
     if not isinstance(weight, CompressedTensor):
-        return weight, None
+        return x, weight, None
     if implementation == registry.XLA and op == "matmul":
-        return jax.lax.optimization_barrier(jaxzip.decompress(weight, implementation=registry.XLA)), None
+        return x, jax.lax.optimization_barrier(jaxzip.decompress(weight, implementation=registry.XLA)), None
     known = implementation in ops.implementations(op) or implementation not in ops.implementations("matmul")
-    return weight, implementation if known else None
+    return x, weight, implementation if known else None
 
 
 class Linear(nnx.Module):
@@ -46,7 +51,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, *, out_dtype: str | None = None, implementation: str | None = None) -> jax.Array:
         """``x[..., K]`` to ``[..., M]`` in ``out_dtype`` (default: the layer's dtype), rounded once from fp32."""
-        kernel, implementation = _operands(self.kernel.get_value(), "matmul", implementation)
+        x, kernel, implementation = _operands(x, self.kernel.get_value(), "matmul", implementation)
         return jaxzip.matmul(x, kernel, out_dtype=out_dtype or self.dtype, implementation=implementation)
 
 
@@ -59,12 +64,12 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array, *, implementation: str | None = None) -> jax.Array:
         """Rows of the table: int32 ``ids[...]`` to ``[..., D]`` in the layer's dtype."""
-        table, implementation = _operands(self.embedding.get_value(), "take", implementation)
+        ids, table, implementation = _operands(ids, self.embedding.get_value(), "take", implementation)
         return jaxzip.take(table, ids, implementation=implementation).astype(self.dtype)
 
     def attend(self, x: jax.Array, *, implementation: str | None = None) -> jax.Array:
         """Logits of a tied head: ``x[..., D]`` to fp32 ``[..., V]``, through the same fused matmul as any kernel."""
-        table, implementation = _operands(self.embedding.get_value(), "matmul", implementation)
+        x, table, implementation = _operands(x, self.embedding.get_value(), "matmul", implementation)
         return jaxzip.matmul(x, table.T, out_dtype=jnp.float32, implementation=implementation)
 
 
