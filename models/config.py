@@ -113,7 +113,7 @@ class LlamaConfig:
                 dtype=str(_or(hf.get("dtype"), _or(hf.get("torch_dtype"), "bfloat16"))).removeprefix("torch."),
             )
         except KeyError as error:
-            raise UnsupportedConfigError(f"config: key {error} is missing; is this a Llama model's config.json?") from None
+            raise UnsupportedConfigError(f"config: key {error} is missing; is this a Llama's config.json?") from None
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON types; :meth:`from_dict` inverts it."""

@@ -47,8 +47,12 @@ def assign(model: nnx.Module, params: Mapping[str, Any]) -> None:
     for path, variable in flat.items():
         value = given[path]
         # A NumPy leaf would be copied to the device by every call.
-        variable.set_value(jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, value))
+        variable.set_value(jax.tree.map(_on_device, value))
     nnx.update(model, state)
+
+
+def _on_device(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,8 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 #: How Llama 3 cuts text into words, as its tokenizer.json writes it.
 _LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -28,12 +29,13 @@ def tokenizer_json_from_gguf(reader: gguf.GGUFReader) -> str:
       reader: ``gguf.GGUFReader`` of the file; only its metadata is read.
 
     Raises:
-      UnsupportedConfigError: the file has no tokenizer, one that is no byte-level BPE, or cuts words in a way not known here.
+      UnsupportedConfigError: the file has no tokenizer, one that is no byte-level BPE, or cuts words in a way that is
+        not known here.
     """
     kind = field(reader, "tokenizer.ggml.model")
     if kind != "gpt2":
         raise UnsupportedConfigError(
-            f'gguf: tokenizer.ggml.model is {kind!r}; only "gpt2" (byte-level BPE) can be converted: pass a tokenizer.json'
+            f'gguf: tokenizer.ggml.model is {kind!r}; only "gpt2" (byte-level BPE) is converted: pass a tokenizer.json'
         )
     words = field(reader, "tokenizer.ggml.pre", "gpt-2")
     if words not in _PRE_TOKENIZERS:
