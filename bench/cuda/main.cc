@@ -1,7 +1,10 @@
 // Bare CUDA benchmark of the lane-planar kernels: `check`, or `speed` against the better of cublasGemmEx and cublasLt.
 //
-//   bench check
-//   bench speed OUT.json [weights=real] [n=1,8,16] [shapes=4096x4096,...] [variants=1]
+//   bench check [PAYLOAD ...]        of payload.py
+//   bench speed OUT.json [weights=real] [n=1,8,16] [shapes=4096x4096,...] [only=NAME] [variants=8]
+//   bench once - [same options]     one plain launch of each kernel, for profilers
+//
+// `only` keeps the kernels whose name contains it, `variants` prints so many of the slower ones.
 #include <algorithm>
 #include <cstring>
 #include <fstream>
@@ -32,7 +35,7 @@ std::vector<std::string> split(const std::string& s) {
   return parts;
 }
 
-void measure(const Problem& p, int n, int sms, bool variants, cudaStream_t stream, CublasReference& cublas, std::ostream& json) {
+void measure(const Problem& p, const std::vector<Candidate>& kernels, int n, size_t variants, cudaStream_t stream, CublasReference& cublas, std::ostream& json) {
   using namespace jaxzip::lane_planar;
   DeviceArray<__nv_bfloat16> x(static_cast<size_t>(n) * p.k), y(static_cast<size_t>(n) * p.m);
   fill_gaussian(reinterpret_cast<uint16_t*>(x.get()), x.size(), 1.0f, 0, 77);
@@ -56,7 +59,7 @@ void measure(const Problem& p, int n, int sms, bool variants, cudaStream_t strea
         stream, [&](int i) { CHECK(run_candidate(c, p.encoded.copy(i), x.get(), y.get(), n, false, stream, false, overlap)); }, launches, repeats);
   };
   std::vector<Timed> timed;
-  for (const Candidate& c : candidates(p.encoded.matrix, n, sms)) timed.push_back({time(c, false, 3), c});
+  for (const Candidate& c : kernels) timed.push_back({time(c, false, 3), c});
   if (timed.empty()) return;
   const auto faster = [](const Timed& a, const Timed& b) { return a.us < b.us; };
   std::sort(timed.begin(), timed.end(), faster);
@@ -72,14 +75,12 @@ void measure(const Problem& p, int n, int sms, bool variants, cudaStream_t strea
        << p.encoded.bits_per_weight << ", \"cublas_us\": " << best_dense << ", \"gemm_ex_us\": " << gemm_ex << ", \"us\": " << us
        << ", \"overlapped_us\": " << overlapped << ", \"ratio\": " << best_dense / us << ", \"floor_us\": " << floor_us << ", \"kernel\": \"" << best.name
        << "\"},\n";
-  if (variants) {  // the best of each kernel and cluster size
-    std::vector<std::string> seen;
-    for (const Timed& t : timed) {
-      const std::string kind = t.candidate.name.substr(0, t.candidate.name.find(" cl"));
-      if (std::find(seen.begin(), seen.end(), kind) != seen.end()) continue;
-      seen.push_back(kind);
-      if (seen.size() <= 8) std::printf("      %6.2f %s\n", t.us, t.candidate.name.c_str());
-    }
+  std::vector<std::string> seen;  // the best of each kernel and cluster size
+  for (const Timed& t : timed) {
+    const std::string kind = t.candidate.name.substr(0, t.candidate.name.find(" cl"));
+    if (std::find(seen.begin(), seen.end(), kind) != seen.end()) continue;
+    seen.push_back(kind);
+    if (seen.size() <= variants) std::printf("      %6.2f %s\n", t.us, t.candidate.name.c_str());
   }
   std::fflush(stdout);
 }
@@ -102,7 +103,7 @@ void measure_decompression(const Problem& p, cudaStream_t stream) {
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: bench check | bench speed OUT.json [weights=] [n=] [shapes=] [variants=1]\n");
+    std::fprintf(stderr, "usage: bench check | bench speed OUT.json [option=value ...] | bench once - [option=value ...]\n");
     return 2;
   }
   cudaDeviceProp properties;
@@ -111,9 +112,16 @@ int main(int argc, char** argv) {
   CHECK(cudaStreamCreate(&stream));
   const ExponentClasses classes = read_exponents(option(argc, argv, "exponents", "bench/cuda/exponents.json").c_str());
   const int sms = properties.multiProcessorCount;
-  if (!std::strcmp(argv[1], "check")) return check_kernels(classes, sms, stream) != 0;
+  if (!std::strcmp(argv[1], "check")) {
+    int wrong = 0;
+    for (int i = 2; i < argc; ++i) wrong += check_payload(argv[i], stream);
+    return wrong + check_kernels(classes, sms, stream) != 0;
+  }
 
-  CublasReference cublas(stream);
+  const bool once = !std::strcmp(argv[1], "once");
+  std::unique_ptr<CublasReference> cublas;
+  if (!once) cublas = std::make_unique<CublasReference>(stream);
+  const std::string only = option(argc, argv, "only", "");
   std::ofstream json(argc > 2 ? argv[2] : "/dev/null");
   json << "[\n";
   const std::string shapes = option(argc, argv, "shapes", "4096x4096,6144x4096,1024x4096,14336x4096,28672x4096,4096x14336,8192x8192");
@@ -122,8 +130,20 @@ int main(int argc, char** argv) {
       int m, k;
       if (std::sscanf(shape.c_str(), "%dx%d", &m, &k) != 2) return 2;
       const Problem p = make_problem(m, k, weights, classes, kColdBytes);
-      for (const std::string& n : split(option(argc, argv, "n", "1,2,4,8,16,32")))
-        measure(p, std::stoi(n), sms, option(argc, argv, "variants", "0") == "1", stream, cublas, json);
+      for (const std::string& columns : split(option(argc, argv, "n", "1,2,4,8,16,32"))) {
+        const int n = std::stoi(columns);
+        std::vector<Candidate> kernels;
+        for (const Candidate& c : candidates(p.encoded.matrix, n, sms))
+          if (c.name.find(only) != std::string::npos) kernels.push_back(c);
+        if (once) {
+          DeviceArray<__nv_bfloat16> x(static_cast<size_t>(n) * k), y(static_cast<size_t>(n) * m);
+          fill_gaussian(reinterpret_cast<uint16_t*>(x.get()), x.size(), 1.0f, 0, 77);
+          for (const Candidate& c : kernels) CHECK(run_candidate(c, p.encoded.matrix, x.get(), y.get(), n, false, stream, false, false));
+          CHECK(cudaStreamSynchronize(stream));
+        } else {
+          measure(p, kernels, n, std::stoul(option(argc, argv, "variants", "0")), stream, *cublas, json);
+        }
+      }
       if (option(argc, argv, "decompress", "0") == "1") measure_decompression(p, stream);
     }
   json << "{}]\n";

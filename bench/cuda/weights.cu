@@ -8,8 +8,7 @@ using namespace jaxzip::lane_planar;
 
 namespace {
 
-constexpr int kWidths[] = {1424, 1440, 1456, 1464, 1472};
-constexpr double kOverflowShare = 1.0 / 256;
+constexpr double kOverflowShare = 1.0 / 128;
 constexpr int kMaxShift = 40;
 constexpr uint16_t kPadding = 120 << 7;
 
@@ -144,7 +143,7 @@ __global__ void encode_block(const uint16_t* w, int m, int k, const int8_t* shif
       const uint32_t code = e.high ? e.high - kHighCodeBias : 0;
       reinterpret_cast<uint16_t*>(block + kEntryStart)[rank - 1] = static_cast<uint16_t>(position | code << kPositionBits);
     } else {
-      overflow[start + spilled++] = {blockIdx.x, position | e.high << kPositionBits};
+      overflow[start + spilled++] = {blockIdx.x + 1, position | e.high << kPositionBits};
     }
   }
   if (threadIdx.x == 0) {
@@ -216,7 +215,7 @@ Encoded encode_lane_planar(const uint16_t* w, int m, int k, size_t bytes_of_copi
 
   int words = kMaxBlockWords;
   size_t over = 0;
-  for (int candidate : kWidths) {
+  for (int candidate : kBlockWidths) {
     over = std::count_if(counts.begin(), counts.end(), [&](uint2 c) { return c.x > 2u * (candidate - kEntryStart); });
     words = candidate;
     if (over <= count * kOverflowShare) break;
@@ -235,13 +234,16 @@ Encoded encode_lane_planar(const uint16_t* w, int m, int k, size_t bytes_of_copi
   CHECK(cudaMemcpy(device_starts.get(), starts.data(), (count + 1) * 4, cudaMemcpyHostToDevice));
   e.block_words_total = count * words;
   e.copies = static_cast<int>(bytes_of_copies / (e.block_words_total * 4)) + 1;
+  e.overflow_stride = (starts[count] + 15) / 16 * 16;
   e.blocks = std::make_unique<DeviceArray<uint32_t>>(e.block_words_total * e.copies);
-  e.overflow = std::make_unique<DeviceArray<OverflowEntry>>(starts[count]);
+  e.overflow = std::make_unique<DeviceArray<OverflowEntry>>(e.overflow_stride * e.copies);
   CHECK(cudaMemset(e.blocks->get(), 0, e.block_words_total * 4));
   encode_block<true><<<count, 128>>>(w, m, k, e.shift->get(), nullptr, words, device_starts.get(), e.blocks->get(), e.overflow->get());
   CHECK(cudaGetLastError());
-  for (int i = 1; i < e.copies; ++i)
+  for (int i = 1; i < e.copies; ++i) {
+    CHECK(cudaMemcpy(e.overflow->get() + i * e.overflow_stride, e.overflow->get(), e.overflow_stride * sizeof(OverflowEntry), cudaMemcpyDeviceToDevice));
     CHECK(cudaMemcpy(e.blocks->get() + i * e.block_words_total, e.blocks->get(), e.block_words_total * 4, cudaMemcpyDeviceToDevice));
+  }
   e.matrix.blocks = e.blocks->get();
   e.matrix.overflow = e.overflow->get();
   e.matrix.overflow_length = starts[count];

@@ -26,13 +26,14 @@ struct Encoded {
   std::unique_ptr<DeviceArray<jaxzip::lane_planar::OverflowEntry>> overflow;
   std::unique_ptr<DeviceArray<int8_t>> shift;
   jaxzip::lane_planar::Matrix matrix;
-  size_t block_words_total;
+  size_t block_words_total, overflow_stride;
   int copies;
   double bits_per_weight, escape_share, overflowing_blocks;
 
   jaxzip::lane_planar::Matrix copy(int i) const {
     jaxzip::lane_planar::Matrix w = matrix;
     w.blocks += static_cast<size_t>(i % copies) * block_words_total;
+    w.overflow += static_cast<size_t>(i % copies) * overflow_stride;
     return w;
   }
 };

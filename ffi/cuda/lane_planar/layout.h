@@ -21,6 +21,7 @@ constexpr int kCodeStart = kTiles * kSignMantissaWords;
 constexpr int kHeaderStart = kCodeStart + kTiles * kCodeWords;  // ends: 4 x u8, entries before the end of tile 0..3
 constexpr int kOverflowWord = kHeaderStart + 1;                 // 1 + first overflow entry of the block, 0 for none
 constexpr int kEntryStart = kHeaderStart + 2;
+constexpr int kBlockWidths[] = {1424, 1440, 1456, 1464, 1472};  // words of a block; one for a whole matrix
 constexpr int kMaxBlockWords = 1472;  // so that one 8-byte load a lane fetches header and entries
 constexpr int kMaxEntries = 2 * (kMaxBlockWords - kEntryStart);
 
@@ -35,7 +36,7 @@ constexpr int kPositionBits = 12;
 constexpr int kHighCodeBias = 3;
 
 struct OverflowEntry {
-  uint32_t block;  // rb * k_blocks + kb
+  uint32_t block;  // 1 + rb * k_blocks + kb; 0 is padding
   uint32_t entry;  // position | high five bits << 12
 };
 

@@ -30,6 +30,8 @@ const Variant* find_variant(int n, const DirectConfig& c) {
       variant<Weights, 1, 1, 8, 2>(),  variant<Weights, 2, 1, 8, 2>(),  variant<Weights, 4, 1, 8, 2>(),
       variant<Weights, 1, 2, 8, 2>(),  variant<Weights, 2, 2, 8, 2>(),  variant<Weights, 1, 4, 16, 1>(),
       variant<Weights, 2, 4, 16, 1>(), variant<Weights, 4, 4, 8, 1>(),  variant<Weights, 2, 4, 8, 2>(),
+      variant<Weights, 4, 1, 8, 1>(),  variant<Weights, 2, 1, 8, 1>(),  variant<Weights, 4, 2, 8, 1>(),
+      variant<Weights, 2, 2, 8, 1>(),
   };
   const int column_tiles = n <= 8 ? 1 : n <= 16 ? 2 : 4;
   for (const Variant& v : variants)
@@ -62,7 +64,7 @@ cudaError_t launch_matmul_direct(const Matrix& w, const __nv_bfloat16* x, void* 
                                  const DirectConfig& c, cudaStream_t stream, bool raw, bool overlap) {
   if (!direct_shared_bytes(w, n, c, raw)) return cudaErrorInvalidValue;
   const Variant& v = *find_variant(n, c, raw);
-  DirectArgs args = {w, x, y, n, fp32_out, plan_for(w, n, c, raw)};
+  DirectArgs args = {w, x, y, n, fp32_out, overlap, plan_for(w, n, c, raw)};
   // A property of the function on the current device; setting it again costs nothing.
   if (cudaError_t error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.plan.bytes))
     return error;

@@ -19,7 +19,8 @@ struct DirectPlan {
   int k_blocks;    // of a rank; the last may have fewer
   int log_n;       // of the columns in the buffers of sums
   int x_pitch;     // 16 bytes over a multiple of 128: eight rows start in eight different bank groups
-  int barrier, shift, x, partial, received, bytes;
+  int area;        // of a warp: its patch planes, and in the end the sum of the row group that it did not finish
+  int barrier, owners, shift, x, finished, received, bytes;
 };
 
 struct DirectArgs {
@@ -28,6 +29,7 @@ struct DirectArgs {
   void* y;                 // [n][m], bf16 or fp32
   int n;
   bool fp32_out;
+  bool overlap;  // launched while the kernel before may still run: only then do weights go before x
   DirectPlan plan;
 };
 
@@ -43,20 +45,50 @@ DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, in
   while (1 << p.log_n < n) ++p.log_n;
   p.x_pitch = p.k_blocks * kBlock * 2 + 16;
   const int groups = p.row_blocks * (kTiles / tiles_per_warp);
-  p.barrier = warps * tiles_per_warp * Weights::kPlaneBytes;
-  p.shift = p.barrier + 16;
+  const int sum_bytes = ((tiles_per_warp * kTileRows + kSumPad) << p.log_n) * 4;
+  const int plane_bytes = tiles_per_warp * Weights::kPlaneBytes;
+  p.area = sum_bytes > plane_bytes ? sum_bytes : plane_bytes;
+  p.barrier = warps * p.area;
+  p.owners = p.barrier + 16;
+  p.shift = p.owners + (groups * 2 + 15) / 16 * 16;
   p.x = p.shift + p.row_blocks * kBlock;
-  p.partial = p.x + n * p.x_pitch;
-  p.received = p.partial + (((warps + groups - 1) * (tiles_per_warp * kTileRows + kSumPad)) << p.log_n) * 4;
+  p.finished = p.x + n * p.x_pitch;
+  p.received = p.finished + groups * sum_bytes;
   p.bytes = p.received + (log_cluster ? (p.row_blocks * kBlock << p.log_n) * 4 : 0);
   return p;
+}
+
+// Rounds four sums of column n to the output's dtype, with the rows' shifts (four int8) taken back.
+__device__ __forceinline__ void store_rows(const DirectArgs& args, int n, int row, float4 sum, uint32_t shifts) {
+  float v[4] = {sum.x, sum.y, sum.z, sum.w};
+  __nv_bfloat162 rounded[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] *= __int_as_float((127 - static_cast<int8_t>(shifts >> (8 * i))) << 23);
+  const size_t at = static_cast<size_t>(n) * args.w.m + row;
+  const bool whole = args.w.m % 4 == 0 && row < args.w.m;
+  if (args.fp32_out) {
+    float* y = static_cast<float*>(args.y) + at;
+    for (int i = 0; i < 4; ++i)
+      if (whole || row + i < args.w.m) y[i] = v[i];
+    return;
+  }
+  rounded[0] = __floats2bfloat162_rn(v[0], v[1]);
+  rounded[1] = __floats2bfloat162_rn(v[2], v[3]);
+  __nv_bfloat16* y = static_cast<__nv_bfloat16*>(args.y) + at;
+  if (whole && (reinterpret_cast<uintptr_t>(y) & 7) == 0) {
+    *reinterpret_cast<uint2*>(y) = *reinterpret_cast<const uint2*>(rounded);
+  } else {
+    for (int i = 0; i < 4; ++i)
+      if (row + i < args.w.m) y[i] = reinterpret_cast<const __nv_bfloat16*>(rounded)[i];
+  }
 }
 
 template <class Weights, int kTilesPerWarp, int kColumnTiles, int kWarps, int kCtasPerSm>
 __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const __grid_constant__ DirectArgs args) {
   constexpr int kThreads = kWarps * 32;
   constexpr int kGroups = kTiles / kTilesPerWarp;  // row groups of a row block: a unit of work is one of them x 64 k
-  constexpr int kAhead = kGroups;                  // units in flight: always four tiles a warp
+  // Units in flight: four tiles a warp, eight where few warps have many registers.
+  constexpr int kAhead = kGroups * (kWarps * kCtasPerSm <= 8 && kColumnTiles <= 2 ? 2 : 1);
   constexpr int kGroupRows = kTilesPerWarp * kTileRows, kPitch = kGroupRows + kSumPad;
   extern __shared__ __align__(128) uint8_t memory[];
   const uint32_t shared = ptx::shared_address(memory);
@@ -72,17 +104,17 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   const bool short_one = cluster + (plan.row_blocks - 1) * plan.clusters >= w.m_blocks();
   const int row_blocks = plan.row_blocks - short_one;
   const int total = row_blocks * kGroups * units_k;
-  auto range_begin = [&](int i) { return total * i / kWarps; };
+  auto range_begin = [&](int i) { return static_cast<int>(static_cast<uint32_t>(total * i) / kWarps); };
   const int begin = range_begin(warp), end = range_begin(warp + 1);
 
-  // Exact for fewer than 2^21 units.
-  const int first_group = units_k ? static_cast<int>((begin + 0.5f) * __frcp_rn(static_cast<float>(units_k))) : 0;
+  // Exact for fewer than 2^20 units.
+  const int first_group = units_k ? static_cast<int>((begin + 0.5f) * ptx::reciprocal(static_cast<float>(units_k))) : 0;
   auto block_index = [&](int group, int k) {
     return static_cast<size_t>(cluster + group / kGroups * plan.clusters) * all_k_blocks + k_begin + k;
   };
 
   // The cursor of loads runs kAhead units before that of the arithmetic.
-  uint32_t tiles[kTiles][Weights::kRegisters];
+  uint32_t tiles[kAhead * kTilesPerWarp][Weights::kRegisters];
   uint2 entries[kAhead];
   int load_group = first_group, load_k = begin - first_group * units_k, to_load = end - begin;
   const uint32_t* load_block = w.blocks + block_index(load_group, load_k) * w.block_words;
@@ -106,49 +138,78 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
     }
   };
 
-  if (threadIdx.x == 0) ptx::barrier_init(shared + plan.barrier, 1);
   const int x_columns = max(0, min(plan.k_blocks * kBlock, w.k - k_begin * kBlock));
-  const bool bulk_x = w.k % 8 == 0 && (reinterpret_cast<uintptr_t>(args.x) & 15) == 0;
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
-    entries[i] = make_uint2(0, 0);
-    if (to_load > 0) {
-      load_entries(entries[i]);
-#pragma unroll
-      for (int t = 0; t < kTilesPerWarp; ++t) load_tile(i * kTilesPerWarp + t, t);
-      advance_load();
-    }
+  const uint32_t x_barrier = shared + plan.barrier, sums_barrier = x_barrier + 8;
+  if (threadIdx.x == 0) {
+    ptx::barrier_init(x_barrier, 1);
+    ptx::barrier_init(sums_barrier, 1);
+    if (ranks > 1) ptx::barrier_expect(sums_barrier, row_blocks * args.n * kBlock * 4);
   }
-  ptx::launch_dependents();
-  ptx::wait_for_previous_grid();
-  const __nv_bfloat16* x = args.x + static_cast<size_t>(k_begin) * kBlock;
-  if (bulk_x) {
-    if (warp == 0) {
-      if (lane == 0) ptx::barrier_expect(shared + plan.barrier, args.n * x_columns * 2);
+  const bool bulk_x = w.k % 8 == 0 && (reinterpret_cast<uintptr_t>(args.x) & 15) == 0;
+  auto load_x = [&] {
+    ptx::wait_for_previous_grid();
+    const __nv_bfloat16* x = args.x + static_cast<size_t>(k_begin) * kBlock;
+    if (!bulk_x) {
+#pragma unroll 1
+      for (int n = 0; n < args.n; ++n)
+#pragma unroll 1
+        for (int i = threadIdx.x; i < x_columns; i += kThreads)
+          reinterpret_cast<__nv_bfloat16*>(memory + plan.x + n * plan.x_pitch)[i] = x[static_cast<size_t>(n) * w.k + i];
+    } else if (warp == 0) {
+      if (lane == 0) ptx::barrier_expect(x_barrier, args.n * x_columns * 2);
       __syncwarp();
+#pragma unroll 1
       for (int n = lane; n < args.n && x_columns; n += 32)
         ptx::bulk_copy(shared + plan.x + n * plan.x_pitch, x + static_cast<size_t>(n) * w.k, x_columns * 2,
-                       shared + plan.barrier);
+                       x_barrier);
     }
-  } else {
-    for (int n = 0; n < args.n; ++n)
-      for (int i = threadIdx.x; i < x_columns; i += kThreads)
-        reinterpret_cast<__nv_bfloat16*>(memory + plan.x + n * plan.x_pitch)[i] = x[static_cast<size_t>(n) * w.k + i];
+  };
+  auto load_first_units = [&] {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      entries[i] = make_uint2(0, 0);
+      if (to_load > 0) {
+        load_entries(entries[i]);
+#pragma unroll
+        for (int t = 0; t < kTilesPerWarp; ++t) load_tile(i * kTilesPerWarp + t, t);
+        advance_load();
+      }
+    }
+  };
+  // x goes first: behind the weights of all SMs it would come microseconds later.
+  if (args.overlap) ptx::launch_dependents();
+#pragma unroll 1
+  for (int step = 0; step < 2; ++step) {
+    if ((step == 0) != args.overlap)
+      load_x();
+    else
+      load_first_units();
   }
   // The last columns of a ragged K: weights there are finite padding, x must be zero.
+#pragma unroll 1
   for (int i = x_columns + threadIdx.x; i < units_k * kBlock; i += kThreads)
+#pragma unroll 1
     for (int n = 0; n < args.n; ++n)
       reinterpret_cast<uint16_t*>(memory + plan.x + n * plan.x_pitch)[i] = 0;
+#pragma unroll 1
   for (int i = threadIdx.x; i < row_blocks * 4; i += kThreads)
     ptx::async_copy_16(shared + plan.shift + i * 16,
                        w.shift + (cluster + static_cast<size_t>(i >> 2) * plan.clusters) * kBlock + (i & 3) * 16);
   if (ranks > 1) ptx::cluster_arrive_relaxed();
 
-  const PatchPlane<kTilesPerWarp> plane{shared + warp * kTilesPerWarp * Weights::kPlaneBytes, lane};
+  // Which warps share a row group: first | last << 8. The last one finishes it, the others leave a sum in their area.
+  const float per_unit = total ? ptx::reciprocal(static_cast<float>(total)) : 0;
+  auto owner = [&](int unit) { return static_cast<int>(((unit + 1) * kWarps - 0.5f) * per_unit); };
+  uint16_t* owners = reinterpret_cast<uint16_t*>(memory + plan.owners);
+#pragma unroll 1
+  for (int g = threadIdx.x; g < row_blocks * kGroups; g += kThreads)
+    owners[g] = static_cast<uint16_t>(owner(g * units_k) | owner((g + 1) * units_k - 1) << 8);
+
+  const PatchPlane<kTilesPerWarp> plane{shared + warp * plan.area, lane};
   if (Weights::kHasEscapes) plane.fill();
   __syncthreads();
-  if (bulk_x) ptx::barrier_wait(shared + plan.barrier, 0);
 
+  float* finished = reinterpret_cast<float*>(memory + plan.finished);
   float sums[kTilesPerWarp][kColumnTiles][4] = {};
   int group = first_group, k = begin - first_group * units_k;
   const int x_row = lane & 7;
@@ -157,9 +218,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   for (int c = 0; c < kColumnTiles; ++c)  // columns past n repeat the last one and are never stored
     x_address[c] = shared + plan.x + min(8 * c + x_row, args.n - 1) * plan.x_pitch + (lane >> 3) * 16;
 
-  auto store_partial = [&] {
-    float* out = reinterpret_cast<float*>(memory + plan.partial) +
-                 ((warp + group) << plan.log_n) * kPitch;
+  auto store_sums = [&](float* out) {
 #pragma unroll
     for (int t = 0; t < kTilesPerWarp; ++t)
 #pragma unroll
@@ -172,6 +231,9 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
         }
   };
 
+  float* own_sums = reinterpret_cast<float*>(memory + warp * plan.area);
+  if (bulk_x) ptx::barrier_wait(x_barrier, 0);
+  if (begin == end) store_sums(own_sums);  // zeros: there are fewer units than warps
 #pragma unroll 1
   for (int left = end - begin; left > 0; left -= kAhead) {
 #pragma unroll
@@ -219,62 +281,60 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
           plane.template scatter<true>(e, count, first_tile);
         __syncwarp();
       }
-      if (++k == units_k) {
-        store_partial();
+      const bool finishes = ++k == units_k;
+      if (finishes || left - i == 1) {
+        store_sums(finishes ? finished + (group << plan.log_n) * kPitch : own_sums);
         k = 0;
         ++group;
       }
     }
   }
-  if (k > 0 && end > begin) store_partial();
   ptx::async_copy_wait();
   __syncthreads();
 
-  // Sum over the warps that touched a row group, in the order of k.
-  const int shift_rows = 6 - plan.log_cluster;  // of a row block's 64 rows each rank owns 2^shift_rows
-  const float* partial = reinterpret_cast<const float*>(memory + plan.partial);
+  // Sum over the warps that share a row group, in the order of k, four rows a thread.
+  const int log_rows = 6 - plan.log_cluster;  // of a row block's 64 rows each rank owns 2^log_rows
+  const int per_rank = row_blocks << (plan.log_n + log_rows);
   float* received = reinterpret_cast<float*>(memory + plan.received);
-  const int per_rank = row_blocks << (plan.log_n + shift_rows);
-  auto write = [&](int row_block, int n, int row, float sum) {
-    const int logical = (cluster + row_block * plan.clusters) * kBlock + row;
-    if (logical >= w.m) return;
-    const int shift = reinterpret_cast<const int8_t*>(memory + plan.shift)[row_block * kBlock + row];
-    const float value = sum * __int_as_float((127 - shift) << 23);
-    const size_t at = static_cast<size_t>(n) * w.m + logical;
-    if (args.fp32_out)
-      static_cast<float*>(args.y)[at] = value;
-    else
-      static_cast<__nv_bfloat16*>(args.y)[at] = __float2bfloat16(value);
+  auto add = [](float4& sum, const float* p) {
+    const float4 v = *reinterpret_cast<const float4*>(p);
+    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
   };
-  const float per_unit = total ? __frcp_rn(static_cast<float>(total)) : 0;
-  auto owner = [&](int unit) { return static_cast<int>(((unit + 1) * kWarps - 0.5f) * per_unit); };
-  if (ranks > 1) ptx::cluster_wait();
-  for (int o = threadIdx.x; o < row_blocks << (plan.log_n + 6); o += kThreads) {
-    const int row = o & (kBlock - 1), n = (o >> 6) & ((1 << plan.log_n) - 1), row_block = o >> (6 + plan.log_n);
-    const int g = row_block * kGroups + row / kGroupRows;
+
+  auto write = [&](int row_block, int n, int row, float4 sum) {
+    const uint32_t shifts = *reinterpret_cast<const uint32_t*>(memory + plan.shift + row_block * kBlock + row);
+    store_rows(args, n, (cluster + row_block * plan.clusters) * kBlock + row, sum, shifts);
+  };
+  if (ranks > 1) ptx::cluster_wait();  // the others have started
+#pragma unroll 1
+  for (int o = threadIdx.x; o < row_blocks << (plan.log_n + 4); o += kThreads) {
+    const int row = (o & 15) * 4, n = (o >> 4) & ((1 << plan.log_n) - 1), row_block = o >> (4 + plan.log_n);
     if (n >= args.n) continue;
-    float sum = 0;
+    float4 sum = make_float4(0, 0, 0, 0);
     if (total) {
-      const int last = owner((g + 1) * units_k - 1);
-      for (int i = owner(g * units_k); i <= last; ++i)
-        if (range_begin(i) < range_begin(i + 1))
-          sum += partial[(((i + g) << plan.log_n) + n) * kPitch + row % kGroupRows];
+      const int group = row_block * kGroups + row / kGroupRows, at = n * kPitch + row % kGroupRows;
+      const int first = owners[group] & 255, last = owners[group] >> 8;
+#pragma unroll 2
+      for (int i = first; i < last; ++i) add(sum, reinterpret_cast<const float*>(memory + i * plan.area) + at);
+      add(sum, finished + (group << plan.log_n) * kPitch + at);
     }
     if (ranks == 1) {
       write(row_block, n, row, sum);
     } else {
-      const int slot = (((row_block << plan.log_n) + n) << shift_rows) | (row & ((1 << shift_rows) - 1));
-      ptx::store_cluster(ptx::shared_address(received + rank * per_rank + slot), row >> shift_rows, sum);
+      const int slot = (((row_block << plan.log_n) + n) << log_rows) | (row & ((1 << log_rows) - 1));
+      ptx::store_cluster(shared + plan.received + (rank * per_rank + slot) * 4, sums_barrier, row >> log_rows, sum);
     }
   }
   if (ranks == 1) return;
-  ptx::cluster_arrive();
-  ptx::cluster_wait();
-  for (int o = threadIdx.x; o < per_rank; o += kThreads) {
-    float sum = 0;
-    for (int i = 0; i < ranks; ++i) sum += received[i * per_rank + o];
-    const int n = (o >> shift_rows) & ((1 << plan.log_n) - 1), row_block = o >> (shift_rows + plan.log_n);
-    if (n < args.n) write(row_block, n, rank << shift_rows | (o & ((1 << shift_rows) - 1)), sum);
+  ptx::barrier_wait(sums_barrier, 0);
+#pragma unroll 1
+  for (int o = threadIdx.x; o < per_rank / 4; o += kThreads) {
+    const int n = (o >> (log_rows - 2)) & ((1 << plan.log_n) - 1), row_block = o >> (log_rows - 2 + plan.log_n);
+    if (n >= args.n) continue;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 2
+    for (int i = 0; i < ranks; ++i) add(sum, received + i * per_rank + 4 * o);
+    write(row_block, n, (rank << log_rows) | (4 * o & ((1 << log_rows) - 1)), sum);
   }
 }
 

@@ -71,16 +71,22 @@ __device__ __forceinline__ void async_copy_16(uint32_t to, const void* from) {
 }
 __device__ __forceinline__ void async_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ void store_cluster(uint32_t local_address, int rank, float value) {
-  asm volatile("{.reg .u32 a; mapa.shared::cluster.u32 a,%0,%1; st.shared::cluster.f32 [a],%2;}" ::"r"(local_address),
-               "r"(rank), "f"(value) : "memory");
+// Stores into the shared memory of CTA `rank` of the cluster and counts the 16 bytes on its barrier. No fence is needed:
+// the release of a cluster barrier costs a membar.gpu behind all of an SM's traffic.
+__device__ __forceinline__ void store_cluster(uint32_t local_address, uint32_t local_barrier, int rank, float4 v) {
+  asm volatile(
+      "{.reg .u32 a, b; mapa.shared::cluster.u32 a,%0,%2; mapa.shared::cluster.u32 b,%1,%2;"
+      " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [a],{%3,%4,%5,%6},[b];}" ::"r"(local_address),
+      "r"(local_barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
+  return r;
 }
 
 // No-ops unless the launch asked for programmatic dependent launch.

@@ -74,9 +74,9 @@ static __device__ __noinline__ void scatter_overflow(const OverflowEntry* entrie
                                                      uint32_t block, uint32_t plane, uint32_t first_position,
                                                      uint32_t positions) {
   for (uint32_t i = first + (threadIdx.x & 31);; i += 32) {
-    OverflowEntry e = {~block, 0};
+    OverflowEntry e = {0, 0};
     if (i < length) e = entries[i];
-    const bool mine = e.block == block;
+    const bool mine = e.block == block + 1;
     const uint32_t position = (e.entry & 0xFFFu) - first_position;
     if (mine && position < positions) ptx::store_shared_u16(plane + 2 * position, (e.entry >> 12 << 10) & kHighMask);
     if (!__all_sync(~0u, mine)) break;

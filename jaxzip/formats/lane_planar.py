@@ -1,0 +1,293 @@
+"""Lane-planar: bf16 weights laid out for a Hopper kernel, every weight in a fixed place, escapes apart.
+
+A weight is a sign+mantissa byte and the three low bits of its exponent; the five high bits are a constant, except for the
+few escapes, which are listed. Rows are scaled by a power of two first, so that the constant is 01111.
+
+    block of 64 rows x 64 k (u32 words)                                 tile of 16 rows x 64 k: an A operand of mma
+    0               1024            1408    1409       1410             lane = 4 g + t, k-step j, register r, half h:
+    +---------------+---------------+------+----------+--------------+    row = g + 8 (r & 1)
+    | sign+mantissa | exponent codes | ends | overflow | u16 entries  |    column = 16 j + 2 t + 8 (r >> 1) + h
+    | 4 tiles x 256 | 4 tiles x 96   |      |          | (up to 124)  |  position = tile << 10 | j << 8 | lane << 3 | r << 1 | h
+    +---------------+---------------+------+----------+--------------+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxzip.errors import CorruptDataError
+from jaxzip.formats.base import Coverage, FieldSpec, Format, Payload, check_field_shapes
+
+BLOCK = 64
+TILES = 4
+POSITIONS = BLOCK * BLOCK
+WINDOW = 8
+#: First exponent of every row's window once it is shifted.
+WINDOW_START = 120
+MAX_SHIFT = 40
+CODE_START = 1024
+HEADER = 1408
+OVERFLOW_WORD = 1409
+ENTRY_START = 1410
+#: Block sizes in words. Each is a product of two numbers up to 256, the inner one a multiple of 4, as TMA wants its boxes.
+WIDTHS = (1424, 1440, 1456, 1464, 1472)
+#: The narrowest width is taken that holds the escapes of all but this share of the blocks.
+OVERFLOW_SHARE = 1 / 128
+MIN_OVERFLOW_BUCKET = 256
+
+#: Bit of a code field in each half of its word, by register % 5; register 15 takes bit 0 of three words.
+CODE_BITS = (7, 4, 1, 10, 13)
+#: Entries hold their five high exponent bits less this in four bits; 0 stands for 0.
+HIGH_BIAS = 3
+_CONSTANT_HIGH = 15
+_PADDING = WINDOW_START << 7
+_CHUNK = 1 << 22  # elements that the encoder works on at a time
+
+# [M, K] reshaped to (row block, tile, r & 1, g, k block, j, r >> 1, t, h) and permuted is in position order.
+_TO_POSITIONS = (0, 4, 1, 5, 3, 7, 6, 2, 8)
+_FROM_POSITIONS = tuple(int(i) for i in np.argsort(_TO_POSITIONS))
+
+
+def block_grid(m: int, k: int) -> tuple[int, int]:
+    """Number of blocks along M and along K."""
+    return -(-m // BLOCK), -(-k // BLOCK)
+
+
+def room(width: int) -> int:
+    """Entries that fit into a block of ``width`` words."""
+    return 2 * (width - ENTRY_START)
+
+
+def choose_shifts(bits: np.ndarray) -> np.ndarray:
+    """int8 ``[M]``: what to add to the exponents of each row so that its best window of 8 becomes 120..127.
+
+    Ties go to the lowest window. 0 where the shift exceeds MAX_SHIFT or a nonzero weight of the row would leave the normal
+    range (a row with subnormals is never shifted): the kernel multiplies by the shifted weights and scales the sums.
+    """
+    m = bits.shape[0]
+    exponents = ((bits >> 7) & 0xFF).astype(np.int64) + np.arange(m)[:, None] * 256
+    histogram = np.bincount(exponents.ravel(), minlength=256 * m).reshape(m, 256)
+    total = np.concatenate([np.zeros((m, 1), np.int64), histogram.cumsum(1)], 1)
+    starts = np.arange(1, 256 - WINDOW)
+    covered = total[:, starts + WINDOW] - total[:, starts]
+    shift = WINDOW_START - starts[covered.argmax(1)]
+    normal = histogram[:, 1:255] > 0
+    lowest = normal.argmax(1) + 1
+    highest = 254 - normal[:, ::-1].argmax(1)
+    subnormal = (((bits & 0x7F80) == 0) & ((bits & 0x7F) != 0)).any(1)
+    safe = (covered.max(1) > 0) & (abs(shift) <= MAX_SHIFT) & (lowest + shift >= 1) & (highest + shift <= 254) & ~subnormal
+    return np.where(safe, shift, 0).astype(np.int8)
+
+
+def _shift_exponents(values, shifts, where):
+    """Adds each row's shift to the exponents of normal numbers; zeros, subnormals, infinities and NaN keep theirs."""
+    exponent = (values >> 7) & 0xFF
+    moved = (exponent + shifts) & 0xFF
+    return (values & 0x807F) | where((exponent == 0) | (exponent == 255), exponent, moved) << 7
+
+
+def _positions(bits: np.ndarray, shifts: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Chunks of row blocks: (their slice, uint16 ``[blocks, 4096]`` shifted weights in position order)."""
+    m, k = bits.shape
+    rows, columns = block_grid(m, k)
+    step = max(1, _CHUNK // (columns * POSITIONS))
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        part = bits[start * BLOCK : stop * BLOCK]
+        padded = np.full(((stop - start) * BLOCK, columns * BLOCK), _PADDING, np.uint16)
+        scale = shifts[start * BLOCK : stop * BLOCK].astype(np.uint16)[:, None]
+        padded[: part.shape[0], :k] = _shift_exponents(part, scale, np.where)
+        split = padded.reshape(stop - start, TILES, 2, 8, columns, 4, 2, 4, 2).transpose(_TO_POSITIONS)
+        yield slice(start * columns, stop * columns), split.reshape(-1, POSITIONS)
+
+
+def _escapes(elements: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Block, position and five high exponent bits of every escape, in order."""
+    high = (elements >> 10) & 31
+    block, position = np.nonzero(high != _CONSTANT_HIGH)
+    return block, position, high[block, position].astype(np.uint32)
+
+
+def _has_code(high: np.ndarray) -> np.ndarray:
+    return (high == 0) | ((high > HIGH_BIAS) & (high <= 15 + HIGH_BIAS))
+
+
+def _planes(elements: np.ndarray) -> np.ndarray:
+    """uint32 ``[blocks, 1408]``: the sign+mantissa and code words."""
+    n = elements.shape[0]
+    values = elements.reshape(n, TILES, 4, 32, 2, 2, 2).astype(np.uint32)  # tile j lane r>>1 r&1 h
+    sign, mantissa = values >> 15, values & 0x7F
+    halves = sign[..., 0, :] << 15 | mantissa[..., 1, :] << 8 | sign[..., 1, :] << 7 | mantissa[..., 0, :]
+    words = halves[..., 0] | halves[..., 1] << 16  # tile j lane r>>1
+    sign_mantissa = words.reshape(n, TILES, 2, 2, 32, 2).transpose(0, 1, 2, 4, 3, 5).reshape(n, CODE_START)
+    low = ((values >> 7) & 7).reshape(n, TILES, 4, 32, 4, 2).transpose(0, 1, 3, 2, 4, 5).reshape(n, TILES, 32, 16, 2)
+    codes = np.zeros((n, TILES, 32, 3, 2), np.uint32)
+    for register in range(15):
+        codes[..., register // 5, :] |= low[..., register, :] << CODE_BITS[register % 5]
+    for bit in range(3):
+        codes[..., bit, :] |= low[..., 15, :] >> bit & 1
+    codes = codes[..., 0] | codes[..., 1] << 16  # tile lane word
+    pairs = codes[..., :2].reshape(n, TILES, 64)
+    return np.concatenate([sign_mantissa, np.concatenate([pairs, codes[..., 2]], -1).reshape(n, -1)], 1)
+
+
+class LanePlanar(Format):
+    """See the module's docstring; array by array, for ``R x C`` blocks:
+
+    ========= ====== ============ ==========================================================================
+    array     dtype  shape        content
+    ========= ====== ============ ==========================================================================
+    shift     int8   [64 R]       stored exponent = exponent + shift of its row
+    blocks    uint32 [R, C, W]    ends: four u8, entries before the end of tile 0..3; overflow: 0, or 1 + index of
+                                  the block's first overflow entry; entry: position | code << 12, in order
+    overflow  uint32 [2 V]        1 + block, position | five high exponent bits << 12: escapes that have no code or no
+                                  room in their block, in order; zeros at the end are padding
+    ========= ====== ============ ==========================================================================
+    """
+
+    name = "lane-planar"
+    version = 1
+    dtypes = (np.dtype(ml_dtypes.bfloat16),)
+
+    def fields(self, m: int, k: int) -> dict[str, FieldSpec]:
+        rows, columns = block_grid(m, k)
+        return {
+            "shift": FieldSpec(np.dtype(np.int8), (rows * BLOCK,)),
+            "blocks": FieldSpec(np.dtype(np.uint32), (rows, columns, None)),
+            "overflow": FieldSpec(np.dtype(np.uint32), (None,)),
+        }
+
+    def encode(self, bits: np.ndarray) -> Payload:
+        m, k = bits.shape
+        rows, columns = block_grid(m, k)
+        shifts = choose_shifts(bits)
+        coded = np.zeros(rows * columns, np.int64)
+        for where, elements in _positions(bits, shifts):
+            block, _, high = _escapes(elements)
+            coded[where] = np.bincount(block[_has_code(high)], minlength=elements.shape[0])
+        fits = [width for width in WIDTHS if (coded > room(width)).mean() <= OVERFLOW_SHARE]
+        width = fits[0] if fits else WIDTHS[-1]
+
+        blocks = np.zeros((rows * columns, width), np.uint32)
+        overflow = []
+        for where, elements in _positions(bits, shifts):
+            out = blocks[where]
+            out[:, :HEADER] = _planes(elements)
+            block, position, high = _escapes(elements)
+            has_code = _has_code(high)
+            before = np.concatenate([[0], np.cumsum(has_code)])
+            first = np.concatenate([[0], np.cumsum(np.bincount(block[has_code], minlength=elements.shape[0]))])
+            rank = before[:-1] - first[block]
+            inside = has_code & (rank < room(width))
+            entries = np.zeros((elements.shape[0], room(width)), np.uint16)
+            code = np.maximum(high[inside].astype(np.int64) - HIGH_BIAS, 0)
+            entries[block[inside], rank[inside]] = position[inside] | code << 12
+            out[:, ENTRY_START:] = entries.view("<u4")
+            per_tile = np.bincount(block[inside] * TILES + (position[inside] >> 10), minlength=TILES * elements.shape[0])
+            out[:, HEADER] = per_tile.reshape(-1, TILES).cumsum(1).astype(np.uint8).view("<u4").ravel()
+            spilled = np.stack([block[~inside] + where.start + 1, position[~inside] | high[~inside] << 12], -1)
+            overflow.append(spilled.astype(np.uint32))
+        overflow = np.concatenate(overflow)
+        blocks[:, OVERFLOW_WORD] = _first_overflow(overflow[:, 0], rows * columns)
+        return {
+            "shift": np.pad(shifts, (0, rows * BLOCK - m)),
+            "blocks": blocks.reshape(rows, columns, width),
+            "overflow": overflow.ravel(),
+        }
+
+    def decode(self, payload: Mapping[str, jax.Array], m: int, k: int) -> jax.Array:
+        rows, columns = block_grid(m, k)
+        owner, entry = payload["overflow"][0::2], payload["overflow"][1::2]
+        index = (owner - 1).astype(jnp.int32)
+        row = jnp.where(owner == 0, rows, index // columns)
+        column = index % columns * POSITIONS + (entry & (POSITIONS - 1)).astype(jnp.int32)
+        high = jnp.full((rows, columns * POSITIONS), _CONSTANT_HIGH, jnp.uint8)
+        high = high.at[row, column].set((entry >> 12).astype(jnp.uint8), mode="drop")
+        # One row of blocks at a time: the reference needs some 30 bytes per weight while it runs.
+        elements = jax.lax.map(_decode_blocks, (payload["blocks"], high.reshape(rows, columns, POSITIONS)))
+        split = elements.reshape(rows, columns, TILES, 4, 8, 4, 2, 2, 2).transpose(_FROM_POSITIONS)
+        shifts = payload["shift"].astype(jnp.uint16)[:, None]
+        return _shift_exponents(split.reshape(rows * BLOCK, columns * BLOCK), -shifts, jnp.where)[:m, :k]
+
+    def validate(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> None:
+        check_field_shapes(self, payload, m, k)
+        width, length = payload["blocks"].shape[2], payload["overflow"].shape[0]
+        if width not in WIDTHS:
+            raise CorruptDataError(f"lane-planar: blocks have {width} words, expected one of {WIDTHS}")
+        if length % 2:
+            raise CorruptDataError(f"lane-planar: overflow has {length} words, expected pairs: it is truncated")
+        _expect(abs(payload["shift"].astype(np.int32)) <= MAX_SHIFT, "shift", f"exceeds {MAX_SHIFT}")
+        blocks = payload["blocks"].reshape(-1, width)
+        ends = np.ascontiguousarray(blocks[:, HEADER]).view(np.uint8).reshape(-1, TILES).astype(np.int32)
+        _expect(np.diff(ends, axis=1, prepend=0).min(1) >= 0, "blocks", "has ends that decrease")
+        _expect(ends[:, -1] <= room(width), "blocks", f"counts more entries than the {room(width)} that it has room for")
+        entries = np.ascontiguousarray(blocks[:, ENTRY_START:]).view("<u2").reshape(-1, room(width)).astype(np.int32)
+        slot = np.arange(room(width))
+        used = slot < ends[:, -1:]
+        _expect(((entries == 0) | used).all(1), "blocks", "has entries past its ends")
+        position = entries & (POSITIONS - 1)
+        ordered = (np.diff(position, axis=1, prepend=-1) > 0) | ~used
+        _expect(ordered.all(1), "blocks", "has entries out of order")
+        tile = (slot[None, :, None] >= ends[:, None, :]).sum(-1)
+        _expect(((position >> 10 == tile) | ~used).all(1), "blocks", "has an entry outside the tile that its ends say")
+        owner, entry = payload["overflow"][0::2].astype(np.int64), payload["overflow"][1::2]
+        _expect((np.diff(owner) >= 0) | (owner[1:] == 0), "overflow", "has blocks out of order")
+        _expect(owner <= blocks.shape[0], "overflow", f"names a block past the {blocks.shape[0]} that there are")
+        _expect(entry < 1 << 17, "overflow", "has an entry of more than 17 bits")
+        _expect(blocks[:, OVERFLOW_WORD] == _first_overflow(owner, blocks.shape[0]), "blocks", "points to a wrong overflow entry")
+
+    def coverage(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> Coverage:
+        inside = (payload["blocks"][..., HEADER] >> 24).sum(dtype=np.int64)
+        return Coverage(size=m * k, escapes=int(inside + np.count_nonzero(payload["overflow"][..., 0::2])))
+
+    def bucket_lengths(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> dict[str, int]:
+        used = payload["overflow"].shape[-1]
+        overflow = max(MIN_OVERFLOW_BUCKET, 1 << max(0, used - 1).bit_length())
+        return {"blocks": payload["blocks"].shape[-1], "overflow": overflow}
+
+
+def _first_overflow(owner: np.ndarray, blocks: int) -> np.ndarray:
+    """uint32 ``[blocks]``: 1 + index of each block's first overflow entry, 0 for none; ``owner`` is 1 + block."""
+    first = np.zeros(blocks + 1, np.uint32)
+    names, index = np.unique(owner[owner != 0], return_index=True)
+    first[names] = index + 1
+    return first[1:]
+
+
+def _expect(good: np.ndarray, array: str, problem: str) -> None:
+    """Raises unless all of ``good`` holds; names the first place that does not."""
+    wrong = np.flatnonzero(~good)
+    if wrong.size:
+        raise CorruptDataError(
+            f"lane-planar: {array}[{int(wrong[0])}] {problem}; the tensor is corrupt, convert it again from its source"
+        )
+
+
+def _decode_blocks(row):
+    """Shifted weights of one row of blocks: uint32 ``[C, W]`` and uint8 ``[C, 4096]`` high bits -> uint16 ``[C, 4096]``."""
+    blocks, high = row
+    n = blocks.shape[0]
+    halves = jnp.stack([blocks & 0xFFFF, blocks >> 16], -1).astype(jnp.uint16)  # block word h
+    words = halves[:, :CODE_START].reshape(n, TILES, 2, 32, 2, 2, 2).transpose(0, 1, 2, 4, 3, 5, 6)  # tile j lane r>>1 h
+    even = (words & 0x8000) | (words & 0x7F)
+    odd = (words << 8 & 0x8000) | (words >> 8 & 0x7F)
+    sign_mantissa = jnp.stack([even, odd], -2).reshape(n, POSITIONS)
+
+    codes = halves[:, CODE_START:HEADER].reshape(n, TILES, 96, 2)
+    codes = jnp.stack([codes[:, :, 0:64:2], codes[:, :, 1:64:2], codes[:, :, 64:]], 3)  # tile lane word h
+    low = [codes[:, :, :, p // 5] >> CODE_BITS[p % 5] & 7 for p in range(15)]
+    low.append(sum((codes[:, :, :, bit] & 1) << bit for bit in range(3)))
+    low = jnp.stack(low, 3).reshape(n, TILES, 32, 4, 4, 2).transpose(0, 1, 3, 2, 4, 5).reshape(n, POSITIONS)
+
+    entries = halves[:, ENTRY_START:].reshape(n, -1)
+    used = jnp.arange(entries.shape[1], dtype=jnp.uint32) < blocks[:, HEADER, None] >> 24
+    position = jnp.where(used, entries & (POSITIONS - 1), POSITIONS).astype(jnp.int32)
+    code = entries >> 12
+    listed = jnp.where(code == 0, 0, code + HIGH_BIAS).astype(jnp.uint8)
+    high = high.at[jnp.arange(n)[:, None], position].set(listed, mode="drop")
+    return sign_mantissa | high.astype(jnp.uint16) << 10 | low << 7
