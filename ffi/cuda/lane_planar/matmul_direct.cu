@@ -30,6 +30,7 @@ const Variant* find_variant(int n, const DirectConfig& c) {
       variant<Weights, 1, 1, 8, 2>(),  variant<Weights, 2, 1, 8, 2>(),  variant<Weights, 4, 1, 8, 2>(),
       variant<Weights, 1, 2, 8, 2>(),  variant<Weights, 2, 2, 8, 2>(),  variant<Weights, 1, 4, 16, 1>(),
       variant<Weights, 2, 4, 16, 1>(), variant<Weights, 4, 4, 8, 1>(),  variant<Weights, 2, 4, 8, 2>(),
+      variant<Weights, 2, 4, 8, 1>(),
       variant<Weights, 4, 1, 8, 1>(),  variant<Weights, 2, 1, 8, 1>(),  variant<Weights, 4, 2, 8, 1>(),
       variant<Weights, 2, 2, 8, 1>(),
   };

@@ -253,24 +253,23 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
                            plane.base, first_tile * kTileElements, plane.kPositions);
         __syncwarp();
       }
-      uint32_t b[kColumnTiles][2][4];
 #pragma unroll
-      for (int c = 0; c < kColumnTiles; ++c) {
-        ptx::load_matrices(b[c][0], x_address[c] + k * (kBlock * 2));
-        ptx::load_matrices(b[c][1], x_address[c] + k * (kBlock * 2) + 64);
-      }
+      for (int half = 0; half < 2; ++half) {
+        uint32_t b[kColumnTiles][4];  // two k-steps
 #pragma unroll
-      for (int t = 0; t < kTilesPerWarp; ++t) {
-        const int slot = i * kTilesPerWarp + t;
+        for (int c = 0; c < kColumnTiles; ++c) ptx::load_matrices(b[c], x_address[c] + k * (kBlock * 2) + half * 64);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          uint32_t a[4];
-          Weights::decode(a, tiles[slot], plane.base + t * Weights::kPlaneBytes + lane * 16, j);
+        for (int t = 0; t < kTilesPerWarp; ++t) {
+          const int slot = i * kTilesPerWarp + t;
 #pragma unroll
-          for (int c = 0; c < kColumnTiles; ++c)
-            ptx::mma(sums[t][c], a, b[c][j >> 1][2 * (j & 1)], b[c][j >> 1][2 * (j & 1) + 1]);
+          for (int j = 2 * half; j < 2 * half + 2; ++j) {
+            uint32_t a[4];
+            Weights::decode(a, tiles[slot], plane.base + t * Weights::kPlaneBytes + lane * 16, j);
+#pragma unroll
+            for (int c = 0; c < kColumnTiles; ++c) ptx::mma(sums[t][c], a, b[c][2 * (j & 1)], b[c][2 * (j & 1) + 1]);
+          }
+          if (half && more) load_tile(slot, t);
         }
-        if (more) load_tile(slot, t);
       }
       if (more) advance_load();
       if (Weights::kHasEscapes) {
