@@ -32,7 +32,7 @@ int check_decompression(const Problem& p, cudaStream_t stream) {
   return wrong != 0;
 }
 
-int check_products(const Problem& p, int n, int sms, int offset, cudaStream_t stream, double* worst, int* checked) {
+int check_products(const Problem& p, int n, int offset, cudaStream_t stream, double* worst, int* checked) {
   DeviceArray<__nv_bfloat16> storage(static_cast<size_t>(n) * p.k + 8);
   fill_gaussian(reinterpret_cast<uint16_t*>(storage.get()), storage.size(), 1.0f, 0, 77);
   const __nv_bfloat16* x = storage.get() + offset;
@@ -42,7 +42,10 @@ int check_products(const Problem& p, int n, int sms, int offset, cudaStream_t st
   std::vector<float> got[3] = {std::vector<float>(outputs), std::vector<float>(outputs), std::vector<float>(outputs)};
   std::vector<__nv_bfloat16> rounded(outputs);
   int failures = 0;
-  for (const Candidate& c : candidates(p.encoded.matrix, n, sms)) {
+  std::vector<Candidate> kernels = candidates(p.encoded.matrix, n);
+  const DirectConfig chosen = choose_direct(p.encoded.matrix, n);
+  if (chosen.clusters) kernels.push_back({"chosen", chosen});
+  for (const Candidate& c : kernels) {
     const auto run = [&](const Matrix& w, bool fp32, bool raw, void* to, size_t bytes) {
       CHECK(cudaMemset(y.get(), 0xFF, outputs * 4));
       CHECK(run_candidate(c, w, x, y.get(), n, fp32, stream, raw, false));
@@ -125,7 +128,7 @@ int check_payload(const char* path, cudaStream_t stream) {
   return wrong;
 }
 
-int check_kernels(const ExponentClasses& classes, int sms, cudaStream_t stream) {
+int check_kernels(const ExponentClasses& classes, cudaStream_t stream) {
   struct Case {
     int m, k;
     const char* weights;
@@ -137,7 +140,7 @@ int check_kernels(const ExponentClasses& classes, int sms, cudaStream_t stream) 
     int wrong = check_decompression(p, stream), checked = 0;
     double worst = 0;
     for (const int n : {1, 3, 8, 11, 16, 32})
-      if (c.m < 4096 || n == 8 || n == 16) wrong += check_products(p, n, sms, n == 3 ? 1 : 0, stream, &worst, &checked);
+      if (c.m < 4096 || n == 8 || n == 16) wrong += check_products(p, n, n == 3 ? 1 : 0, stream, &worst, &checked);
     std::printf("check %-8s M%-5d K%-5d %.3f bits, escapes %.2f%%, overflowing blocks %.2f%%: %d kernels, worst error %.1e, %d wrong\n", c.weights,
                 c.m, c.k, p.encoded.bits_per_weight, 100 * p.encoded.escape_share, 100 * p.encoded.overflowing_blocks, checked, worst, wrong);
     std::fflush(stdout);

@@ -5,6 +5,6 @@
 #include "weights.h"
 
 // Number of failures; prints one line a problem.
-int check_kernels(const ExponentClasses& classes, int sms, cudaStream_t stream);
+int check_kernels(const ExponentClasses& classes, cudaStream_t stream);
 // Compares the device encoder with a payload that jaxzip encoded (see payload.py) byte for byte, and decodes it.
 int check_payload(const char* path, cudaStream_t stream);

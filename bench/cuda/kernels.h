@@ -1,5 +1,7 @@
 // The kernels under test behind one interface: each lists its configurations for a problem and runs one of them.
 #pragma once
+#include <algorithm>
+#include <cstdio>
 #include <string>
 #include <vector>
 
@@ -15,26 +17,24 @@ inline cudaError_t run_candidate(const Candidate& c, const jaxzip::lane_planar::
   return jaxzip::lane_planar::launch_matmul_direct(w, x, y, n, fp32, c.direct, stream, raw, overlap);
 }
 
-// Every configuration that fits the problem, on a device of `sms` multiprocessors.
-inline std::vector<Candidate> candidates(const jaxzip::lane_planar::Matrix& w, int n, int sms) {
+// Every configuration that fits the problem.
+inline std::vector<Candidate> candidates(const jaxzip::lane_planar::Matrix& w, int n) {
   using namespace jaxzip::lane_planar;
   std::vector<Candidate> found;
   for (const int ctas : {1, 2})
     for (const int warps : {16, 8})
       for (const int tiles : {1, 2, 4})
-        for (int log_cluster = 0; log_cluster <= 3; ++log_cluster) {
-          const int slots = (sms * ctas) >> log_cluster;
-          // The fewest clusters with that number of rounds; a few of a large cluster's slots may not exist.
-          for (const int usable : {slots, slots - 1, slots * 15 / 16}) {
-            if (usable < 1) continue;
-            const int rounds = (w.m_blocks() + usable - 1) / usable;
-            DirectConfig c = {tiles, warps, ctas, log_cluster, (w.m_blocks() + rounds - 1) / rounds};
-            if (!direct_shared_bytes(w, n, c)) continue;
-            char name[96];
-            std::snprintf(name, sizeof(name), "direct t%d w%dx%d C%d cl%d R%d", tiles, warps, ctas, 1 << log_cluster, c.clusters, rounds);
-            if (!found.empty() && found.back().name == name) continue;
-            found.push_back({name, c});
-          }
+        for (int cluster = 1; cluster <= 8; ++cluster) {
+          // As few clusters as the number of rounds allows that those resident at once need.
+          DirectConfig c = {tiles, warps, ctas, cluster, 1};
+          for (c.clusters = w.m_blocks(); c.clusters > 0 && !direct_shared_bytes(w, n, c);) --c.clusters;
+          const int resident = std::max(1, std::min(direct_resident_clusters(w, n, {tiles, warps, ctas, cluster, std::max(1, c.clusters)}), w.m_blocks()));
+          const int rounds = (w.m_blocks() + resident - 1) / resident;
+          c.clusters = (w.m_blocks() + rounds - 1) / rounds;
+          if (!direct_shared_bytes(w, n, c)) continue;
+          char name[96];
+          std::snprintf(name, sizeof(name), "direct t%d w%dx%d C%d cl%d R%d", tiles, warps, ctas, cluster, c.clusters, rounds);
+          found.push_back({name, c});
         }
   return found;
 }

@@ -66,14 +66,16 @@ void measure(const Problem& p, const std::vector<Candidate>& kernels, int n, siz
   for (size_t i = 0; i < std::min<size_t>(3, timed.size()); ++i) timed[i].us = time(timed[i].candidate, false, 11);
   std::sort(timed.begin(), timed.begin() + std::min<size_t>(3, timed.size()), faster);
   const Candidate& best = timed[0].candidate;
+  const DirectConfig chosen = choose_direct(p.encoded.matrix, n);
+  const float chosen_us = chosen.clusters ? time({"", chosen}, false, 11) : 0;
   const float us = timed[0].us, overlapped = time(best, true, 11);
   const double bytes = p.encoded.block_words_total * 4.0 + 2.0 * n * (p.m + p.k), floor_us = bytes / kCopyBandwidth * 1e6;
-  std::printf("%5dx%-5d N%-3d %s %.3f bits: cublas %6.2f (gemmEx %6.2f)  ours %6.2f  ratio %.3f  overlapped %6.2f %.3f  %.2f TB/s  floor %6.2f  %s\n",
-              p.m, p.k, n, p.weights.c_str(), p.encoded.bits_per_weight, best_dense, gemm_ex, us, best_dense / us, overlapped,
+  std::printf("%5dx%-5d N%-3d %s %.3f bits: cublas %6.2f (gemmEx %6.2f)  best %6.2f  ratio %.3f  chosen %6.2f %.3f  overlapped %6.2f %.3f  %.2f TB/s  floor %6.2f  %s\n",
+              p.m, p.k, n, p.weights.c_str(), p.encoded.bits_per_weight, best_dense, gemm_ex, us, best_dense / us, chosen_us, best_dense / chosen_us, overlapped,
               best_dense / overlapped, bytes / us / 1e6, floor_us, best.name.c_str());
   json << "{\"m\": " << p.m << ", \"k\": " << p.k << ", \"n\": " << n << ", \"weights\": \"" << p.weights << "\", \"bits\": "
        << p.encoded.bits_per_weight << ", \"cublas_us\": " << best_dense << ", \"gemm_ex_us\": " << gemm_ex << ", \"us\": " << us
-       << ", \"overlapped_us\": " << overlapped << ", \"ratio\": " << best_dense / us << ", \"floor_us\": " << floor_us << ", \"kernel\": \"" << best.name
+       << ", \"chosen_us\": " << chosen_us << ", \"overlapped_us\": " << overlapped << ", \"ratio\": " << best_dense / us << ", \"floor_us\": " << floor_us << ", \"kernel\": \"" << best.name
        << "\"},\n";
   std::vector<std::string> seen;  // the best of each kernel and cluster size
   for (const Timed& t : timed) {
@@ -106,16 +108,13 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: bench check | bench speed OUT.json [option=value ...] | bench once - [option=value ...]\n");
     return 2;
   }
-  cudaDeviceProp properties;
-  CHECK(cudaGetDeviceProperties(&properties, 0));
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
   const ExponentClasses classes = read_exponents(option(argc, argv, "exponents", "bench/cuda/exponents.json").c_str());
-  const int sms = properties.multiProcessorCount;
   if (!std::strcmp(argv[1], "check")) {
     int wrong = 0;
     for (int i = 2; i < argc; ++i) wrong += check_payload(argv[i], stream);
-    return wrong + check_kernels(classes, sms, stream) != 0;
+    return wrong + check_kernels(classes, stream) != 0;
   }
 
   const bool once = !std::strcmp(argv[1], "once");
@@ -133,7 +132,7 @@ int main(int argc, char** argv) {
       for (const std::string& columns : split(option(argc, argv, "n", "1,2,4,8,16,32"))) {
         const int n = std::stoi(columns);
         std::vector<Candidate> kernels;
-        for (const Candidate& c : candidates(p.encoded.matrix, n, sms))
+        for (const Candidate& c : candidates(p.encoded.matrix, n))
           if (c.name.find(only) != std::string::npos) kernels.push_back(c);
         if (once) {
           DeviceArray<__nv_bfloat16> x(static_cast<size_t>(n) * k), y(static_cast<size_t>(n) * m);

@@ -47,47 +47,79 @@ const Variant* find_variant(int n, const DirectConfig& c, bool raw) {
 }
 
 DirectPlan plan_for(const Matrix& w, int n, const DirectConfig& c, bool raw) {
-  return raw ? plan_direct<Raw>(w, n, c.tiles_per_warp, c.warps, c.log_cluster, c.clusters)
-             : plan_direct<LanePlanar>(w, n, c.tiles_per_warp, c.warps, c.log_cluster, c.clusters);
+  return raw ? plan_direct<Raw>(w, n, c.tiles_per_warp, c.warps, c.cluster, c.clusters)
+             : plan_direct<LanePlanar>(w, n, c.tiles_per_warp, c.warps, c.cluster, c.clusters);
 }
 
 }  // namespace
 
 int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& c, bool raw) {
-  if (n < 1 || n > kDirectMaxN || c.log_cluster < 0 || c.log_cluster > 3 || c.clusters < 1 ||
+  if (n < 1 || n > kDirectMaxN || c.cluster < 1 || c.cluster > 8 || c.clusters < 1 ||
       c.clusters > w.m_blocks() || !find_variant(n, c, raw))
     return 0;
   const int bytes = plan_for(w, n, c, raw).bytes;
   return bytes <= kSharedPerSm / c.ctas_per_sm - (c.ctas_per_sm > 1 ? 1024 : 0) ? bytes : 0;
 }
 
+namespace {
+
+struct Launch {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+
+  Launch(const DirectConfig& c, int shared_bytes, bool overlap, cudaStream_t stream) {
+    int count = 0;
+    if (c.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count++].val.clusterDim = {static_cast<unsigned>(c.cluster), 1, 1};
+    }
+    if (overlap) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    config.gridDim = dim3(c.clusters * c.cluster);
+    config.blockDim = dim3(c.warps * 32);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = count;
+  }
+};
+
+// A property of the function on the current device; setting it again costs nothing.
+cudaError_t allow_shared(const Variant& v) {
+  const int bytes = kSharedPerSm / v.ctas_per_sm - (v.ctas_per_sm > 1 ? 1024 : 0);
+  return cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+}  // namespace
+
+int direct_resident_clusters(const Matrix& w, int n, const DirectConfig& c) {
+  const int bytes = direct_shared_bytes(w, n, c);
+  if (!bytes) return 0;
+  const Variant& v = *find_variant(n, c, false);
+  const Launch launch(c, bytes, false, nullptr);
+  int clusters = 0;
+  if (allow_shared(v)) return 0;
+  if (c.cluster == 1) {
+    int device, sms;
+    if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return 0;
+    return sms * c.ctas_per_sm;
+  }
+  if ( cudaOccupancyMaxActiveClusters(&clusters, v.kernel, &launch.config)) return 0;
+  return clusters;
+}
+
 cudaError_t launch_matmul_direct(const Matrix& w, const __nv_bfloat16* x, void* y, int n, bool fp32_out,
                                  const DirectConfig& c, cudaStream_t stream, bool raw, bool overlap) {
-  if (!direct_shared_bytes(w, n, c, raw)) return cudaErrorInvalidValue;
+  const int bytes = direct_shared_bytes(w, n, c, raw);
+  if (!bytes) return cudaErrorInvalidValue;
   const Variant& v = *find_variant(n, c, raw);
   DirectArgs args = {w, x, y, n, fp32_out, overlap, plan_for(w, n, c, raw)};
-  // A property of the function on the current device; setting it again costs nothing.
-  if (cudaError_t error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.plan.bytes))
-    return error;
-  cudaLaunchAttribute attributes[2];
-  int count = 0;
-  if (c.log_cluster) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {1u << c.log_cluster, 1, 1};
-  }
-  if (overlap) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(c.clusters << c.log_cluster);
-  launch.blockDim = dim3(c.warps * 32);
-  launch.dynamicSmemBytes = args.plan.bytes;
-  launch.stream = stream;
-  launch.attrs = attributes;
-  launch.numAttrs = count;
+  if (const cudaError_t error = allow_shared(v)) return error;
+  const Launch launch(c, bytes, overlap, stream);
   void* parameters[] = {&args};
-  return cudaLaunchKernelExC(&launch, v.kernel, parameters);
+  return cudaLaunchKernelExC(&launch.config, v.kernel, parameters);
 }
 
 }  // namespace jaxzip::lane_planar

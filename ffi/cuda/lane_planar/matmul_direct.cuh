@@ -13,10 +13,12 @@ namespace jaxzip::lane_planar {
 
 // Work split and shared memory (bytes from its start) of one launch, computed on the host.
 struct DirectPlan {
-  int log_cluster;  // CTAs that share a row block, each with its part of K
+  int cluster;   // CTAs that share a row block, each with its part of K
   int clusters;
+  int chunks;    // of four rows that a rank owns of every row block: chunk c is the (c / cluster)th of rank c % cluster
+  int magic;     // c / cluster = c * magic >> 16
   int row_blocks;  // of the clusters with most
-  int k_blocks;    // of a rank; the last may have fewer
+  int k_blocks, k_longer;  // of a rank; the first k_longer ranks have one more
   int log_n;       // of the columns in the buffers of sums
   int x_pitch;     // 16 bytes over a multiple of 128: eight rows start in eight different bank groups
   int area;        // of a warp: its patch planes, and in the end the sum of the row group that it did not finish
@@ -36,14 +38,17 @@ struct DirectArgs {
 constexpr int kSumPad = 4;  // floats after a column of sums: a warp's stores then fall into different banks
 
 template <class Weights>
-DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, int log_cluster, int clusters) {
+DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, int cluster, int clusters) {
   DirectPlan p = {};
-  p.log_cluster = log_cluster;
+  p.cluster = cluster;
+  p.chunks = (kBlock / 4 + cluster - 1) / cluster;
+  p.magic = 65536 / cluster + 1;
   p.clusters = clusters;
   p.row_blocks = (w.m_blocks() + clusters - 1) / clusters;
-  p.k_blocks = (w.k_blocks() + (1 << log_cluster) - 1) >> log_cluster;
+  p.k_blocks = w.k_blocks() / cluster;
+  p.k_longer = w.k_blocks() % cluster;
   while (1 << p.log_n < n) ++p.log_n;
-  p.x_pitch = p.k_blocks * kBlock * 2 + 16;
+  p.x_pitch = (p.k_blocks + (p.k_longer > 0)) * kBlock * 2 + 16;
   const int groups = p.row_blocks * (kTiles / tiles_per_warp);
   const int sum_bytes = ((tiles_per_warp * kTileRows + kSumPad) << p.log_n) * 4;
   const int plane_bytes = tiles_per_warp * Weights::kPlaneBytes;
@@ -54,7 +59,7 @@ DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, in
   p.x = p.shift + p.row_blocks * kBlock;
   p.finished = p.x + n * p.x_pitch;
   p.received = p.finished + groups * sum_bytes;
-  p.bytes = p.received + (log_cluster ? (p.row_blocks * kBlock << p.log_n) * 4 : 0);
+  p.bytes = p.received + (cluster > 1 ? cluster * (p.row_blocks * p.chunks << p.log_n) * 16 : 0);
   return p;
 }
 
@@ -95,12 +100,11 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   const Matrix& w = args.w;
   const DirectPlan& plan = args.plan;
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
-  const int ranks = 1 << plan.log_cluster, rank = blockIdx.x & (ranks - 1);
-  const int cluster = static_cast<int>(blockIdx.x) >> plan.log_cluster;
+  const int ranks = plan.cluster, rank = ptx::cluster_rank(), cluster = ptx::cluster_index();
 
   const int all_k_blocks = w.k_blocks();
-  const int k_begin = min(rank * plan.k_blocks, all_k_blocks);
-  const int units_k = min(plan.k_blocks, all_k_blocks - k_begin);
+  const int k_begin = rank * plan.k_blocks + min(rank, plan.k_longer);
+  const int units_k = plan.k_blocks + (rank < plan.k_longer);
   const bool short_one = cluster + (plan.row_blocks - 1) * plan.clusters >= w.m_blocks();
   const int row_blocks = plan.row_blocks - short_one;
   const int total = row_blocks * kGroups * units_k;
@@ -138,12 +142,13 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
     }
   };
 
-  const int x_columns = max(0, min(plan.k_blocks * kBlock, w.k - k_begin * kBlock));
+  const int x_columns = max(0, min(units_k * kBlock, w.k - k_begin * kBlock));
   const uint32_t x_barrier = shared + plan.barrier, sums_barrier = x_barrier + 8;
   if (threadIdx.x == 0) {
     ptx::barrier_init(x_barrier, 1);
     ptx::barrier_init(sums_barrier, 1);
-    if (ranks > 1) ptx::barrier_expect(sums_barrier, row_blocks * args.n * kBlock * 4);
+    const int owned = ((kBlock / 4 - 1 - rank) * plan.magic >> 16) + 1;  // chunks of a row block
+    if (ranks > 1) ptx::barrier_expect(sums_barrier, ranks * row_blocks * args.n * owned * 16);
   }
   const bool bulk_x = w.k % 8 == 0 && (reinterpret_cast<uintptr_t>(args.x) & 15) == 0;
   auto load_x = [&] {
@@ -160,8 +165,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
       __syncwarp();
 #pragma unroll 1
       for (int n = lane; n < args.n && x_columns; n += 32)
-        ptx::bulk_copy(shared + plan.x + n * plan.x_pitch, x + static_cast<size_t>(n) * w.k, x_columns * 2,
-                       x_barrier);
+        ptx::bulk_copy(shared + plan.x + n * plan.x_pitch, x + static_cast<size_t>(n) * w.k, x_columns * 2, x_barrier);
     }
   };
   auto load_first_units = [&] {
@@ -292,8 +296,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   __syncthreads();
 
   // Sum over the warps that share a row group, in the order of k, four rows a thread.
-  const int log_rows = 6 - plan.log_cluster;  // of a row block's 64 rows each rank owns 2^log_rows
-  const int per_rank = row_blocks << (plan.log_n + log_rows);
+  const int per_rank = row_blocks * plan.chunks << plan.log_n;  // float4
   float* received = reinterpret_cast<float*>(memory + plan.received);
   auto add = [](float4& sum, const float* p) {
     const float4 v = *reinterpret_cast<const float4*>(p);
@@ -320,20 +323,25 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
     if (ranks == 1) {
       write(row_block, n, row, sum);
     } else {
-      const int slot = (((row_block << plan.log_n) + n) << log_rows) | (row & ((1 << log_rows) - 1));
-      ptx::store_cluster(shared + plan.received + (rank * per_rank + slot) * 4, sums_barrier, row >> log_rows, sum);
+      const int chunk = row / 4, which = chunk * plan.magic >> 16;
+      const int slot = ((row_block * plan.chunks + which) << plan.log_n) + n;
+      ptx::store_cluster(shared + plan.received + (rank * per_rank + slot) * 16, sums_barrier, chunk - which * ranks, sum);
     }
   }
   if (ranks == 1) return;
   ptx::barrier_wait(sums_barrier, 0);
+  // Slot o of this rank: column, chunk, row block from the inside out; row blocks are few, so they are counted.
 #pragma unroll 1
-  for (int o = threadIdx.x; o < per_rank / 4; o += kThreads) {
-    const int n = (o >> (log_rows - 2)) & ((1 << plan.log_n) - 1), row_block = o >> (log_rows - 2 + plan.log_n);
-    if (n >= args.n) continue;
+  for (int o = threadIdx.x; o < per_rank; o += kThreads) {
+    const int n = o & ((1 << plan.log_n) - 1);
+    int row_block = 0, which = o >> plan.log_n;
+    for (; which >= plan.chunks; which -= plan.chunks) ++row_block;
+    const int row = (which * ranks + rank) * 4;
+    if (n >= args.n || row >= kBlock) continue;
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 2
-    for (int i = 0; i < ranks; ++i) add(sum, received + i * per_rank + 4 * o);
-    write(row_block, n, (rank << log_rows) | (4 * o & ((1 << log_rows) - 1)), sum);
+    for (int i = 0; i < ranks; ++i) add(sum, received + (i * per_rank + o) * 4);
+    write(row_block, n, row, sum);
   }
 }
 

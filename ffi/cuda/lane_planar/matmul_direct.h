@@ -13,15 +13,19 @@ struct DirectConfig {
   int tiles_per_warp;  // 1, 2 or 4: a warp takes so many of a block's four 16x64 tiles
   int warps;           // 8 or 16
   int ctas_per_sm;
-  int log_cluster;  // K is split over 2^log_cluster CTAs, at most 8
-  int clusters;     // any number >= 1; row blocks are dealt to them in turn
+  int cluster;         // K is split over so many CTAs, at most 8
+  int clusters;        // any number >= 1; row blocks are dealt to them in turn
 };
 
-// The configuration for this shape on a device of `sms` multiprocessors.
-DirectConfig choose_direct(int m, int k, int n, int sms);
+// The configuration for this shape by a model fitted to an H200's 132 SMs; `clusters` is 0 where no kernel fits (n too large
+// for its x slice). Asks nothing of the driver.
+DirectConfig choose_direct(const Matrix& w, int n);
 
 // Shared memory that a CTA needs, or 0 if there is no such kernel or more is needed than an SM has.
 int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& config, bool raw = false);
+
+// How many clusters of this configuration run at once on the current device; asks the driver.
+int direct_resident_clusters(const Matrix& w, int n, const DirectConfig& config);
 
 // Launches on `stream`: no allocation, no synchronisation, safe to capture. `w.blocks` holds bf16 in fragment order
 // (2048 words a block, no entries, zero shifts) if `raw`. `overlap` asks for programmatic dependent launch: only x and y may

@@ -71,6 +71,16 @@ __device__ __forceinline__ void async_copy_16(uint32_t to, const void* from) {
 }
 __device__ __forceinline__ void async_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+__device__ __forceinline__ int cluster_rank() {
+  int r;
+  asm("mov.u32 %0,%%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+__device__ __forceinline__ int cluster_index() {
+  int r;
+  asm("mov.u32 %0,%%clusterid.x;" : "=r"(r));
+  return r;
+}
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

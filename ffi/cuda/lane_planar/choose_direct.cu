@@ -1,0 +1,88 @@
+// Which configuration of the small-N matmul a shape gets: the best measured one, or the least modelled cost.
+#include <algorithm>
+
+#include "matmul_direct.h"
+
+namespace jaxzip::lane_planar {
+namespace {
+
+// Clusters of 1..8 CTAs that an H200 runs at once, with one and with two CTAs an SM (GPCs have 16 or 18 SMs, some fewer).
+constexpr int kResident[2][8] = {{132, 66, 39, 30, 22, 17, 15, 15}, {264, 132, 79, 62, 47, 39, 32, 30}};
+
+// The fastest of every configuration of `lane_planar_bench speed`, at 11.44 bits.
+struct Measured {
+  int m, k, n;
+  DirectConfig config;
+};
+constexpr Measured kMeasured[] = {
+    {4096, 4096, 1, {4, 16, 1, 2, 64}}, {4096, 4096, 2, {4, 16, 1, 2, 64}}, {4096, 4096, 4, {4, 8, 1, 2, 64}},
+    {4096, 4096, 8, {4, 8, 2, 7, 32}}, {4096, 4096, 16, {2, 8, 2, 7, 32}}, {4096, 4096, 32, {4, 8, 1, 2, 64}},
+    {6144, 4096, 1, {4, 8, 2, 2, 96}}, {6144, 4096, 2, {4, 8, 2, 4, 48}}, {6144, 4096, 4, {4, 8, 2, 4, 48}},
+    {6144, 4096, 8, {4, 8, 2, 7, 32}}, {6144, 4096, 16, {2, 8, 2, 7, 32}}, {6144, 4096, 32, {4, 8, 1, 4, 24}},
+    {1024, 4096, 1, {4, 8, 1, 4, 16}}, {1024, 4096, 2, {4, 8, 1, 4, 16}}, {1024, 4096, 4, {4, 8, 1, 4, 16}},
+    {1024, 4096, 8, {4, 8, 1, 4, 16}}, {1024, 4096, 16, {4, 8, 1, 4, 16}}, {1024, 4096, 32, {2, 8, 1, 6, 16}},
+    {14336, 4096, 1, {4, 16, 1, 1, 112}}, {14336, 4096, 2, {4, 8, 2, 1, 224}}, {14336, 4096, 4, {4, 8, 2, 2, 112}},
+    {14336, 4096, 8, {4, 16, 1, 2, 56}}, {14336, 4096, 16, {2, 16, 1, 4, 28}}, {28672, 4096, 1, {4, 16, 1, 1, 112}},
+    {28672, 4096, 2, {4, 16, 1, 2, 64}}, {28672, 4096, 4, {4, 16, 1, 2, 64}}, {28672, 4096, 8, {4, 16, 1, 2, 64}},
+    {28672, 4096, 16, {4, 8, 1, 2, 64}}, {4096, 14336, 1, {4, 16, 1, 2, 64}}, {4096, 14336, 2, {4, 8, 2, 7, 32}},
+    {4096, 14336, 4, {4, 8, 2, 7, 32}}, {4096, 14336, 8, {4, 16, 1, 8, 13}}, {4096, 14336, 16, {4, 8, 1, 5, 22}},
+    {8192, 8192, 1, {4, 8, 2, 2, 128}}, {8192, 8192, 2, {4, 8, 2, 2, 128}}, {8192, 8192, 4, {4, 16, 1, 2, 64}},
+    {8192, 8192, 8, {4, 16, 1, 8, 15}}, {8192, 8192, 16, {2, 16, 1, 8, 15}}, {5120, 5120, 1, {4, 8, 2, 5, 40}},
+    {5120, 5120, 2, {4, 8, 2, 5, 40}}, {5120, 5120, 4, {4, 8, 2, 8, 27}}, {5120, 5120, 8, {4, 8, 2, 8, 27}},
+    {5120, 5120, 16, {2, 8, 2, 8, 27}}, {5120, 5120, 32, {4, 8, 1, 4, 27}}, {7168, 5120, 1, {4, 16, 1, 1, 112}},
+    {7168, 5120, 2, {4, 8, 2, 2, 112}}, {7168, 5120, 4, {4, 8, 2, 2, 112}}, {7168, 5120, 8, {4, 8, 2, 8, 28}},
+    {7168, 5120, 16, {2, 8, 2, 8, 28}}, {7168, 5120, 32, {4, 8, 1, 4, 28}}, {34816, 5120, 1, {4, 16, 1, 1, 109}},
+    {34816, 5120, 2, {4, 16, 1, 2, 61}}, {34816, 5120, 4, {4, 16, 1, 1, 109}}, {34816, 5120, 8, {4, 8, 1, 2, 61}},
+    {34816, 5120, 16, {4, 8, 1, 2, 61}}, {5120, 17408, 1, {4, 16, 1, 6, 16}}, {5120, 17408, 2, {4, 16, 1, 6, 16}},
+    {5120, 17408, 4, {4, 16, 1, 6, 16}}, {5120, 17408, 8, {4, 16, 1, 8, 14}}, {5120, 17408, 16, {4, 8, 1, 8, 14}},
+    {10240, 8192, 1, {4, 16, 1, 2, 54}}, {10240, 8192, 2, {4, 8, 2, 4, 54}}, {10240, 8192, 4, {4, 16, 1, 2, 54}},
+    {10240, 8192, 8, {4, 16, 1, 8, 15}}, {10240, 8192, 16, {4, 8, 1, 8, 15}}, {128256, 4096, 1, {4, 8, 1, 1, 126}},
+    {128256, 4096, 2, {4, 16, 1, 2, 65}}, {128256, 4096, 4, {4, 16, 1, 1, 126}},
+    {128256, 4096, 8, {4, 8, 1, 1, 126}},
+};
+
+// The model: KB that an SM streams, and what comes on top in the same unit.
+struct Kernel {
+  int tiles_per_warp, warps, ctas_per_sm, first_n, last_n;
+  double stream_factor;  // of the bytes streamed
+  double start;          // what a launch of it costs before the stream runs
+};
+constexpr Kernel kKernels[] = {
+    {4, 16, 1, 1, 8, 1.0, 20},   {4, 8, 2, 1, 8, 0.95, 20},   {4, 8, 1, 1, 8, 1.12, 0},   {4, 8, 1, 9, 32, 1.0, 0},
+    {2, 16, 1, 9, 16, 1.06, 20}, {2, 8, 2, 9, 16, 1.0, 20}, {2, 8, 1, 17, 32, 1.06, 0},
+};
+constexpr double kBlockKb = 5.86, kXFactor = 2, kClusterCost = 9;
+
+}  // namespace
+
+DirectConfig choose_direct(const Matrix& w, int n) {
+  for (const Measured& row : kMeasured)  // sorted by n within a shape
+    if (row.m == w.m && row.k == w.k && n <= row.n && direct_shared_bytes(w, n, row.config)) return row.config;
+  DirectConfig best = {};
+  double least = 1e30;
+  for (const Kernel& kernel : kKernels) {
+    if (n < kernel.first_n || n > kernel.last_n) continue;
+    for (int cluster = 1; cluster <= 8; ++cluster) {
+      const int resident = std::min(kResident[kernel.ctas_per_sm - 1][cluster - 1], w.m_blocks());
+      // More rounds need more shared memory, so a config that does not fit gets more clusters than run at once.
+      int rounds = (w.m_blocks() + resident - 1) / resident;
+      DirectConfig c = {kernel.tiles_per_warp, kernel.warps, kernel.ctas_per_sm, cluster, 0};
+      for (int fit = rounds; fit > 0; --fit) {
+        c.clusters = (w.m_blocks() + fit - 1) / fit;
+        if (direct_shared_bytes(w, n, c)) break;
+        c.clusters = 0;
+      }
+      if (!c.clusters) continue;
+      rounds = (w.m_blocks() + c.clusters - 1) / c.clusters * ((c.clusters + resident - 1) / resident);
+      const int sharing = kernel.ctas_per_sm;  // also where half as many would do: clusters are not spread out
+      const int k_blocks = (w.k_blocks() + cluster - 1) / cluster;
+      const double stream = sharing * rounds * k_blocks * kBlockKb * kernel.stream_factor;
+      const double x = sharing * kXFactor * n * k_blocks * kBlock * 2 / 1000.0;
+      const double cost = stream + x + kClusterCost * cluster + kernel.start;
+      if (cost < least) least = cost, best = c;
+    }
+  }
+  return best;
+}
+
+}  // namespace jaxzip::lane_planar
