@@ -29,9 +29,12 @@ inline std::vector<Candidate> candidates(const jaxzip::lane_planar::Matrix& w, i
           DirectConfig c = {tiles, warps, ctas, cluster, 1};
           for (c.clusters = w.m_blocks(); c.clusters > 0 && !direct_shared_bytes(w, n, c);) --c.clusters;
           const int resident = std::max(1, std::min(direct_resident_clusters(w, n, {tiles, warps, ctas, cluster, std::max(1, c.clusters)}), w.m_blocks()));
-          const int rounds = (w.m_blocks() + resident - 1) / resident;
-          c.clusters = (w.m_blocks() + rounds - 1) / rounds;
-          if (!direct_shared_bytes(w, n, c)) continue;
+          int rounds = (w.m_blocks() + resident - 1) / resident;
+          for (; rounds > 0; --rounds) {  // fewer where the sums of so many row blocks do not fit, in several waves
+            c.clusters = (w.m_blocks() + rounds - 1) / rounds;
+            if (direct_shared_bytes(w, n, c)) break;
+          }
+          if (!rounds) continue;
           char name[96];
           std::snprintf(name, sizeof(name), "direct t%d w%dx%d C%d cl%d R%d", tiles, warps, ctas, cluster, c.clusters, rounds);
           found.push_back({name, c});

@@ -7,7 +7,7 @@ namespace jaxzip::lane_planar {
 namespace {
 
 constexpr int kThreads = 32 * kTiles;
-constexpr int kBlocksPerCta = 4;  // consecutive in k
+constexpr int kBlocksPerCta = 2;  // consecutive in k; with 4 or 8 the stores of one wait for the loads of the next
 constexpr int kPitch = kBlock + 8;  // u16; rows stay aligned to 16 bytes and start in different banks
 
 // Takes the row's shift back from both halves.

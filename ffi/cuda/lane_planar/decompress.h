@@ -6,7 +6,8 @@
 
 namespace jaxzip::lane_planar {
 
-// Writes the exact bits of every weight, as [m, k], or as [k, m] if `transposed`. No allocation, safe to capture.
+// Writes the exact bits of every weight, as [m, k], or as [k, m] if `transposed`. `out` is 16-byte aligned. No
+// allocation, safe to capture.
 cudaError_t launch_decompress(const Matrix& w, uint16_t* out, bool transposed, cudaStream_t stream);
 
 }  // namespace jaxzip::lane_planar
