@@ -5,6 +5,7 @@
     rope, attention, llama                one block of the network each; llama.Llama is the model
     params      plain nested dicts in and out of a model      init  random weights for tests and benchmarks
     cache       KVCache, static shapes      sampling  logits to a token      generate  the loop under one jit
+    loading     a model and its tokenizer from a compressed checkpoint
     tokenizer   text to ids and back        tokenizer_gguf  tokenizer.json from GGUF metadata
 
     prompts ─► pad left ─► prefill ─► sample ─► while not all done: decode one token, sample ─► tokens
@@ -12,7 +13,7 @@
 
 Example::
 
-    model = Llama.from_params(LlamaConfig.from_hf(hf_config), params)    # params: dense arrays or CompressedTensors
+    model, tokenizer = load_model("smollm2-jaxzip")    # or Llama.from_params(config, params), dense or compressed
     out = generate(model, [tokenizer.encode("Hello")], max_new_tokens=32)
     print(tokenizer.decode(out.sequences()[0]))
 """
@@ -22,6 +23,7 @@ from jaxzip.models.config import Llama3RopeScaling, LlamaConfig, UnsupportedConf
 from jaxzip.models.generate import Generation, generate, stream
 from jaxzip.models.init import random_params
 from jaxzip.models.llama import Llama
+from jaxzip.models.loading import load_model
 from jaxzip.models.sampling import GREEDY, Sampling
 from jaxzip.models.tokenizer import StreamDecoder, Tokenizer
 
@@ -37,6 +39,7 @@ __all__ = [
     "Tokenizer",
     "UnsupportedConfigError",
     "generate",
+    "load_model",
     "random_params",
     "stream",
 ]

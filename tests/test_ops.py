@@ -71,21 +71,6 @@ class TestMatmul:
         exact = np.asarray(x, np.float64) @ w.astype(np.float64)
         assert np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact) < 4e-3
 
-    @pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
-    @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
-    @pytest.mark.parametrize("name", WEIGHTS)
-    def test_equals_raw_bit_for_bit(self, implementation, name, x_dtype, out_dtype):
-        """The proof by control: NaN and Inf included, both orders of the matrix."""
-        if implementation in ("xla", "decompress"):
-            pytest.skip("XLA chooses the order of accumulation of its own dot by the layouts around it")
-        w = WEIGHTS[name]
-        x = activations(4, w.shape[0], x_dtype)
-        y = jaxzip.matmul(x, encoded(w), implementation=implementation, out_dtype=out_dtype)
-        control = jaxzip.matmul(x, raw(w), implementation=implementation, out_dtype=out_dtype)
-        assert np.array_equal(bits(y), bits(control))
-        table = jaxzip.matmul(x, encoded(w.T, TABLE_AXIS).T, implementation=implementation, out_dtype=out_dtype)
-        assert np.array_equal(bits(table), bits(control))
-
     def test_same_bits_from_run_to_run(self, implementation):
         z, x = encoded(gaussian_weights((1000, 700))), activations(8, 1000)
         first = jaxzip.matmul(x, z, implementation=implementation)
@@ -122,6 +107,25 @@ class TestMatmul:
         np.testing.assert_allclose(jax.grad(loss)(x, z), jax.grad(dense)(x), rtol=1e-4, atol=1e-5)
         batched = jax.vmap(jax.grad(loss), (0, None))(x.reshape(4, 1, 96), z)
         np.testing.assert_allclose(batched.reshape(4, 96), jax.grad(loss)(x, z), rtol=1e-4, atol=1e-5)
+
+
+# XLA chooses the order of accumulation of its own dots by the layouts around them.
+FUSED = [name for name in ops.implementations("matmul") if name not in ("xla", "decompress")]
+
+
+@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_fused_equals_raw_bit_for_bit(implementation, name, x_dtype, out_dtype):
+    """The proof by control: NaN and Inf included, both orders of the matrix."""
+    w = WEIGHTS[name]
+    x = activations(4, w.shape[0], x_dtype)
+    y = jaxzip.matmul(x, encoded(w), implementation=implementation, out_dtype=out_dtype)
+    control = jaxzip.matmul(x, raw(w), implementation=implementation, out_dtype=out_dtype)
+    assert np.array_equal(bits(y), bits(control))
+    table = jaxzip.matmul(x, encoded(w.T, TABLE_AXIS).T, implementation=implementation, out_dtype=out_dtype)
+    assert np.array_equal(bits(table), bits(control))
 
 
 @pytest.mark.parametrize("implementation", ops.implementations("take"))
