@@ -38,7 +38,7 @@ ENTRY_START = 1410
 WIDTHS = (1424, 1440, 1456, 1464, 1472)
 #: The narrowest width is taken that holds the escapes of all but this share of the blocks.
 OVERFLOW_SHARE = 1 / 128
-MIN_OVERFLOW_BUCKET = 256
+MIN_OVERFLOW_BUCKET = 64
 
 #: Bit of a code field in each half of its word, by register % 5; register 15 takes bit 0 of three words.
 CODE_BITS = (7, 4, 1, 10, 13)
