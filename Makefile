@@ -17,8 +17,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/.test $(VENV)/.demo
-	for bench in cpu_codec cpu_matmul sizes conversion; do $(VENV)/bin/python bench/$$bench.py || exit 1; done
+bench: demo $(VENV)/.test
+	for bench in cpu_codec cpu_matmul sizes conversion generate_cpu; do $(VENV)/bin/python bench/$$bench.py || exit 1; done
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -1,5 +1,6 @@
 """Test session set-up: several virtual CPU devices for sharding tests, and GPU tests skipped without a GPU."""
 
+import functools
 import os
 
 # Before any test initialises a JAX backend.
@@ -8,6 +9,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import pytest  # noqa: E402
 
 
+@functools.cache
 def _has_gpu() -> bool:
     import jax
 
@@ -22,3 +24,15 @@ def pytest_collection_modifyitems(config, items):
     if gpu_tests and not _has_gpu():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def on_cpu_unless_marked(request):
+    """On a machine with a GPU the other tests still test the CPU implementations."""
+    if "gpu" in request.keywords or not _has_gpu():
+        yield
+        return
+    import jax
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield

@@ -29,7 +29,7 @@ def main() -> None:
     """Entry point: exit code 0 only on success; an error is one line on standard error, not a traceback."""
     try:
         app()
-    except (JaxzipError, NotImplementedError) as error:
+    except (JaxzipError, ValueError, NotImplementedError, OSError) as error:  # ValueError: an option's value
         sys.exit(fail(str(error)).exit_code)
     except KeyboardInterrupt:
         sys.exit(fail("interrupted; run the same command again to go on").exit_code)

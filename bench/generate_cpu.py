@@ -1,0 +1,39 @@
+"""Tokens per second of SmolLM2-135M on this CPU: dense through XLA, dense and compressed through the fused kernel.
+
+What ``make demo`` shows, as JSON with commit and machine. Takes the compressed checkpoint that the demo made.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import numpy as np
+from harness import write_result
+
+from jaxzip.cli.demo import MODEL, PROMPT, generate_all
+
+TOKENS = 48
+
+
+def main() -> None:
+    ckpt = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "demo/smollm2-135m-instruct-jaxzip")
+    runs = generate_all(ckpt, PROMPT, TOKENS)
+    control = runs[1].logits.view(np.uint32)
+    rows = [
+        {
+            "weights": r.name,
+            "matmul": r.kernel,
+            "weight_bytes": r.weight_bytes,
+            "tokens_per_second": r.tokens_per_second,
+            "logits_equal_control": bool(np.array_equal(r.logits.view(np.uint32), control)),
+        }
+        for r in runs
+    ]
+    for row in rows:
+        print(row)
+    write_result("generate_cpu", {"model": MODEL, "batch": 1, "new_tokens": TOKENS, "sampling": "greedy", "runs": rows})
+
+
+if __name__ == "__main__":
+    main()
