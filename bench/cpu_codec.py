@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 import harness
+import jaxzip.ffi
 import numpy as np
 
-import jaxzip.ffi
 from jaxzip.testing import gaussian_weights
 
 SIGMA, ZEROS = 0.02, 0.0005
@@ -31,12 +31,21 @@ def measure(m: int, k: int, threads: int, repeats: int) -> list[dict]:
         np.testing.assert_array_equal(out, weights)
         size = sum(array.nbytes for array in payload.values())
         for name, t in times.items():
-            rows.append({
-                "operation": name, "M": m, "K": k, "order": order, "isa": cpu.isa(), "threads": threads,
-                "median ms": t["median_ms"], "min ms": t["min_ms"],
-                "GB/s (median)": weights.nbytes / t["median_ms"] / 1e6, "GB/s (best)": weights.nbytes / t["min_ms"] / 1e6,
-                "bits/weight": size * 8 / weights.size,
-            })
+            rows.append(
+                {
+                    "operation": name,
+                    "M": m,
+                    "K": k,
+                    "order": order,
+                    "isa": cpu.isa(),
+                    "threads": threads,
+                    "median ms": t["median_ms"],
+                    "min ms": t["min_ms"],
+                    "GB/s (median)": weights.nbytes / t["median_ms"] / 1e6,
+                    "GB/s (best)": weights.nbytes / t["min_ms"] / 1e6,
+                    "bits/weight": size * 8 / weights.size,
+                }
+            )
     return rows
 
 

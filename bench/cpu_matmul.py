@@ -7,10 +7,10 @@ import argparse
 import harness
 import jax
 import jax.numpy as jnp
-import numpy as np
-
 import jaxzip.ffi
+import numpy as np
 from jaxzip.ffi import cpu_ops
+
 from jaxzip.testing import gaussian_weights
 
 SIGMA, ZEROS = 0.02, 0.0005
@@ -61,8 +61,11 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for k, m in SHAPES for row in measure(k, m, args.n, args.repeats)]
     setup = {
-        "weights": f"Gaussian, sigma {SIGMA}, {ZEROS:.2%} zeros, seed 0..", "x": "bf16", "y": "bf16",
-        "cold": f"copies of the weight of {COLD_BYTES / 1e6:.0f} MB or more in all, in turns", "times": "ms",
+        "weights": f"Gaussian, sigma {SIGMA}, {ZEROS:.2%} zeros, seed 0..",
+        "x": "bf16",
+        "y": "bf16",
+        "cold": f"copies of the weight of {COLD_BYTES / 1e6:.0f} MB or more in all, in turns",
+        "times": "ms",
     }
     harness.show(f"y[N, M] = x[N, K] @ W on the CPU, jax {jax.__version__}, milliseconds", rows)
     print(harness.write_result(args.name, {"setup": setup, "rows": rows}))

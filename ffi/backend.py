@@ -7,10 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jaxzip.errors import CorruptDataError
 from jaxzip.ffi import cpu_ops
 from jaxzip.ffi.libraries import cpu_available, cpu_module, cuda_available, register_cuda
+
+from jaxzip.errors import CorruptDataError
 from jaxzip.ops import registry
 from jaxzip.ops.host import HostCodec, register_host_codec
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor

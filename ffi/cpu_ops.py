@@ -11,11 +11,17 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from jaxzip.ffi.libraries import register
 
 PAYLOAD_FIELDS = (
-    "start_exp", "bitmap1", "bitmap2", "bitmap3", "sign_mantissa", "full", "tile_offsets", "band_offsets",
+    "start_exp",
+    "bitmap1",
+    "bitmap2",
+    "bitmap3",
+    "sign_mantissa",
+    "full",
+    "tile_offsets",
+    "band_offsets",
 )
 
 Payload = Mapping[str, jax.Array]
@@ -34,8 +40,10 @@ def _same_manual_axes(operands):
     """Inside `jax.shard_map`, marks operands as varying over the mesh axes that any of them varies over."""
     types = [jax.typeof(operand).manual_axis_type for operand in operands]
     varying = frozenset().union(*(t.varying for t in types))
-    cast = [jax.lax.pcast(o, tuple(sorted(varying - t.varying)), to="varying") if varying - t.varying else o
-            for o, t in zip(operands, types)]
+    cast = [
+        jax.lax.pcast(o, tuple(sorted(varying - t.varying)), to="varying") if varying - t.varying else o
+        for o, t in zip(operands, types)
+    ]
     return cast, tuple(sorted(varying))
 
 
@@ -63,8 +71,14 @@ def decompress(payload: Payload, m: int, k: int, transposed: bool = True) -> jax
       jax.errors.JaxRuntimeError: at run time, when shapes do not fit m and k or the payload is corrupt.
     """
     shape = (k, m) if transposed else (m, k)
-    return _call("jaxzip_tca_tbe_decompress", shape, jnp.bfloat16, *_operands(payload), **_sizes(m, k),
-                 transposed=bool(transposed))
+    return _call(
+        "jaxzip_tca_tbe_decompress",
+        shape,
+        jnp.bfloat16,
+        *_operands(payload),
+        **_sizes(m, k),
+        transposed=bool(transposed),
+    )
 
 
 def matmul(x: jax.Array, payload: Payload, m: int, k: int, out_dtype: jnp.dtype | None = None) -> jax.Array:

@@ -69,7 +69,10 @@ def cuda_available() -> Availability:
     """Whether the CUDA kernels were built and load; says nothing about a GPU being there."""
     path = _cuda_path()
     if path is None:
-        return Availability(False, "jaxzip was built without CUDA kernels: nvcc was not found, or JAXZIP_CUDA was OFF, when it was built")
+        return Availability(
+            False,
+            "jaxzip was built without CUDA kernels: nvcc was not found, or JAXZIP_CUDA was OFF, when it was built",
+        )
     try:
         ctypes.CDLL(str(path))
     except OSError as e:

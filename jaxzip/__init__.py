@@ -1,9 +1,9 @@
 """jaxzip: large language models made smaller and faster in JAX without changing one bit of their weights.
 
-    formats/   storage formats: layout, reference encode and decode
-    tensor     CompressedTensor, the pytree          compress, rules   arrays and trees in, compressed out
-    ops/       matmul, decompress, take and their implementations (backends: jaxzip.ffi, jaxzip.pallas_kernels)
-    checkpoint/ Orbax in and out, importers           models  Flax transformers      cli  the commands
+formats/   storage formats: layout, reference encode and decode
+tensor     CompressedTensor, the pytree          compress, rules   arrays and trees in, compressed out
+ops/       matmul, decompress, take and their implementations (backends: jaxzip.ffi, jaxzip.pallas_kernels)
+checkpoint/ Orbax in and out, importers           models  Flax transformers      cli  the commands
 """
 
 from jaxzip.compress import compress

@@ -34,10 +34,12 @@ def compress(
 
     Raises:
       TypeError: ``w`` is a tracer or no array, or ``format`` does not take its dtype.
-      ValueError: unknown format, bad ``output_axis``, an array without elements, or of rank below 2 for a matrix format.
+      ValueError: unknown format, bad ``output_axis``, an array without elements, or rank below 2 with a matrix format.
     """
     if isinstance(w, jax.core.Tracer):
-        raise TypeError("compress runs on the host and cannot be traced; compress outside of jit and pass the result in")
+        raise TypeError(
+            "compress runs on the host and cannot be traced; compress outside of jit and pass the result in"
+        )
     if not isinstance(w, jax.Array | np.ndarray):
         raise TypeError(f"compress: expected an array, got {type(w).__name__}")
     if output_axis not in (KERNEL_AXIS, TABLE_AXIS):

@@ -182,9 +182,7 @@ def tensor_report(path: str, z: CompressedTensor) -> TensorReport:
     fmt, escapes = formats.get(z.format), None
     if z.format != "raw":
         m, k = z.matrix_shape
-        flat = {
-            n: np.asarray(a).reshape(-1, *np.shape(a)[len(z.batch_shape) :]) for n, a in z.payload.items()
-        }
+        flat = {n: np.asarray(a).reshape(-1, *np.shape(a)[len(z.batch_shape) :]) for n, a in z.payload.items()}
         stack = range(next(iter(flat.values())).shape[0])
         escapes = sum(fmt.coverage({n: a[i] for n, a in flat.items()}, m, k).escapes for i in stack)
     return TensorReport(path, z.shape, str(z.dtype), z.format, z.size * z.dtype.itemsize, z.nbytes, escapes)

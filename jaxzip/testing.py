@@ -8,7 +8,9 @@ import numpy as np
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def gaussian_weights(shape: tuple[int, ...], *, sigma: float = 0.02, zeros: float = 0.0005, seed: int = 0) -> np.ndarray:
+def gaussian_weights(
+    shape: tuple[int, ...], *, sigma: float = 0.02, zeros: float = 0.0005, seed: int = 0
+) -> np.ndarray:
     """bf16 Gaussian weights of deviation ``sigma``, a share ``zeros`` of which is exactly zero."""
     rng = np.random.default_rng(seed)
     w = rng.standard_normal(shape, np.float32)

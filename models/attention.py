@@ -7,7 +7,6 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
 from jaxzip.models.config import LlamaConfig
 from jaxzip.models.layers import Linear
 from jaxzip.models.rope import rotate

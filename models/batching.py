@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxzip.models.config import LlamaConfig
 
 from jaxzip.errors import PromptError
-from jaxzip.models.config import LlamaConfig
 
 MIN_BUCKET = 16
 

@@ -6,7 +6,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-
 from jaxzip.models.config import LlamaConfig
 
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-
 from jaxzip.models.batching import bucket, pad_prompts
 from jaxzip.models.cache import KVCache
 from jaxzip.models.llama import Llama

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from jaxzip.models.config import LlamaConfig
 from jaxzip.models.llama import Llama
 

@@ -21,9 +21,7 @@ def _abstract(*shape: int, dtype: str) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
 
 
-def _operands(
-    x: jax.Array, weight: Any, op: str, implementation: str | None
-) -> tuple[jax.Array, Any, str | None]:
+def _operands(x: jax.Array, weight: Any, op: str, implementation: str | None) -> tuple[jax.Array, Any, str | None]:
     """The activations, the weight and the implementation to call ``op`` with.
 
     Dense weights are XLA's, and so is a compressed weight that is to run by ``"xla"``: behind a barrier XLA cannot tell

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
 from jaxzip.models.attention import Attention
 from jaxzip.models.cache import KVCache
 from jaxzip.models.config import LlamaConfig
@@ -75,9 +74,7 @@ class Llama(nnx.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=config.dtype)
 
     @classmethod
-    def from_params(
-        cls, config: LlamaConfig, params: Mapping[str, Any], *, implementation: str | None = None
-    ) -> Llama:
+    def from_params(cls, config: LlamaConfig, params: Mapping[str, Any], *, implementation: str | None = None) -> Llama:
         """A model on ``params``, which are used as they are: nothing is copied or cast.
 
         Args:

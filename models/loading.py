@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxzip.checkpoint import Checkpoint, open_checkpoint
-from jaxzip.errors import CheckpointError
 from jaxzip.models.config import LlamaConfig
 from jaxzip.models.llama import Llama
 from jaxzip.models.tokenizer import Tokenizer
+
+from jaxzip.checkpoint import Checkpoint, open_checkpoint
+from jaxzip.errors import CheckpointError
 
 
 def load_model(

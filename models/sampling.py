@@ -53,9 +53,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def sample(
-    logits: jax.Array, key: jax.Array, step: jax.Array, kind: str, values: dict[str, jax.Array]
-) -> jax.Array:
+def sample(logits: jax.Array, key: jax.Array, step: jax.Array, kind: str, values: dict[str, jax.Array]) -> jax.Array:
     """One token a row: fp32 ``logits[B, V]`` to int32 ``[B]``.
 
     A row's draw depends on ``key``, its index and ``step`` only, so that neither the other rows nor where a loop was

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
-
 from jaxzip.models.config import UnsupportedConfigError
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 if TYPE_CHECKING:
     import gguf

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tokenizers
 from checkpoint_cases import flip_bit, tree_digest, write_safetensors
+from jaxzip.models import LlamaConfig, random_params
 from tokenizers import models as token_models
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
 from jaxzip.cli import app
-from jaxzip.models import LlamaConfig, random_params
 
 WORDS = ("<unk>", "a", "b", "c", "sky", "blue", "is", "the")
 HF_CONFIG = {

@@ -53,7 +53,7 @@ def test_layers_of_one_shape_share_a_trace():
 
 
 def test_few_lengths_serve_many_tensors():
-    """Twelve layers of one shape and different scales: few payload shapes (coverage of Gaussians spans 0.8%, a step is 0.2%), little padding."""
+    """Twelve layers of one shape and different scales: coverage of Gaussians spans 0.8%, a bucket is 0.2%."""
     layers = [gaussian_weights((1024, 512), sigma=0.01 * 1.1**seed, seed=seed) for seed in range(12)]
     lengths = {tuple(leaf.shape for leaf in jax.tree.leaves(jaxzip.compress(w))) for w in layers}
     assert len(lengths) <= 5

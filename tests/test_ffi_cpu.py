@@ -7,11 +7,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import jaxzip.ffi
 import numpy as np
 import pytest
-
-import jaxzip.ffi
 from jaxzip.ffi import cpu_ops
+
 from jaxzip.formats import tca_tbe
 
 pytestmark = pytest.mark.skipif(not jaxzip.ffi.cpu_available(), reason=jaxzip.ffi.cpu_available().reason)
@@ -33,7 +33,7 @@ def isa(request):
 
 def gaussian(shape, seed=0):
     weights = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) * 0.02
-    weights.flat[:: 2003] = 0
+    weights.flat[::2003] = 0
     return weights.astype(BF16).view(np.uint16)
 
 
@@ -41,13 +41,13 @@ def special_weights():
     rng = np.random.default_rng(1)
     bimodal = np.where(rng.random((130, 100)) < 0.5, 0x1000, 0x6000) | rng.integers(0, 128, (130, 100))
     return {
-      "all_patterns": np.arange(65536, dtype=np.uint16).reshape(256, 256),
-      "shuffled_patterns": rng.permutation(65536).astype(np.uint16).reshape(256, 256),
-      "zeros": np.zeros((70, 90), np.uint16),
-      "nan": np.full((65, 129), 0xFFC1, np.uint16),
-      "bimodal": bimodal.astype(np.uint16),
-      "outside_window": (rng.integers(0, 128, (64, 128)) | rng.integers(0, 2, (64, 128)) << 15).astype(np.uint16),
-      "highest_window": (rng.integers(249, 256, (96, 64)) << 7 | 3).astype(np.uint16),
+        "all_patterns": np.arange(65536, dtype=np.uint16).reshape(256, 256),
+        "shuffled_patterns": rng.permutation(65536).astype(np.uint16).reshape(256, 256),
+        "zeros": np.zeros((70, 90), np.uint16),
+        "nan": np.full((65, 129), 0xFFC1, np.uint16),
+        "bimodal": bimodal.astype(np.uint16),
+        "outside_window": (rng.integers(0, 128, (64, 128)) | rng.integers(0, 2, (64, 128)) << 15).astype(np.uint16),
+        "highest_window": (rng.integers(249, 256, (96, 64)) << 7 | 3).astype(np.uint16),
     } | {f"{m}x{k}": gaussian((m, k), m) for m, k in SHAPES}
 
 
@@ -62,8 +62,12 @@ def layouts(weights):
     """The same matrix with other strides."""
     spread = np.zeros((2 * weights.shape[0], 3 * weights.shape[1]), np.uint16)
     spread[::2, ::3] = weights
-    return {"c": np.ascontiguousarray(weights), "f": np.asfortranarray(weights), "strided": spread[::2, ::3],
-            "reversed": np.ascontiguousarray(weights[::-1, ::-1])[::-1, ::-1]}
+    return {
+        "c": np.ascontiguousarray(weights),
+        "f": np.asfortranarray(weights),
+        "strided": spread[::2, ::3],
+        "reversed": np.ascontiguousarray(weights[::-1, ::-1])[::-1, ::-1],
+    }
 
 
 def decode(payload, shape, layout="c"):
@@ -78,11 +82,18 @@ def to_jax(payload):
 
 def stack(payloads):
     """One payload with a leading batch dimension, padded to common lengths."""
+
     def pad(name):
         length = max(p[name].shape[0] for p in payloads) if payloads[0][name].ndim else None
-        return np.stack([p[name] if length is None else
-                         np.pad(p[name], [(0, length - p[name].shape[0])] + [(0, 0)] * (p[name].ndim - 1))
-                         for p in payloads])
+        return np.stack(
+            [
+                p[name]
+                if length is None
+                else np.pad(p[name], [(0, length - p[name].shape[0])] + [(0, 0)] * (p[name].ndim - 1))
+                for p in payloads
+            ]
+        )
+
     return to_jax({name: pad(name) for name in cpu_ops.PAYLOAD_FIELDS})
 
 
@@ -157,9 +168,18 @@ def test_window_has_the_largest_coverage_lowest_among_equals():
 
 def test_layout_constants():
     layout = jaxzip.ffi.cpu_module().layout()
-    names = {"frag": "FRAG", "block": "BLOCK", "band_rows": "BAND_ROWS", "bands_per_block": "BANDS_PER_BLOCK",
-             "frags_per_band": "FRAGS_PER_BAND", "frags_per_block": "FRAGS_PER_BLOCK", "window": "WINDOW",
-             "max_start_exp": "MAX_START_EXP", "sign_mantissa_align": "SIGN_MANTISSA_ALIGN", "full_align": "FULL_ALIGN"}
+    names = {
+        "frag": "FRAG",
+        "block": "BLOCK",
+        "band_rows": "BAND_ROWS",
+        "bands_per_block": "BANDS_PER_BLOCK",
+        "frags_per_band": "FRAGS_PER_BAND",
+        "frags_per_block": "FRAGS_PER_BLOCK",
+        "window": "WINDOW",
+        "max_start_exp": "MAX_START_EXP",
+        "sign_mantissa_align": "SIGN_MANTISSA_ALIGN",
+        "full_align": "FULL_ALIGN",
+    }
     for ours, theirs in names.items():
         assert layout[ours] == getattr(tca_tbe, theirs), ours
     assert layout["frags_per_block"] * layout["frag"] ** 2 == layout["block"] ** 2
@@ -182,8 +202,10 @@ def test_unknown_level_is_refused():
 def test_level_from_environment():
     code = "import jaxzip.ffi as f; print(f.cpu_module().isa())"
     env = os.environ | {"JAXZIP_CPU_ISA": "generic"}
-    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
-                          check=True).stdout.strip() == "generic"
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip()
+        == "generic"
+    )
 
 
 def test_import_loads_no_library_and_no_backend():
@@ -289,7 +311,8 @@ def test_vmap_over_stacked_payloads_and_over_x(isa):
     one_w = jax.vmap(multiply, in_axes=(0, None))(x, singles[1])
     crossed = jax.vmap(jax.vmap(multiply, in_axes=(None, 0)), in_axes=(0, None))(x, payloads)
     raw = jax.vmap(lambda x, w: cpu_ops.raw_matmul(x, w, True, jnp.float32))(
-      x, jnp.asarray(np.stack(weights).view(BF16)))
+        x, jnp.asarray(np.stack(weights).view(BF16))
+    )
     assert_same(both, raw)
     for i in range(3):
         assert_same(both[i], multiply(x[i], singles[i]))
@@ -321,6 +344,7 @@ def test_take(isa, name):
 
 def corruptions(payload):
     """Payloads of a [128, 192] weight that lie, each with the field that a check should name."""
+
     def changed(name, index, value):
         array = payload[name].copy()
         array[index] = value

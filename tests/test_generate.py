@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import llama_reference
 import numpy as np
 import pytest
-
-import jaxzip
-from jaxzip.errors import PromptError
 from jaxzip.models import GREEDY, Llama, LlamaConfig, Sampling, generate, random_params, stream
 from jaxzip.models.batching import bucket
 from jaxzip.models.sampling import keep_likely, sample
+
+import jaxzip
+from jaxzip.errors import PromptError
 
 internals = importlib.import_module("jaxzip.models.generate")
 
@@ -96,7 +96,9 @@ def test_eos_defaults_to_the_config(params, batch):
     assert generate(model, [PROMPTS[2]], max_new_tokens=8, eos=()).lengths[0] == 8
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, HOT, Sampling(0.8, top_k=10, top_p=0.9)], ids=["greedy", "hot", "filtered"])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, HOT, Sampling(0.8, top_k=10, top_p=0.9)], ids=["greedy", "hot", "filtered"]
+)
 def test_streaming_gives_the_tokens_of_generate(model, sampling):
     options = {"max_new_tokens": 11, "sampling": sampling, "key": jax.random.key(3)}
     whole = generate(model, [PROMPTS[0]], **options).sequences()[0]
@@ -176,7 +178,10 @@ def test_streaming_donates_the_cache(model):
         ([[1], []], "prompt 1 is empty"),
         ([[1, 96]], "prompt 0 has token id 96, the vocabulary has 96"),
         ([[-1]], "token id -1"),
-        ([list(range(90)) + [1] * 30], r"prompt 0 has 120 tokens and max_new_tokens is 9, together 129; .* is 128 tokens"),
+        (
+            [list(range(90)) + [1] * 30],
+            r"prompt 0 has 120 tokens and max_new_tokens is 9, together 129; .* is 128 tokens",
+        ),
         (["text"], "encode the text first"),
     ],
 )
@@ -188,7 +193,9 @@ def test_bad_prompts(model, prompts, message):
             stream(model, prompts[-1], max_new_tokens=9)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}]
+)
 def test_bad_sampling(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxzip.ffi import cuda_available
 from weights import named_weights
 
 import jaxzip
 from jaxzip.compress import encode_as
-from jaxzip.ffi import cuda_available
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS
 from jaxzip.testing import bits, gaussian_weights
 

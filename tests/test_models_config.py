@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import pytest
+from jaxzip.models import Llama3RopeScaling, LlamaConfig, UnsupportedConfigError
 
 from jaxzip.errors import JaxzipError
-from jaxzip.models import Llama3RopeScaling, LlamaConfig, UnsupportedConfigError
 
 LLAMA31 = {
     "model_type": "llama", "hidden_act": "silu", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -40,7 +40,9 @@ def test_defaults_of_old_configs():
     assert config.num_kv_heads == 32 and config.rope_theta == 10000.0 and config.eos_token_ids == (2,)
 
 
-@pytest.mark.parametrize("config", [LlamaConfig.from_hf(LLAMA31), LlamaConfig.from_hf({**LLAMA31, "rope_scaling": None})])
+@pytest.mark.parametrize(
+    "config", [LlamaConfig.from_hf(LLAMA31), LlamaConfig.from_hf({**LLAMA31, "rope_scaling": None})]
+)
 def test_json_round_trip(config):
     assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -8,11 +8,11 @@ import llama_reference
 import numpy as np
 import pytest
 from flax import nnx
-
-import jaxzip
 from jaxzip.models import Llama, Llama3RopeScaling, LlamaConfig, random_params
 from jaxzip.models.attention import QUERY_BLOCK, attend
 from jaxzip.models.rope import inverse_frequencies
+
+import jaxzip
 from jaxzip.testing import bits
 
 TINY = LlamaConfig(
@@ -59,9 +59,9 @@ def test_raw_control_and_best_implementation_agree_with_dense():
     config = dataclasses.replace(TINY, tie_word_embeddings=True)
     params = random_params(config, dtype="bfloat16")
     raw = jax.tree_util.tree_map_with_path(
-        lambda path, w: jaxzip.compress(w, format="raw", output_axis=-2 if "embedding" in str(path) else -1)
-        if w.ndim == 2
-        else w,
+        lambda path, w: (
+            jaxzip.compress(w, format="raw", output_axis=-2 if "embedding" in str(path) else -1) if w.ndim == 2 else w
+        ),
         params,
     )
     run, tokens = jax.jit(Llama.__call__), jnp.array([TOKENS])
@@ -81,13 +81,20 @@ def test_default_rules_compress_a_model_and_orient_the_table():
     config = dataclasses.replace(TINY, dtype="bfloat16")
     params_z, report = jaxzip.compress_params(random_params(config))
     paths = {row.path for row in report.tensors if row.format != "raw"}
-    assert {"embedder/embedding", "lm_head/kernel", "layers/0/attn/q_proj/kernel", "layers/1/mlp/down_proj/kernel"} <= paths
+    assert {
+        "embedder/embedding",
+        "lm_head/kernel",
+        "layers/0/attn/q_proj/kernel",
+        "layers/1/mlp/down_proj/kernel",
+    } <= paths
     assert params_z["embedder"]["embedding"].output_axis == -2 and not report.unused_rules
     Llama.from_params(config, params_z)
 
 
 def test_rope_scaling_by_hand():
-    config = dataclasses.replace(TINY, head_dim=128, rope_theta=5e5, rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 8192))
+    config = dataclasses.replace(
+        TINY, head_dim=128, rope_theta=5e5, rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 8192)
+    )
     found = inverse_frequencies(config)
     assert np.allclose(found, llama_reference.frequencies(config), rtol=1e-6, atol=0)
     plain = 5e5 ** -(np.arange(0, 128, 2) / 128)
@@ -139,7 +146,12 @@ def test_wrong_params_are_named():
     params["extra"] = {"scale": np.zeros(3, np.float32)}
     with pytest.raises(ValueError) as error:
         Llama.from_params(TINY, params)
-    for part in ("layers/1/mlp/up_proj/kernel is missing", "q_proj/kernel has shape (64, 32)", "(64, 64)", "extra/scale"):
+    for part in (
+        "layers/1/mlp/up_proj/kernel is missing",
+        "q_proj/kernel has shape (64, 32)",
+        "(64, 64)",
+        "extra/scale",
+    ):
         assert part in str(error.value)
     with pytest.raises(TypeError, match="final_norm/scale is an array of int32"):
         Llama.from_params(TINY, {**random_params(TINY), "final_norm": {"scale": np.zeros(64, np.int32)}})

@@ -6,11 +6,11 @@ import gguf
 import numpy as np
 import pytest
 import tokenizers
+from jaxzip.models import Tokenizer
+from jaxzip.models.tokenizer_gguf import tokenizer_json_from_gguf
 from tokenizers import pre_tokenizers
 
 from jaxzip.errors import JaxzipError
-from jaxzip.models import Tokenizer
-from jaxzip.models.tokenizer_gguf import tokenizer_json_from_gguf
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -63,7 +63,9 @@ def test_gpt2_joins_digits(tmp_path):
 
 def test_llama3_splits_and_begins(tmp_path):
     specials = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    reader = write_gguf(tmp_path / "l.gguf", pre="llama-bpe", specials=specials, add_bos_token_id=0, add_add_bos_token=True)
+    reader = write_gguf(
+        tmp_path / "l.gguf", pre="llama-bpe", specials=specials, add_bos_token_id=0, add_add_bos_token=True
+    )
     llama = Tokenizer.from_json(tokenizer_json_from_gguf(reader))
     assert pieces(llama, "hello12345") == ["<|begin_of_text|>", "hello", "12", "3", "4", "5"]
     assert llama.encode("hello", add_special_tokens=False) == llama.encode("hello")[1:]

@@ -149,9 +149,7 @@ def test_best_implementation_is_used_and_agrees():
     w = gaussian_weights((128, 128))
     best = ops.implementations("matmul")[0]
     x = activations(3, 128)
-    assert np.array_equal(
-        bits(jaxzip.matmul(x, encoded(w))), bits(jaxzip.matmul(x, encoded(w), implementation=best))
-    )
+    assert np.array_equal(bits(jaxzip.matmul(x, encoded(w))), bits(jaxzip.matmul(x, encoded(w), implementation=best)))
 
 
 def test_the_fast_cpu_library_is_there():

@@ -24,9 +24,9 @@ class GgufSource:
 
     In a file with quantised tensors everything becomes bf16: blocks are decoded to fp32 and rounded to nearest even,
     and so are its fp32 norms, because the model that comes out is a bf16 model. Of a Llama in BF16, whose norms are
-    F32 in GGUF, only those vectors are rounded. The metadata says so. Everything else passes through as it is. The rows of
-    q and k, which llama.cpp permutes for its rotary embedding, are put back into Hugging Face's order. Tensors of other
-    architectures keep their own names.
+    F32 in GGUF, only those vectors are rounded. The metadata says so. Everything else passes through as it is. The rows
+    of q and k, which llama.cpp permutes for its rotary embedding, are put back into Hugging Face's order. Tensors of
+    other architectures keep their own names.
     """
 
     kind = "gguf"

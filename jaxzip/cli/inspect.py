@@ -26,8 +26,8 @@ def inspect_command(
     out.print(tensor_table(data["tensors"]))
     total = data["total"]
     out.print(
-        f"{len(data['tensors'])} tensors, {human_bytes(total['original_bytes'])} -> {human_bytes(total['stored_bytes'])}"
-        f" ({100 * total['stored_bytes'] / max(total['original_bytes'], 1):.1f}%), "
+        f"{len(data['tensors'])} tensors, {human_bytes(total['original_bytes'])} -> "
+        f"{human_bytes(total['stored_bytes'])} ({100 * total['stored_bytes'] / max(total['original_bytes'], 1):.1f}%), "
         f"{total['bits_per_weight']:.2f} bits per weight"
     )
     for line in data.get("notes", ()):

@@ -90,7 +90,9 @@ def check_field_shapes(fmt: Format, payload: Mapping[str, np.ndarray], m: int, k
         array = payload[name]
         if np.dtype(array.dtype) != spec.dtype:
             raise CorruptDataError(f"{fmt.name}: {name} has dtype {array.dtype}, expected {spec.dtype}")
-        fits = len(array.shape) == spec.ndim and all(want in (None, have) for want, have in zip(spec.shape, array.shape))
+        fits = len(array.shape) == spec.ndim and all(
+            want in (None, have) for want, have in zip(spec.shape, array.shape)
+        )
         if not fits:
             raise CorruptDataError(
                 f"{fmt.name}: {name} has shape {tuple(array.shape)}, expected {spec.shape} for M={m}, K={k}"

@@ -1,13 +1,13 @@
 """Lane-planar: bf16 weights laid out for a Hopper kernel, every weight in a fixed place, escapes apart.
 
-A weight is a sign+mantissa byte and the three low bits of its exponent; the five high bits are a constant, except for the
-few escapes, which are listed. Rows are scaled by a power of two first, so that the constant is 01111.
+A weight is a sign+mantissa byte and the three low bits of its exponent; the five high bits are a constant, except for
+the few escapes, which are listed. Rows are scaled by a power of two first, so that the constant is 01111.
 
     block of 64 rows x 64 k (u32 words)                                 tile of 16 rows x 64 k: an A operand of mma
     0               1024            1408    1409       1410             lane = 4 g + t, k-step j, register r, half h:
     +---------------+---------------+------+----------+--------------+    row = g + 8 (r & 1)
     | sign+mantissa | exponent codes | ends | overflow | u16 entries  |    column = 16 j + 2 t + 8 (r >> 1) + h
-    | 4 tiles x 256 | 4 tiles x 96   |      |          | (up to 124)  |  position = tile << 10 | j << 8 | lane << 3 | r << 1 | h
+    | 4 tiles x 256 | 4 tiles x 96   |      |          | (up to 124)  |  position = tile<<10 | j<<8 | lane<<3 | r<<1 | h
     +---------------+---------------+------+----------+--------------+
 """
 
@@ -34,7 +34,7 @@ CODE_START = 1024
 HEADER = 1408
 OVERFLOW_WORD = 1409
 ENTRY_START = 1410
-#: Block sizes in words. Each is a product of two numbers up to 256, the inner one a multiple of 4, as TMA wants its boxes.
+#: Block sizes in words. Each is a product of two numbers up to 256, the inner one a multiple of 4, as TMA wants boxes.
 WIDTHS = (1424, 1440, 1456, 1464, 1472)
 #: The narrowest width is taken that holds the escapes of all but this share of the blocks.
 OVERFLOW_SHARE = 1 / 128
@@ -66,8 +66,9 @@ def room(width: int) -> int:
 def choose_shifts(bits: np.ndarray) -> np.ndarray:
     """int8 ``[M]``: what to add to the exponents of each row so that its best window of 8 becomes 120..127.
 
-    Ties go to the lowest window. 0 where the shift exceeds MAX_SHIFT or a nonzero weight of the row would leave the normal
-    range (a row with subnormals is never shifted): the kernel multiplies by the shifted weights and scales the sums.
+    Ties go to the lowest window. 0 where the shift exceeds MAX_SHIFT or a nonzero weight of the row would leave the
+    normal range (a row with subnormals is never shifted): the kernel multiplies by the shifted weights and scales the
+    sums.
     """
     m = bits.shape[0]
     exponents = ((bits >> 7) & 0xFF).astype(np.int64) + np.arange(m)[:, None] * 256
@@ -80,7 +81,9 @@ def choose_shifts(bits: np.ndarray) -> np.ndarray:
     lowest = normal.argmax(1) + 1
     highest = 254 - normal[:, ::-1].argmax(1)
     subnormal = (((bits & 0x7F80) == 0) & ((bits & 0x7F) != 0)).any(1)
-    safe = (covered.max(1) > 0) & (abs(shift) <= MAX_SHIFT) & (lowest + shift >= 1) & (highest + shift <= 254) & ~subnormal
+    safe = (
+        (covered.max(1) > 0) & (abs(shift) <= MAX_SHIFT) & (lowest + shift >= 1) & (highest + shift <= 254) & ~subnormal
+    )
     return np.where(safe, shift, 0).astype(np.int8)
 
 
@@ -188,7 +191,9 @@ class LanePlanar(Format):
             code = np.maximum(high[inside].astype(np.int64) - HIGH_BIAS, 0)
             entries[block[inside], rank[inside]] = position[inside] | code << 12
             out[:, ENTRY_START:] = entries.view("<u4")
-            per_tile = np.bincount(block[inside] * TILES + (position[inside] >> 10), minlength=TILES * elements.shape[0])
+            per_tile = np.bincount(
+                block[inside] * TILES + (position[inside] >> 10), minlength=TILES * elements.shape[0]
+            )
             out[:, HEADER] = per_tile.reshape(-1, TILES).cumsum(1).astype(np.uint8).view("<u4").ravel()
             spilled = np.stack([block[~inside] + where.start + 1, position[~inside] | high[~inside] << 12], -1)
             overflow.append(spilled.astype(np.uint32))
@@ -225,7 +230,9 @@ class LanePlanar(Format):
         blocks = payload["blocks"].reshape(-1, width)
         ends = np.ascontiguousarray(blocks[:, HEADER]).view(np.uint8).reshape(-1, TILES).astype(np.int32)
         _expect(np.diff(ends, axis=1, prepend=0).min(1) >= 0, "blocks", "has ends that decrease")
-        _expect(ends[:, -1] <= room(width), "blocks", f"counts more entries than the {room(width)} that it has room for")
+        _expect(
+            ends[:, -1] <= room(width), "blocks", f"counts more entries than the {room(width)} that it has room for"
+        )
         entries = np.ascontiguousarray(blocks[:, ENTRY_START:]).view("<u2").reshape(-1, room(width)).astype(np.int32)
         slot = np.arange(room(width))
         used = slot < ends[:, -1:]
@@ -239,7 +246,11 @@ class LanePlanar(Format):
         _expect((np.diff(owner) >= 0) | (owner[1:] == 0), "overflow", "has blocks out of order")
         _expect(owner <= blocks.shape[0], "overflow", f"names a block past the {blocks.shape[0]} that there are")
         _expect(entry < 1 << 17, "overflow", "has an entry of more than 17 bits")
-        _expect(blocks[:, OVERFLOW_WORD] == _first_overflow(owner, blocks.shape[0]), "blocks", "points to a wrong overflow entry")
+        _expect(
+            blocks[:, OVERFLOW_WORD] == _first_overflow(owner, blocks.shape[0]),
+            "blocks",
+            "points to a wrong overflow entry",
+        )
 
     def coverage(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> Coverage:
         inside = (payload["blocks"][..., HEADER] >> 24).sum(dtype=np.int64)
@@ -269,11 +280,13 @@ def _expect(good: np.ndarray, array: str, problem: str) -> None:
 
 
 def _decode_blocks(row):
-    """Shifted weights of one row of blocks: uint32 ``[C, W]`` and uint8 ``[C, 4096]`` high bits -> uint16 ``[C, 4096]``."""
+    """Shifted weights: uint32 ``[C, W]`` and high bits uint8 ``[C, 4096]`` -> uint16 ``[C, 4096]``."""
     blocks, high = row
     n = blocks.shape[0]
     halves = jnp.stack([blocks & 0xFFFF, blocks >> 16], -1).astype(jnp.uint16)  # block word h
-    words = halves[:, :CODE_START].reshape(n, TILES, 2, 32, 2, 2, 2).transpose(0, 1, 2, 4, 3, 5, 6)  # tile j lane r>>1 h
+    words = (
+        halves[:, :CODE_START].reshape(n, TILES, 2, 32, 2, 2, 2).transpose(0, 1, 2, 4, 3, 5, 6)
+    )  # tile j lane r>>1 h
     even = (words & 0x8000) | (words & 0x7F)
     odd = (words << 8 & 0x8000) | (words >> 8 & 0x7F)
     sign_mantissa = jnp.stack([even, odd], -2).reshape(n, POSITIONS)

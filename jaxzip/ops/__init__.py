@@ -1,8 +1,8 @@
 """Operations on compressed tensors, one module each; ``registry`` holds their implementations and chooses among them.
 
-    matmul, take ──► registry ──► xla (here: decompress, then XLA's own operation)
-    decompress  ──►            └► ffi, pallas (backends; they register themselves, see ``registry``)
-    host: encode, decode, validate on NumPy arrays ──► the format's fast codec, or its reference
+matmul, take ──► registry ──► xla (here: decompress, then XLA's own operation)
+decompress  ──►            └► ffi, pallas (backends; they register themselves, see ``registry``)
+host: encode, decode, validate on NumPy arrays ──► the format's fast codec, or its reference
 """
 
 from jaxzip.ops.decompress import decompress

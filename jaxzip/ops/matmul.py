@@ -26,8 +26,9 @@ def matmul(
     """``x[..., K] @ w[K, M]`` with fp32 accumulation and one rounding to ``out_dtype``.
 
     Fused implementations decode ``w`` in registers and never hold it whole. Their order of accumulation is fixed: the
-    same bits from run to run, and the same bits for a ``raw`` tensor as for any other format. Differentiable in ``x`` (``w`` is frozen: its cotangent is zero). Jittable; a stack of weights
-    goes through ``jax.vmap`` or ``jax.lax.scan``.
+    same bits from run to run, and the same bits for a ``raw`` tensor as for any other format. Differentiable in ``x``
+    (``w`` is frozen: its cotangent is zero). Jittable; a stack of weights goes through ``jax.vmap`` or
+    ``jax.lax.scan``.
 
     Args:
       x: bf16, fp16 or fp32 ``[..., K]``.
@@ -68,7 +69,7 @@ def _matmul(x, w, out_dtype, implementation):
         if not isinstance(w, CompressedTensor):
             if implementation not in (None, registry.XLA):
                 raise NotImplementedError(
-                    f'matmul: {implementation} multiplies compressed weights; this one is dense: compress it with '
+                    f"matmul: {implementation} multiplies compressed weights; this one is dense: compress it with "
                     'format="raw" to send it through the same kernel'
                 )
             return _dot(x, w, out_dtype)

@@ -88,7 +88,9 @@ def run(op: str, implementation: str | None, *args, **options):
     """
     names = implementations(op)
     if implementation is not None and implementation not in names:
-        reason = f" ({implementation} is missing here: {_missing[implementation]})" if implementation in _missing else ""
+        reason = (
+            f" ({implementation} is missing here: {_missing[implementation]})" if implementation in _missing else ""
+        )
         raise ValueError(f"{op}: unknown implementation {implementation!r}; there are: {', '.join(names)}{reason}")
     reasons: list[str] = []
     usable: list[Implementation] = []
