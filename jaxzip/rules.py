@@ -174,6 +174,8 @@ def not_smaller(z: CompressedTensor) -> str:
     """Why a tensor that a rule names came out raw."""
     if z.dtype != COMPRESSIBLE_DTYPES[0]:
         return f"no format for {z.dtype} yet"
+    if z.size > np.iinfo(np.uint32).max:
+        return "more elements than the format can address"
     return "encoding would not be smaller"
 
 
