@@ -14,7 +14,7 @@ struct Candidate {
 
 inline cudaError_t run_candidate(const Candidate& c, const jaxzip::lane_planar::Matrix& w, const __nv_bfloat16* x, void* y,
                                  int n, bool fp32, cudaStream_t stream, bool raw, bool overlap) {
-  return jaxzip::lane_planar::launch_matmul_direct(w, x, y, n, fp32, c.direct, stream, raw, overlap);
+  return jaxzip::lane_planar::launch_matmul_direct(w, x, n, {y, fp32, nullptr, nullptr}, c.direct, stream, raw, overlap);
 }
 
 // Every configuration that fits the problem.

@@ -110,12 +110,12 @@ int direct_resident_clusters(const Matrix& w, int n, const DirectConfig& c) {
   return clusters;
 }
 
-cudaError_t launch_matmul_direct(const Matrix& w, const __nv_bfloat16* x, void* y, int n, bool fp32_out,
+cudaError_t launch_matmul_direct(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue,
                                  const DirectConfig& c, cudaStream_t stream, bool raw, bool overlap) {
   const int bytes = direct_shared_bytes(w, n, c, raw);
   if (!bytes) return cudaErrorInvalidValue;
   const Variant& v = *find_variant(n, c, raw);
-  DirectArgs args = {w, x, y, n, fp32_out, overlap, plan_for(w, n, c, raw)};
+  DirectArgs args = {w, x, epilogue, n, overlap, plan_for(w, n, c, raw)};
   if (const cudaError_t error = allow_shared(v)) return error;
   const Launch launch(c, bytes, overlap, stream);
   void* parameters[] = {&args};

@@ -7,6 +7,7 @@
 #pragma once
 #include <cuda_bf16.h>
 
+#include "epilogue.cuh"
 #include "weights.cuh"
 
 namespace jaxzip::lane_planar {
@@ -28,9 +29,8 @@ struct DirectPlan {
 struct DirectArgs {
   Matrix w;
   const __nv_bfloat16* x;  // [n][k]
-  void* y;                 // [n][m], bf16 or fp32
+  Epilogue epilogue;
   int n;
-  bool fp32_out;
   bool overlap;  // launched while the kernel before may still run: only then do weights go before x
   DirectPlan plan;
 };
@@ -61,31 +61,6 @@ DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, in
   p.received = p.finished + groups * sum_bytes;
   p.bytes = p.received + (cluster > 1 ? cluster * (p.row_blocks * p.chunks << p.log_n) * 16 : 0);
   return p;
-}
-
-// Rounds four sums of column n to the output's dtype, with the rows' shifts (four int8) taken back.
-__device__ __forceinline__ void store_rows(const DirectArgs& args, int n, int row, float4 sum, uint32_t shifts) {
-  float v[4] = {sum.x, sum.y, sum.z, sum.w};
-  __nv_bfloat162 rounded[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] *= __int_as_float((127 - static_cast<int8_t>(shifts >> (8 * i))) << 23);
-  const size_t at = static_cast<size_t>(n) * args.w.m + row;
-  const bool whole = args.w.m % 4 == 0 && row < args.w.m;
-  if (args.fp32_out) {
-    float* y = static_cast<float*>(args.y) + at;
-    for (int i = 0; i < 4; ++i)
-      if (whole || row + i < args.w.m) y[i] = v[i];
-    return;
-  }
-  rounded[0] = __floats2bfloat162_rn(v[0], v[1]);
-  rounded[1] = __floats2bfloat162_rn(v[2], v[3]);
-  __nv_bfloat16* y = static_cast<__nv_bfloat16*>(args.y) + at;
-  if (whole && (reinterpret_cast<uintptr_t>(y) & 7) == 0) {
-    *reinterpret_cast<uint2*>(y) = *reinterpret_cast<const uint2*>(rounded);
-  } else {
-    for (int i = 0; i < 4; ++i)
-      if (row + i < args.w.m) y[i] = reinterpret_cast<const __nv_bfloat16*>(rounded)[i];
-  }
 }
 
 template <class Weights, int kTilesPerWarp, int kColumnTiles, int kWarps, int kCtasPerSm>
@@ -305,7 +280,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
 
   auto write = [&](int row_block, int n, int row, float4 sum) {
     const uint32_t shifts = *reinterpret_cast<const uint32_t*>(memory + plan.shift + row_block * kBlock + row);
-    store_rows(args, n, (cluster + row_block * plan.clusters) * kBlock + row, sum, shifts);
+    store_rows(args.epilogue, w.m, n, (cluster + row_block * plan.clusters) * kBlock + row, sum, shifts);
   };
   if (ranks > 1) ptx::cluster_wait();  // the others have started
 #pragma unroll 1

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include "epilogue.h"
 #include "layout.h"
 
 namespace jaxzip::lane_planar {
@@ -30,7 +31,7 @@ int direct_resident_clusters(const Matrix& w, int n, const DirectConfig& config)
 // Launches on `stream`: no allocation, no synchronisation, safe to capture. `w.blocks` holds bf16 in fragment order
 // (2048 words a block, no entries, zero shifts) if `raw`. `overlap` asks for programmatic dependent launch: only x and y may
 // then depend on the kernel before. Returns cudaErrorInvalidValue for a configuration that does not fit.
-cudaError_t launch_matmul_direct(const Matrix& w, const __nv_bfloat16* x, void* y, int n, bool fp32_out,
+cudaError_t launch_matmul_direct(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue,
                                  const DirectConfig& config, cudaStream_t stream, bool raw = false,
                                  bool overlap = false);
 
