@@ -1,0 +1,22 @@
+// The matmul that a caller gets: which kernel, which configuration, and the launches.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "epilogue.h"
+#include "layout.h"
+
+namespace jaxzip::lane_planar {
+
+struct MatmulOptions {
+  // One configuration for every n, so that a column's bits do not depend on how many others are computed with it.
+  bool batch_invariant = false;
+  // `blocks` holds bf16 in fragment order instead (2048 words a block, no entries, zero shifts): the control of exactness.
+  bool raw = false;
+};
+
+// y[n, m] = x[n, k] @ W[m, k].T for any n >= 1, in as many launches on `stream` as n needs; sm_90. No allocation, no
+// synchronisation, safe to capture. Returns the first error of a launch, cudaErrorInvalidValue where no kernel fits.
+cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue,
+                          const MatmulOptions& options, cudaStream_t stream);
+
+}  // namespace jaxzip::lane_planar
