@@ -1,4 +1,4 @@
-"""Registers the FFI kernels, CPU and CUDA, as implementation ``"ffi"`` of jaxzip's operations."""
+"""Registers the FFI kernels as implementation ``"ffi"`` of jaxzip's operations: CPU here, CUDA next door."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxzip.ffi import cpu_ops
-from jaxzip.ffi.libraries import cpu_available, cpu_module, cuda_available, register_cuda
+from jaxzip.ffi.cuda_backend import register_cuda_backend
+from jaxzip.ffi.libraries import cpu_available, cpu_module
 
 from jaxzip.errors import CorruptDataError
 from jaxzip.ops import registry
 from jaxzip.ops.host import HostCodec, register_host_codec
+from jaxzip.ops.matmul import finish
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
 TCA_TBE = "tca-tbe"
@@ -31,13 +33,7 @@ def register_backend() -> None:
     add("matmul", fn=_matmul, check=_check_matmul)
     add("take", fn=_take, check=_check_take)
     register_host_codec(TCA_TBE, HostCodec(cpu_module().encode_tca_tbe, _decode_on_host, check_tca_tbe))
-    cuda = cuda_available()
-    if cuda:
-        register_cuda()
-        on_cuda = functools.partial(registry.register, name="ffi", platforms=("cuda",), priority=PRIORITY)
-        on_cuda("decompress", fn=_decompress, check=_check_decompress)
-    else:
-        registry.report_missing("ffi", f"on CUDA: {cuda.reason}")
+    register_cuda_backend()
 
 
 def _check_format(z: CompressedTensor) -> None:
@@ -57,7 +53,7 @@ def _decompress(z: CompressedTensor) -> jax.Array:
     return one(dict(z.payload))
 
 
-def _check_matmul(x: jax.Array, w: CompressedTensor, *, out_dtype) -> None:
+def _check_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> None:
     for what, dtype in (("x", x.dtype), ("the result", out_dtype)):
         if dtype not in _KERNEL_DTYPES:
             raise NotImplementedError(f"the CPU kernel takes bfloat16 and float32, {what} is {dtype}")
@@ -70,10 +66,15 @@ def _check_matmul(x: jax.Array, w: CompressedTensor, *, out_dtype) -> None:
         raise NotImplementedError("the kernel contracts along K; this tensor's first axis is its output axis: use w.T")
 
 
-def _matmul(x: jax.Array, w: CompressedTensor, *, out_dtype) -> jax.Array:
+def _matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
+    # Batch invariant as it is: the kernel's order depends on neither N nor the number of threads.
+    alone = bias is None and residual is None
+    dtype = out_dtype if alone else jnp.float32
     if w.format == "raw":
-        return cpu_ops.raw_matmul(x, w.payload["values"], rows_first=w.raw_transposed, out_dtype=out_dtype)
-    return cpu_ops.matmul(x, w.payload, *w.matrix_shape, out_dtype=out_dtype)
+        y = cpu_ops.raw_matmul(x, w.payload["values"], rows_first=w.raw_transposed, out_dtype=dtype)
+    else:
+        y = cpu_ops.matmul(x, w.payload, *w.matrix_shape, out_dtype=dtype)
+    return y if alone else finish(y, bias, residual, out_dtype)
 
 
 def _check_take(table: CompressedTensor, ids: jax.Array) -> None:

@@ -27,7 +27,7 @@ PAYLOAD_FIELDS = (
 Payload = Mapping[str, jax.Array]
 
 
-def _call(name: str, shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array, **attributes) -> jax.Array:
+def call(name: str, shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array, **attributes) -> jax.Array:
     register()
     operands, varying = _same_manual_axes(operands)
     call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, dtype), vmap_method="expand_dims")
@@ -47,7 +47,7 @@ def _same_manual_axes(operands):
     return cast, tuple(sorted(varying))
 
 
-def _sizes(m: int, k: int) -> dict[str, np.int64]:
+def sizes(m: int, k: int) -> dict[str, np.int64]:
     return {"m": np.int64(m), "k": np.int64(k)}
 
 
@@ -71,12 +71,12 @@ def decompress(payload: Payload, m: int, k: int, transposed: bool = True) -> jax
       jax.errors.JaxRuntimeError: at run time, when shapes do not fit m and k or the payload is corrupt.
     """
     shape = (k, m) if transposed else (m, k)
-    return _call(
+    return call(
         "jaxzip_tca_tbe_decompress",
         shape,
         jnp.bfloat16,
         *_operands(payload),
-        **_sizes(m, k),
+        **sizes(m, k),
         transposed=bool(transposed),
     )
 
@@ -117,7 +117,7 @@ def raw_matmul(x: jax.Array, w: jax.Array, rows_first: bool = False, out_dtype: 
 
 def _matmul(name, x, weight, m, k, out_dtype, **attributes):
     rows = x.reshape(-1, k)
-    y = _call(name, (rows.shape[0], m), out_dtype or x.dtype, rows, *weight, **_sizes(m, k), **attributes)
+    y = call(name, (rows.shape[0], m), out_dtype or x.dtype, rows, *weight, **sizes(m, k), **attributes)
     return y.reshape(*x.shape[:-1], m)
 
 
@@ -134,5 +134,5 @@ def take(ids: jax.Array, payload: Payload, m: int, k: int) -> jax.Array:
       bfloat16 [*ids.shape, K].
     """
     flat = ids.reshape(-1)
-    rows = _call("jaxzip_tca_tbe_take", (flat.shape[0], k), jnp.bfloat16, flat, *_operands(payload), **_sizes(m, k))
+    rows = call("jaxzip_tca_tbe_take", (flat.shape[0], k), jnp.bfloat16, flat, *_operands(payload), **sizes(m, k))
     return rows.reshape(*ids.shape, k)

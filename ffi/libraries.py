@@ -48,10 +48,10 @@ def register() -> None:
 
 def target_names() -> tuple[str, ...]:
     """Names of the custom calls, for `jax.export`'s safety checks."""
-    return tuple(cpu_module().handlers())
+    return tuple(dict.fromkeys((*cpu_module().handlers(), *_CUDA_HANDLERS)))
 
 
-_CUDA_HANDLERS = ("jaxzip_tca_tbe_decompress",)
+_CUDA_HANDLERS = ("jaxzip_tca_tbe_decompress", "jaxzip_lane_planar_matmul", "jaxzip_lane_planar_decompress")
 
 
 def _cuda_path() -> pathlib.Path | None:
@@ -89,3 +89,13 @@ def register_cuda() -> None:
     library = ctypes.CDLL(str(_cuda_path()))
     for name in _CUDA_HANDLERS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="CUDA")
+
+
+@functools.cache
+def compute_capabilities() -> frozenset[tuple[int, int]]:
+    """Compute capabilities of this process's CUDA devices; empty where there are none."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return frozenset()
+    return frozenset(tuple(int(part) for part in str(device.compute_capability).split(".")) for device in devices)

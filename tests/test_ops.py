@@ -181,3 +181,57 @@ def test_dense_weights_are_multiplied_too():
 def test_bad_arguments(call, error, words):
     with pytest.raises(error, match=words):
         call(activations(2, 96), encoded(gaussian_weights((96, 70))))
+
+
+@pytest.mark.parametrize("implementation", [None, *ops.implementations("matmul")])
+class TestEpilogue:
+    def test_bias_and_residual_are_added_before_the_one_rounding(self, implementation):
+        w, x = gaussian_weights((192, 130)), activations(5, 192)
+        bias, residual = activations(1, 130, seed=1)[0], activations(5, 130, seed=2)
+        z = encoded(w)
+        sums = jaxzip.matmul(x, z, implementation=implementation, out_dtype=jnp.float32)
+        want = (sums + bias.astype(jnp.float32)) + residual.astype(jnp.float32)
+        exact = jaxzip.matmul(x, z, bias=bias, residual=residual, implementation=implementation, out_dtype=jnp.float32)
+        assert np.allclose(exact, want, rtol=0, atol=1e-6)
+        rounded = jaxzip.matmul(x, z, bias=bias, residual=residual, implementation=implementation)
+        assert np.array_equal(bits(rounded), bits(exact.astype(BF16)))
+
+    def test_leading_dimensions_and_one_addend(self, implementation):
+        w, x = gaussian_weights((64, 70)), activations(6, 64).reshape(2, 3, 64)
+        residual = activations(6, 70, seed=3).reshape(2, 3, 70)
+        y = jaxzip.matmul(x, encoded(w), residual=residual, implementation=implementation, out_dtype=jnp.float32)
+        alone = jaxzip.matmul(x, encoded(w), implementation=implementation, out_dtype=jnp.float32)
+        assert np.allclose(y, alone + residual.astype(jnp.float32), rtol=0, atol=1e-6)
+
+    def test_gradients(self, implementation):
+        w, x = gaussian_weights((64, 70)), activations(3, 64)
+        bias, residual = activations(1, 70, seed=1)[0], activations(3, 70, seed=2)
+        z = encoded(w)
+
+        def loss(x, bias, residual):
+            y = jaxzip.matmul(x, z, bias=bias, residual=residual, implementation=implementation, out_dtype=jnp.float32)
+            return (y * jnp.arange(70)).sum()
+
+        to_x, to_bias, to_residual = jax.grad(loss, (0, 1, 2))(x, bias, residual)
+        assert to_x.shape == x.shape
+        assert np.array_equal(np.asarray(to_bias, np.float32), 3 * np.arange(70.0, dtype=np.float32).astype(BF16))
+        assert np.array_equal(np.asarray(to_residual), np.tile(np.arange(70).astype(BF16), (3, 1)))
+
+
+def test_bad_addends_are_named():
+    x, z = activations(2, 64), encoded(gaussian_weights((64, 70)))
+    with pytest.raises(ValueError, match=r"bias has shape \(71,\), expected \(70,\)"):
+        jaxzip.matmul(x, z, bias=jnp.zeros(71, BF16))
+    with pytest.raises(ValueError, match=r"residual has shape \(70,\), expected \(2, 70\)"):
+        jaxzip.matmul(x, z, residual=jnp.zeros(70, BF16))
+    with pytest.raises(TypeError, match="bias must be a floating-point array, got int32"):
+        jaxzip.matmul(x, z, bias=jnp.zeros(70, jnp.int32))
+
+
+def test_batch_invariance():
+    x, z = activations(33, 300), encoded(gaussian_weights((300, 130)))
+    whole = jaxzip.matmul(x, z, batch_invariant=True)
+    for n in (1, 8, 17):
+        assert np.array_equal(bits(jaxzip.matmul(x[:n], z, batch_invariant=True)), bits(whole[:n]))
+    with pytest.raises(NotImplementedError, match="not batch invariant"):
+        jaxzip.matmul(x, z, batch_invariant=True, implementation="xla")

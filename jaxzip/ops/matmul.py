@@ -20,20 +20,27 @@ def matmul(
     x: jax.Array,
     w: CompressedTensor | jax.Array,
     *,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
     out_dtype: jax.typing.DTypeLike | None = None,
+    batch_invariant: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
-    """``x[..., K] @ w[K, M]`` with fp32 accumulation and one rounding to ``out_dtype``.
+    """``x[..., K] @ w[K, M] + bias + residual`` with fp32 accumulation and one rounding to ``out_dtype``.
 
     Fused implementations decode ``w`` in registers and never hold it whole. Their order of accumulation is fixed: the
-    same bits from run to run, and the same bits for a ``raw`` tensor as for any other format. Differentiable in ``x``
-    (``w`` is frozen: its cotangent is zero). Jittable; a stack of weights goes through ``jax.vmap`` or
-    ``jax.lax.scan``.
+    same bits from run to run, and the same bits for a ``raw`` tensor as for any other format. Differentiable in ``x``,
+    ``bias`` and ``residual`` (``w`` is frozen: its cotangent is zero). Jittable; a stack of weights goes through
+    ``jax.vmap`` or ``jax.lax.scan``.
 
     Args:
       x: bf16, fp16 or fp32 ``[..., K]``.
       w: compressed ``[K, M]``, or a dense array of that shape, which XLA multiplies.
+      bias: ``[M]``, added in fp32 before the rounding.
+      residual: ``[..., M]``, added in fp32 after the bias.
       out_dtype: dtype of the result; default: the one that ``x`` and ``w`` promote to.
+      batch_invariant: a row of the result must not depend on how many other rows ``x`` has. On a GPU that fixes one
+        configuration for all of them, which costs speed; XLA's own dot cannot promise it.
       implementation: ``"ffi"`` or ``"pallas"`` (fused), ``"decompress"`` (the best decode, then XLA's dot), ``"xla"``
         (plain XLA throughout), or ``None`` for the best one here.
 
@@ -41,7 +48,8 @@ def matmul(
       ``[..., M]``.
 
     Raises:
-      TypeError: ``x`` is not a floating-point array, or ``w`` is neither compressed nor an array.
+      TypeError: ``x``, ``bias`` or ``residual`` is not a floating-point array, or ``w`` is neither compressed nor an
+        array.
       ValueError: shapes do not match, or no such implementation.
       NotImplementedError: the implementation asked for cannot take these arguments; the message says why.
     """
@@ -60,11 +68,24 @@ def matmul(
     out_dtype = jnp.dtype(jnp.promote_types(x.dtype, w.dtype) if out_dtype is None else out_dtype)
     if not jnp.issubdtype(out_dtype, jnp.floating):
         raise TypeError(f"matmul: out_dtype is {out_dtype}, expected a floating-point dtype")
-    return _matmul(x, w, out_dtype, implementation)
+    _check_addend("bias", bias, (w.shape[1],))
+    _check_addend("residual", residual, (*x.shape[:-1], w.shape[1]))
+    return _matmul(x, w, bias, residual, out_dtype, bool(batch_invariant), implementation)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _matmul(x, w, out_dtype, implementation):
+def _check_addend(name, value, shape):
+    if value is None:
+        return
+    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"matmul: {name} must be a floating-point array, got {getattr(value, 'dtype', type(value).__name__)}"
+        )
+    if tuple(value.shape) != shape:
+        raise ValueError(f"matmul: {name} has shape {tuple(value.shape)}, expected {shape}")
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _matmul(x, w, bias, residual, out_dtype, batch_invariant, implementation):
     with jax.named_scope("jaxzip.matmul"):
         if not isinstance(w, CompressedTensor):
             if implementation not in (None, registry.XLA):
@@ -72,26 +93,33 @@ def _matmul(x, w, out_dtype, implementation):
                     f"matmul: {implementation} multiplies compressed weights; this one is dense: compress it with "
                     'format="raw" to send it through the same kernel'
                 )
-            return _dot(x, w, out_dtype)
-        flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        y = _matmul_2d(out_dtype, implementation, flat, w)
+            _check_not_invariant(batch_invariant)
+            return finish(_dot(x, w, jnp.float32), bias, residual, out_dtype)
+        rows = math.prod(x.shape[:-1])
+        if residual is not None:
+            residual = residual.reshape(rows, w.shape[1])
+        y = _matmul_2d(out_dtype, batch_invariant, implementation, x.reshape(rows, x.shape[-1]), w, bias, residual)
         return y.reshape(*x.shape[:-1], w.shape[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul_2d(out_dtype, implementation, x, w):
-    return registry.run("matmul", implementation, x, w, out_dtype=out_dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _matmul_2d(out_dtype, batch_invariant, implementation, x, w, bias, residual):
+    options = {"out_dtype": out_dtype, "batch_invariant": batch_invariant}
+    return registry.run("matmul", implementation, x, w, bias, residual, **options)
 
 
-def _matmul_2d_fwd(out_dtype, implementation, x, w):
-    # x itself is not needed, only its dtype: an empty array carries it through the trace.
-    return _matmul_2d(out_dtype, implementation, x, w), (jnp.zeros((0,), x.dtype), w)
+def _matmul_2d_fwd(out_dtype, batch_invariant, implementation, x, w, bias, residual):
+    # Of x, bias and residual only the dtypes are needed: empty arrays carry them through the trace.
+    like = [None if a is None else jnp.zeros((0,), a.dtype) for a in (x, bias, residual)]
+    return _matmul_2d(out_dtype, batch_invariant, implementation, x, w, bias, residual), (like, w)
 
 
-def _matmul_2d_bwd(out_dtype, implementation, residuals, g):
-    like_x, w = residuals
+def _matmul_2d_bwd(out_dtype, batch_invariant, implementation, residuals, g):
+    (x, bias, residual), w = residuals
     dense = decompress(w, implementation=registry.XLA if implementation == registry.XLA else None)
-    return _dot(g, dense.T, like_x.dtype), None
+    to_bias = None if bias is None else g.astype(jnp.float32).sum(0).astype(bias.dtype)
+    to_residual = None if residual is None else g.astype(residual.dtype)
+    return _dot(g, dense.T, x.dtype), None, to_bias, to_residual
 
 
 _matmul_2d.defvjp(_matmul_2d_fwd, _matmul_2d_bwd)
@@ -104,18 +132,36 @@ def _dot(x, w, out_dtype):
     return y.astype(out_dtype)
 
 
-def matmul_xla(x: jax.Array, w: CompressedTensor, *, out_dtype) -> jax.Array:
+def finish(y: jax.Array, bias: jax.Array | None, residual: jax.Array | None, out_dtype) -> jax.Array:
+    """The epilogue where a kernel has none: fp32 sums ``[..., M]`` plus bias plus residual, rounded once."""
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    if residual is not None:
+        y = y + residual.astype(jnp.float32)
+    return y.astype(out_dtype)
+
+
+def _check_not_invariant(batch_invariant: bool) -> None:
+    if batch_invariant:
+        raise NotImplementedError("XLA chooses a dot's order of accumulation by its shape: not batch invariant")
+
+
+def _check_xla(x, w, bias, residual, *, out_dtype, batch_invariant) -> None:
+    _check_not_invariant(batch_invariant)
+
+
+def matmul_xla(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
     """The reference: XLA's decode to a dense array, then XLA's dot.
 
     The weight's bits are exact; the order of accumulation is XLA's, which may choose it by what surrounds the dot.
     """
-    return _dot(x, decompress(w, implementation=registry.XLA), out_dtype)
+    return finish(_dot(x, decompress(w, implementation=registry.XLA), jnp.float32), bias, residual, out_dtype)
 
 
-def matmul_decompressed(x: jax.Array, w: CompressedTensor, *, out_dtype) -> jax.Array:
+def matmul_decompressed(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
     """The best decode that is there, then XLA's dot: where there is no fused kernel."""
-    return _dot(x, decompress(w), out_dtype)
+    return finish(_dot(x, decompress(w), jnp.float32), bias, residual, out_dtype)
 
 
-registry.register("matmul", registry.XLA, matmul_xla)
-registry.register("matmul", "decompress", matmul_decompressed, priority=1)
+registry.register("matmul", registry.XLA, matmul_xla, check=_check_xla)
+registry.register("matmul", "decompress", matmul_decompressed, check=_check_xla, priority=1)

@@ -1,0 +1,101 @@
+"""Which operations the CUDA kernels take, and their registration as implementation ``"ffi"`` on CUDA."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxzip.ffi import cpu_ops, cuda_ops
+from jaxzip.ffi.libraries import compute_capabilities, cuda_available, register_cuda
+
+from jaxzip.ops import registry
+from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
+
+TCA_TBE = "tca-tbe"
+LANE_PLANAR = "lane-planar"
+#: Ahead of the XLA reference.
+PRIORITY = 10
+#: The control must not be what a raw tensor gets by itself: XLA's dot on it is faster.
+CONTROL_PRIORITY = 0
+#: Rows of x beyond which decoding the weight once and XLA's dot are faster than the fused kernel.
+FUSED_ROWS = 256
+#: Where lane-planar's kernels run.
+HOPPER = (9, 0)
+
+
+def register_cuda_backend() -> None:
+    """Registers handlers and implementations, or says what is missing."""
+    available = cuda_available()
+    if not available:
+        registry.report_missing("ffi", f"on CUDA: {available.reason}")
+        return
+    register_cuda()
+    add = functools.partial(registry.register, name="ffi", platforms=("cuda",))
+    add("decompress", fn=_decompress, check=_check_decompress, priority=PRIORITY)
+    add("matmul", fn=_matmul, check=_check_matmul, priority=PRIORITY)
+    add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY)
+
+
+def _check_hopper() -> None:
+    # Without a GPU here the program is being lowered for one elsewhere, which the handler will look at.
+    other = compute_capabilities() - {HOPPER}
+    if other:
+        found = ", ".join(f"{major}.{minor}" for major, minor in sorted(other))
+        raise NotImplementedError(f"lane-planar's CUDA kernels need compute capability 9.0, here is {found}")
+
+
+def _check_decompress(z: CompressedTensor) -> None:
+    if z.format == LANE_PLANAR:
+        _check_hopper()
+    elif z.format != TCA_TBE:
+        raise NotImplementedError(f"no CUDA kernel for format {z.format}")
+
+
+def _decompress(z: CompressedTensor) -> jax.Array:
+    m, k = z.matrix_shape
+    decode = cuda_ops.lane_planar_decompress if z.format == LANE_PLANAR else cpu_ops.decompress
+    one = functools.partial(decode, m=m, k=k, transposed=z.output_axis == KERNEL_AXIS)
+    for _ in z.batch_shape:
+        one = jax.vmap(one)
+    return one(dict(z.payload))
+
+
+def _check_operands(x, bias, residual, out_dtype, batch_invariant) -> None:
+    for name, value in (("x", x), ("bias", bias), ("residual", residual)):
+        if value is not None and value.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"the CUDA kernels take bfloat16, {name} is {value.dtype}")
+    if out_dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"the CUDA kernels return bfloat16 and float32, not {out_dtype}")
+    if x.shape[0] > FUSED_ROWS and not batch_invariant:
+        raise NotImplementedError(
+            f"x has {x.shape[0]} rows: above {FUSED_ROWS}, decoding the weight once and XLA's dot are faster"
+        )
+
+
+def _check_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> None:
+    if w.format != LANE_PLANAR:
+        raise NotImplementedError(f"no fused CUDA kernel for format {w.format}")
+    if w.output_axis != KERNEL_AXIS:
+        raise NotImplementedError("the kernel contracts along K; this tensor's first axis is its output axis: use w.T")
+    _check_hopper()
+    _check_operands(x, bias, residual, out_dtype, batch_invariant)
+
+
+def _matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
+    options = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
+    return cuda_ops.lane_planar_matmul(x, w.payload, *w.matrix_shape, **options)
+
+
+def _check_raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> None:
+    if w.format != "raw":
+        raise NotImplementedError(f"this is the control for raw weights, not for format {w.format}")
+    if w.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"the CUDA kernels multiply raw bfloat16 weights, this one is {w.dtype}")
+    _check_hopper()
+    _check_operands(x, bias, residual, out_dtype, batch_invariant)
+
+
+def _raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
+    options = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
+    return cuda_ops.raw_matmul(x, w.payload["values"], w.raw_transposed, **options)

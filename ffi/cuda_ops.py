@@ -1,0 +1,94 @@
+"""Typed wrappers around the CUDA FFI handlers of lane-planar, for code that is being traced by JAX.
+
+As in `cpu_ops`, they check nothing that the handlers check again, and every operand may carry leading batch dimensions.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxzip.ffi.cpu_ops import Payload, call, sizes
+
+LANE_PLANAR_FIELDS = ("shift", "blocks", "overflow")
+_BLOCK = 64
+# [M, K] reshaped to (row block, tile, r & 1, g, k block, j, r >> 1, t, h) and permuted is in fragment order.
+_TO_FRAGMENTS = (0, 4, 1, 5, 3, 7, 6, 2, 8)
+
+
+def lane_planar_matmul(
+    x: jax.Array,
+    payload: Payload,
+    m: int,
+    k: int,
+    *,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: jnp.dtype = jnp.bfloat16,
+    batch_invariant: bool = False,
+) -> jax.Array:
+    """x @ W.T + bias + residual for a lane-planar W [M, K], decoded in registers; fp32 sums, one rounding.
+
+    Args:
+      x: bfloat16 [N, K].
+      payload: `shift`, `blocks` and `overflow` of one weight.
+      m: logical rows of the weight.
+      k: logical columns of the weight.
+      bias: bfloat16 [M].
+      residual: bfloat16 [N, M].
+      out_dtype: bfloat16 or float32.
+      batch_invariant: a row of the result does not depend on N.
+
+    Returns:
+      [N, M] of `out_dtype`.
+    """
+    operands = [payload[name] for name in LANE_PLANAR_FIELDS]
+    return _matmul(x, operands, m, k, bias, residual, out_dtype, batch_invariant, raw=False)
+
+
+def raw_matmul(x: jax.Array, w: jax.Array, rows_first: bool = False, **options) -> jax.Array:
+    """The same kernels over a dense bfloat16 weight, [K, M] or [M, K] (`rows_first`): the control of their exactness.
+
+    XLA first brings the weight into fragment order, so this is as slow as a copy of it. `options` as in
+    `lane_planar_matmul`.
+    """
+    w = w if rows_first else w.T
+    m, k = w.shape
+    rows, columns = -(-m // _BLOCK), -(-k // _BLOCK)
+    bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
+    bits = jnp.pad(bits, ((0, rows * _BLOCK - m), (0, columns * _BLOCK - k)))
+    fragments = bits.reshape(rows, 4, 2, 8, columns, 4, 2, 4, 2).transpose(_TO_FRAGMENTS)
+    blocks = jax.lax.bitcast_convert_type(fragments.reshape(rows, columns, _BLOCK * _BLOCK // 2, 2), jnp.uint32)
+    operands = [jnp.zeros(rows * _BLOCK, jnp.int8), blocks, jnp.zeros(0, jnp.uint32)]
+    return _matmul(x, operands, m, k, raw=True, **options)
+
+
+def _matmul(x, weight, m, k, bias=None, residual=None, out_dtype=jnp.bfloat16, batch_invariant=False, *, raw):
+    none = jnp.zeros(0, jnp.bfloat16)
+    return call(
+        "jaxzip_lane_planar_matmul",
+        (x.shape[0], m),
+        out_dtype,
+        x,
+        *weight,
+        none if bias is None else bias,
+        none if residual is None else residual,
+        **sizes(m, k),
+        has_bias=bias is not None,
+        has_residual=residual is not None,
+        batch_invariant=bool(batch_invariant),
+        raw=raw,
+    )
+
+
+def lane_planar_decompress(payload: Payload, m: int, k: int, transposed: bool = True) -> jax.Array:
+    """bfloat16 [K, M] (`transposed`) or [M, K] of a lane-planar payload."""
+    operands = [payload[name] for name in LANE_PLANAR_FIELDS]
+    shape = (k, m) if transposed else (m, k)
+    return call(
+        "jaxzip_lane_planar_decompress",
+        shape,
+        jnp.bfloat16,
+        *operands,
+        **sizes(m, k),
+        transposed=bool(transposed),
+    )
