@@ -1,0 +1,201 @@
+"""The fused GPU matmul as a user of jaxzip gets it, against XLA's bf16 dot, in the same run, with cold weights.
+
+One jitted program multiplies by copies of a weight that together exceed the L2 cache, one after another, so that XLA
+runs it as a CUDA graph; it is long enough for its wall time, dispatched back to back, to be the device's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import math
+import pathlib
+import statistics
+import time
+
+import harness
+import jax
+import jax.numpy as jnp
+import synthetic
+
+import jaxzip
+
+# (M, K) of Llama 3.1 8B (fused projections, then some of their parts), Qwen3 14B and Llama 3.1 70B.
+SHAPES = (
+    (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (1024, 4096), (14336, 4096),
+    (7168, 5120), (5120, 5120), (34816, 5120), (5120, 17408),
+    (10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672),
+)  # fmt: skip
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+COLD_BYTES = 420e6  # several times the L2 of an H200
+PROGRAM_US = 1000  # the least that one program should take
+LARGE = 50e6  # weights: where a matrix counts as large
+DENSE = "xla dot"
+
+
+def copies_of(weight, count: int) -> list:
+    return [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(count - 1))]
+
+
+def program(multiply):
+    """Every x times every weight, in turns."""
+    return jax.jit(lambda xs, weights: [multiply(x, w) for x in xs for w in weights])
+
+
+def median_us(compiled, arguments, launches: int, repeats: int) -> float:
+    """Median microseconds of one launch over ``repeats`` groups of three back-to-back programs."""
+    jax.block_until_ready(compiled(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(3):
+            results = compiled(*arguments)
+        jax.block_until_ready(results)
+        times.append((time.perf_counter() - start) / 3 / launches * 1e6)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a device copy of 1 GiB."""
+    source = jnp.zeros(1 << 29, jnp.uint16)
+    copy = jax.jit(lambda a: a + jnp.uint16(1))
+    return 2 * source.nbytes / (median_us(copy, (source,), 1, 9) * 1e-6)
+
+
+def measure(shape, kind: str, rows: list[int], formats: list[str], repeats: int, bandwidth: float) -> list[dict]:
+    m, k = shape
+    w = synthetic.weights(kind, (k, m))
+    count = min(64, max(1, math.ceil(COLD_BYTES / w.nbytes)))
+    candidates = {DENSE: (lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.bfloat16), w)}
+    for name in formats:
+        candidates[name] = (lambda x, z: jaxzip.matmul(x, z, implementation="ffi"), jaxzip.compress(w, format=name))
+    weights = {name: copies_of(weight, count) for name, (_, weight) in candidates.items()}
+
+    def build(job):
+        name, n = job
+        rounds = max(1, math.ceil(PROGRAM_US / (count * w.nbytes / bandwidth * 1e6)))
+        keys = jax.random.split(jax.random.key(n), rounds)
+        xs = [jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys]
+        return (xs, weights[name]), program(candidates[name][0]).lower(xs, weights[name]).compile()
+
+    jobs = [(name, n) for n in rows for name in candidates]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        built = dict(zip(jobs, pool.map(build, jobs)))
+    found = []
+    for n in rows:
+        us = {}
+        for name in candidates:
+            arguments, compiled = built[name, n]
+            us[name] = median_us(compiled, arguments, len(arguments[0]) * count, repeats)
+        for name in formats:
+            z = candidates[name][1]
+            moved = z.nbytes + 2 * n * (m + k)
+            floor = moved / bandwidth * 1e6
+            found.append(
+                {"M": m, "K": k, "N": n, "weights": kind, "format": name, "bits": z.bits_per_weight}
+                | {"us": us[name], "dense us": us[DENSE], "ratio": us[DENSE] / us[name]}
+                | {"TB/s": moved / us[name] / 1e6, "floor us": floor, "share of floor": floor / us[name]}
+            )
+    return found
+
+
+def measure_decompression(shape, kind: str, formats: list[str], repeats: int, bandwidth: float) -> list[dict]:
+    m, k = shape
+    found = []
+    for name in formats:
+        for axis, order in ((-1, "[K, M]"), (-2, "[M, K]")):
+            w = synthetic.weights(kind, (k, m) if axis == -1 else (m, k))
+            z = jaxzip.compress(w, format=name, output_axis=axis)
+            count = min(16, max(1, math.ceil(COLD_BYTES / z.nbytes)))
+            decode = jax.jit(lambda zs: [jaxzip.decompress(z, implementation="ffi") for z in zs])
+            us = median_us(decode, (copies_of(z, count),), count, repeats)
+            moved = z.nbytes + w.nbytes
+            found.append(
+                {"M": m, "K": k, "weights": kind, "format": name, "order": order, "us": us}
+                | {"TB/s": moved / us / 1e6, "share of copy": moved / us * 1e6 / bandwidth}
+            )
+    return found
+
+
+def means(rows: list[dict]) -> list[dict]:
+    """Geometric means of the ratio, by format, kind of weights, size of the matrix and N."""
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        size = "M*K >= 50M" if row["M"] * row["K"] >= LARGE else "smaller"
+        groups.setdefault((row["format"], row["weights"], size, row["N"]), []).append(row["ratio"])
+    return [
+        {"format": f, "weights": w, "size": s, "N": n, "shapes": len(r), "geometric mean": statistics.geometric_mean(r)}
+        | {"least": min(r)}
+        for (f, w, s, n), r in sorted(groups.items())
+    ]
+
+
+def plot(rows: list[dict], path: pathlib.Path) -> None:
+    """Ratio to the dense dot against N, a line a shape, a panel a format."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["weights"] == "real"] or rows
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    figure, panels = plt.subplots(1, len(formats), figsize=(7 * len(formats), 5), squeeze=False, sharey=True)
+    for panel, name in zip(panels[0], formats):
+        for shape in dict.fromkeys((row["M"], row["K"]) for row in rows):
+            line = [(r["N"], r["ratio"]) for r in rows if (r["M"], r["K"], r["format"]) == (*shape, name)]
+            if line:
+                panel.plot(*zip(*sorted(line)), marker=".", label=f"{shape[0]} x {shape[1]}")
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        panel.set_title(f"{name}: fused matmul on encoded weights")
+        panel.set_xlabel("N (rows of x)")
+    panels[0][0].set_ylabel("time of XLA's bf16 dot / time of jaxzip")
+    panels[0][-1].legend(fontsize=7, ncols=2, title="M x K")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--shapes", nargs="+", default=[f"{m}x{k}" for m, k in SHAPES], help="MxK, output x input")
+    parser.add_argument("--weights", nargs="+", default=["real"], choices=synthetic.KINDS)
+    parser.add_argument("--formats", nargs="+", default=["lane-planar"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--name", default="gpu_kernels", help="of the files under bench/results")
+    parser.add_argument("--plot", metavar="JSON", help="only draw the plot of an earlier result")
+    args = parser.parse_args()
+    if args.plot:
+        source = pathlib.Path(args.plot)
+        plot(json.loads(source.read_text())["rows"], source.with_suffix(".png"))
+        return
+    if jax.default_backend() != "gpu":
+        parser.error("no NVIDIA GPU: these are GPU kernels; bench/cpu_matmul.py measures the CPU's")
+    shapes = [tuple(int(side) for side in shape.split("x")) for shape in args.shapes]
+    bandwidth = copy_bandwidth()
+    rows, decompression = [], []
+    for kind in args.weights:
+        for shape in shapes:
+            rows += measure(shape, kind, args.n, args.formats, args.repeats, bandwidth)
+            decompression += measure_decompression(shape, kind, args.formats, args.repeats, bandwidth)
+            content = {
+                "setup": {
+                    "weights": {name: synthetic.ABOUT[name] for name in args.weights},
+                    "cold": f"copies of {COLD_BYTES / 1e6:.0f} MB of dense weights or more, in turns",
+                    "times": "us a launch: wall time of back-to-back programs over launches, median",
+                    "dense": "jnp.dot(x, w[K, M]) in bf16 by XLA, its autotuning on, same run",
+                    "copy bandwidth TB/s": bandwidth / 1e12,
+                    "floor": "bytes of payload, x and y over the copy bandwidth",
+                },
+                "means": means(rows),
+                "rows": rows,
+                "decompress": decompression,
+            }
+            path = harness.write_result(args.name, content)  # after each shape: a run that is cut off leaves the rest
+    harness.show(f"y[N, M] = x[N, K] @ W, {jax.devices()[0].device_kind}", rows)
+    harness.show("decompress", decompression)
+    harness.show("means", means(rows))
+    plot(rows, path.with_suffix(".png"))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
