@@ -13,8 +13,8 @@ import numpy as np
 KINDS = ("real", "gaussian")
 SIGMA, ZEROS = 0.02, 0.0005
 ABOUT = {
-    "real": "each 64x64 block draws one of 32 classes of blocks of SmolLM2-135M's and all-MiniLM-L6-v2's linear layers, "
-    "each weight its exponent from that class; rows differ in scale by up to 8; uniform sign and mantissa",
+    "real": "each 64x64 block draws one of 32 classes of blocks of the linear layers of SmolLM2 and MiniLM, each "
+    "weight its exponent from that class; rows differ in scale by up to 8; uniform sign and mantissa",
     "gaussian": f"Gaussian, sigma {SIGMA}, {ZEROS:.2%} zeros",
 }
 _BLOCK = 64
