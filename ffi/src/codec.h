@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "jaxzip/kernels.h"
+#include "jaxzip/lane_planar.h"
 #include "jaxzip/layout.h"
 
 namespace jaxzip {
@@ -35,8 +36,23 @@ struct Encoded {
   Array<int32_t> band_offsets;
 };
 
+struct EncodedLanePlanar {
+  Array<int8_t> shift;
+  Array<uint32_t> blocks, overflow;
+  int64_t block_rows = 0, block_columns = 0;
+  int block_words = 0;
+};
+
+struct Bands;
+
 // Throws std::overflow_error when the values of the tensor outnumber what 32-bit offsets reach.
 Encoded EncodeTcaTbe(const Matrix& weight, const For& parallel_for);
+// The same from any source of rows, which it asks three times for each; throws std::invalid_argument for its faults.
+Encoded EncodeTcaTbe(const Bands& bands, const For& parallel_for);
+
+// Asks twice for each band; throws std::invalid_argument for the source's faults, std::overflow_error when there are
+// more escapes without a place than 32 bits count.
+EncodedLanePlanar EncodeLanePlanar(const Bands& bands, const For& parallel_for);
 
 // The first fault of the payload's values; shapes are the caller's to check.
 Fault CheckTcaTbe(const Payload& payload, const For& parallel_for);
@@ -45,6 +61,12 @@ Fault CheckTcaTbe(const Payload& payload, const For& parallel_for);
 Fault DecompressTcaTbe(const Payload& payload, uint16_t* out, int64_t row_stride, int64_t col_stride,
                        const For& parallel_for);
 
+Fault DecompressLanePlanar(const LanePlanarPayload& payload, uint16_t* out, int64_t row_stride, int64_t col_stride,
+                           const For& parallel_for);
+
+// What is wrong with a payload's values, in words; empty when nothing is. Names what the reference would name first.
+std::string CheckLanePlanar(const LanePlanarPayload& payload, const For& parallel_for);
+
 // y[n, m] = sum_k x[n, k] w[m, k]; x packed by PackRows.
 Fault Matmul(const Weight& weight, const float* packed, int64_t n, void* y, bool y_is_f32, const For& parallel_for);
 int64_t PackedSize(int64_t n, int64_t k);  // floats
@@ -52,6 +74,9 @@ void PackRows(const void* x, bool x_is_f32, int64_t n, int64_t k, float* packed,
 
 // Rows `ids` of the weight into out [n, k]. An id outside [0, m) gives a row of NaN.
 Fault TakeTcaTbe(const Payload& payload, const int32_t* ids, int64_t n, uint16_t* out, const For& parallel_for);
+
+Fault TakeLanePlanar(const LanePlanarPayload& payload, const int32_t* ids, int64_t n, uint16_t* out,
+                     const For& parallel_for);
 
 std::string Describe(const Fault& fault);
 

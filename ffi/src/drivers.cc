@@ -1,31 +1,12 @@
 // Shares decompression, matrix products and row lookups out among threads, a row of BlockTiles at a time.
 #include <cstring>
-#include <mutex>
 
 #include "codec.h"
 #include "dispatch.h"
+#include "fault_sink.h"
 
 namespace jaxzip {
 namespace {
-
-// Keeps the fault of the lowest unit, so that the message does not depend on timing.
-class FaultSink {
- public:
-  void Report(int64_t unit, const Fault& fault) {
-    if (!fault.field) return;
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!fault_.field || unit < unit_) {
-      unit_ = unit;
-      fault_ = fault;
-    }
-  }
-  Fault Get() const { return fault_; }
-
- private:
-  std::mutex mutex_;
-  int64_t unit_ = 0;
-  Fault fault_;
-};
 
 int64_t RowsPerPack() { return Kernels().n_block; }
 
@@ -36,22 +17,24 @@ std::string Describe(const Fault& f) {
          ", found " + std::to_string(f.found);
 }
 
-Fault DecompressTcaTbe(const Payload& p, uint16_t* out, int64_t row_stride, int64_t col_stride,
-                       const For& parallel_for) {
-  const KernelTable& kernels = Kernels();
+namespace {
+
+template <typename P, typename F>
+Fault Decompress(const P& p, F decompress_rows, uint16_t* out, int64_t row_stride, int64_t col_stride,
+                 const For& parallel_for) {
   FaultSink sink;
   parallel_for(layout::CeilDiv(p.m, layout::kBlock), [&](int64_t block_row) {
     Fault fault;
     const int64_t m0 = block_row * layout::kBlock;
     if (col_stride == 1 || p.k == 1) {
-      kernels.decompress_rows(p, block_row, out + m0 * row_stride, row_stride, false, &fault);
+      decompress_rows(p, block_row, out + m0 * row_stride, row_stride, false, &fault);
     } else if (row_stride == 1 || p.m == 1) {
-      kernels.decompress_rows(p, block_row, out + m0 * row_stride, col_stride, true, &fault);
+      decompress_rows(p, block_row, out + m0 * row_stride, col_stride, true, &fault);
     } else {
       // Neither direction is contiguous: through a dense copy of these 64 rows.
       const int64_t rows = std::min<int64_t>(layout::kBlock, p.m - m0);
       std::vector<uint16_t> dense(static_cast<size_t>(rows * p.k));
-      kernels.decompress_rows(p, block_row, dense.data(), p.k, false, &fault);
+      decompress_rows(p, block_row, dense.data(), p.k, false, &fault);
       for (int64_t r = 0; r < rows && !fault.field; ++r) {
         uint16_t* dst = out + (m0 + r) * row_stride;
         for (int64_t c = 0; c < p.k; ++c) dst[c * col_stride] = dense[static_cast<size_t>(r * p.k + c)];
@@ -60,6 +43,18 @@ Fault DecompressTcaTbe(const Payload& p, uint16_t* out, int64_t row_stride, int6
     sink.Report(block_row, fault);
   });
   return sink.Get();
+}
+
+}  // namespace
+
+Fault DecompressTcaTbe(const Payload& p, uint16_t* out, int64_t row_stride, int64_t col_stride,
+                       const For& parallel_for) {
+  return Decompress(p, Kernels().decompress_rows, out, row_stride, col_stride, parallel_for);
+}
+
+Fault DecompressLanePlanar(const LanePlanarPayload& p, uint16_t* out, int64_t row_stride, int64_t col_stride,
+                           const For& parallel_for) {
+  return Decompress(p, Kernels().lane_planar.decompress_rows, out, row_stride, col_stride, parallel_for);
 }
 
 int64_t PackedSize(int64_t n, int64_t k) { return n * layout::RoundUp(k, layout::kBlock); }
@@ -140,21 +135,36 @@ Fault TakeRow(const Payload& p, int64_t row, uint16_t* out) {
   return {};
 }
 
-}  // namespace
-
-Fault TakeTcaTbe(const Payload& p, const int32_t* ids, int64_t n, uint16_t* out, const For& parallel_for) {
+template <typename P, typename F>
+Fault Take(const P& p, F take_row, const int32_t* ids, int64_t n, uint16_t* out, const For& parallel_for) {
   constexpr int64_t kIdsPerUnit = 8;  // a row is a few microseconds: too little to hand out alone
   FaultSink sink;
   parallel_for(layout::CeilDiv(n, kIdsPerUnit), [&](int64_t unit) {
     for (int64_t i = unit * kIdsPerUnit; i < std::min(n, (unit + 1) * kIdsPerUnit); ++i) {
       if (ids[i] >= 0 && ids[i] < p.m) {
-        sink.Report(i, TakeRow(p, ids[i], out + i * p.k));
+        sink.Report(i, take_row(ids[i], out + i * p.k));
       } else {
         std::fill_n(out + i * p.k, p.k, uint16_t{0x7FC0});
       }
     }
   });
   return sink.Get();
+}
+
+}  // namespace
+
+Fault TakeTcaTbe(const Payload& p, const int32_t* ids, int64_t n, uint16_t* out, const For& parallel_for) {
+  return Take(p, [&p](int64_t row, uint16_t* to) { return TakeRow(p, row, to); }, ids, n, out, parallel_for);
+}
+
+Fault TakeLanePlanar(const LanePlanarPayload& p, const int32_t* ids, int64_t n, uint16_t* out,
+                     const For& parallel_for) {
+  const auto take_row = [&p](int64_t row, uint16_t* to) {
+    Fault fault;
+    Kernels().lane_planar.decode_row(p, row, to, &fault);
+    return fault;
+  };
+  return Take(p, take_row, ids, n, out, parallel_for);
 }
 
 }  // namespace jaxzip

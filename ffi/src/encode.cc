@@ -4,33 +4,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <stdexcept>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
+#include "allocate.h"
+#include "bands.h"
 #include "codec.h"
 #include "dispatch.h"
 
 namespace jaxzip {
 namespace {
-
-template <typename T>
-Array<T> Allocate(int64_t size) {
-  constexpr size_t kAlign = 64, kHuge = size_t{2} << 20;
-  const size_t bytes = static_cast<size_t>(size) * sizeof(T), align = bytes >= 2 * kHuge ? kHuge : kAlign;
-  void* p = std::aligned_alloc(align, static_cast<size_t>(layout::RoundUp(static_cast<int64_t>(std::max<size_t>(bytes, 1)),
-                                                                         static_cast<int64_t>(align))));
-  if (!p) throw std::bad_alloc();
-#if defined(__linux__)
-  if (align == kHuge) madvise(p, bytes, MADV_HUGEPAGE);  // a page fault per 4 KiB would cost as much as encoding
-#endif
-  Array<T> a;
-  a.data = {static_cast<T*>(p), std::free};
-  a.size = size;
-  return a;
-}
 
 using Histogram = std::array<int64_t, 256>;
 
@@ -89,30 +71,27 @@ struct Tile {
   int64_t stride;
   bool transposed;
 };
-Tile TileAt(const Matrix& w, int64_t block, uint16_t pad, uint16_t* copy) {
+Tile TileAt(const Matrix& band, int64_t block_column, uint16_t pad, uint16_t* copy) {
   using layout::kBlock;
-  const int64_t blocks = layout::CeilDiv(w.k, kBlock), r0 = block / blocks * kBlock, c0 = block % blocks * kBlock;
-  const int64_t rows = std::min<int64_t>(kBlock, w.m - r0), cols = std::min<int64_t>(kBlock, w.k - c0);
-  const uint16_t* p = w.data + r0 * w.row_stride + c0 * w.col_stride;
-  if (rows == kBlock && cols == kBlock) {
-    if (w.col_stride == 1) return {p, w.row_stride, false};
-    if (w.row_stride == 1) return {p, w.col_stride, true};
+  const int64_t c0 = block_column * kBlock, cols = std::min<int64_t>(kBlock, band.k - c0);
+  const uint16_t* p = band.data + c0 * band.col_stride;
+  if (band.m == kBlock && cols == kBlock) {
+    if (band.col_stride == 1) return {p, band.row_stride, false};
+    if (band.row_stride == 1) return {p, band.col_stride, true};
   }
   std::fill_n(copy, layout::kBlockSize, pad);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < cols; ++c) copy[r * kBlock + c] = p[r * w.row_stride + c * w.col_stride];
+  for (int64_t r = 0; r < band.m; ++r) {
+    for (int64_t c = 0; c < cols; ++c) copy[r * kBlock + c] = p[r * band.row_stride + c * band.col_stride];
   }
   return {copy, kBlock, false};
 }
 
-}  // namespace
-
-Encoded EncodeTcaTbe(const Matrix& w, const For& parallel_for) {
+Encoded EncodeBands(const Bands& w, const Histogram& histogram, const For& parallel_for) {
   using namespace layout;
   const KernelTable& kernels = Kernels();
-  const int64_t blocks = NumBlocks(w.m, w.k), blocks_per_row = CeilDiv(w.k, kBlock), block_rows = CeilDiv(w.m, kBlock);
+  const int64_t blocks = NumBlocks(w.m, w.k), blocks_per_row = CeilDiv(w.k, kBlock);
   Encoded out;
-  out.start_exp = static_cast<uint8_t>(BestWindow(ExponentHistogram(w, parallel_for)) - 1);
+  out.start_exp = static_cast<uint8_t>(BestWindow(histogram) - 1);
   // Padding is +2^e with the window's first exponent: one byte each, where a zero would take two.
   const uint16_t pad = static_cast<uint16_t>((out.start_exp + 1) << 7);
   for (auto& b : out.bitmap) b = Allocate<uint64_t>(blocks * kFragsPerBlock);
@@ -120,13 +99,13 @@ Encoded EncodeTcaTbe(const Matrix& w, const For& parallel_for) {
   out.band_offsets = Allocate<int32_t>(2 * blocks * kBandsPerBlock);
 
   // Lengths go where the offsets will be: a block's own in the slot after it.
-  parallel_for(block_rows, [&](int64_t block_row) {
+  ForEachBand(w, parallel_for, [&](int64_t block_row, const Matrix& band) {
     alignas(64) uint16_t copy[kBlockSize];
     for (int64_t b = block_row * blocks_per_row; b < (block_row + 1) * blocks_per_row; ++b) {
       uint64_t* bitmaps[3];
       for (int i = 0; i < 3; ++i) bitmaps[i] = out.bitmap[i].data.get() + b * kFragsPerBlock;
       int32_t in_window[kBandsPerBlock] = {};
-      const Tile t = TileAt(w, b, pad, copy);
+      const Tile t = TileAt(band, b - block_row * blocks_per_row, pad, copy);
       kernels.encode_bitmaps(t.data, t.stride, t.transposed, out.start_exp, bitmaps, in_window);
       int32_t at[2] = {0, 0};
       int32_t* bands = out.band_offsets.data.get() + 2 * b * kBandsPerBlock;
@@ -160,7 +139,7 @@ Encoded EncodeTcaTbe(const Matrix& w, const For& parallel_for) {
 
   out.sign_mantissa = Allocate<uint8_t>(static_cast<int64_t>(total[0]));
   out.full = Allocate<uint16_t>(static_cast<int64_t>(total[1]));
-  parallel_for(block_rows, [&](int64_t block_row) {
+  ForEachBand(w, parallel_for, [&](int64_t block_row, const Matrix& band) {
     // Values are gathered here first: the kernels write whole vectors, past the end of what they keep.
     alignas(64) uint16_t copy[kBlockSize];
     alignas(64) uint8_t sign_mantissa[kBlockSize + kFragSize];
@@ -172,7 +151,7 @@ Encoded EncodeTcaTbe(const Matrix& w, const For& parallel_for) {
       for (int f = 0; f < kFragsPerBlock; ++f) {
         in_window += __builtin_popcountll(bitmaps[0][f] | bitmaps[1][f] | bitmaps[2][f]);
       }
-      const Tile t = TileAt(w, b, pad, copy);
+      const Tile t = TileAt(band, b - block_row * blocks_per_row, pad, copy);
       kernels.encode_values(t.data, t.stride, t.transposed, bitmaps, sign_mantissa, full);
       const int64_t sm_len = RoundUp(in_window, kSignMantissaAlign), full_len = RoundUp(kBlockSize - in_window, kFullAlign);
       std::fill(sign_mantissa + in_window, sign_mantissa + sm_len, uint8_t{0});
@@ -182,6 +161,26 @@ Encoded EncodeTcaTbe(const Matrix& w, const For& parallel_for) {
     }
   });
   return out;
+}
+
+}  // namespace
+
+Encoded EncodeTcaTbe(const Matrix& w, const For& parallel_for) {
+  return EncodeBands(BandsOf(w), ExponentHistogram(w, parallel_for), parallel_for);
+}
+
+Encoded EncodeTcaTbe(const Bands& bands, const For& parallel_for) {
+  const For serial = [](int64_t units, const std::function<void(int64_t)>& body) {
+    for (int64_t u = 0; u < units; ++u) body(u);
+  };
+  std::mutex mutex;
+  Histogram total{};
+  ForEachBand(bands, parallel_for, [&](int64_t, const Matrix& rows) {
+    const Histogram part = ExponentHistogram(rows, serial);
+    std::lock_guard<std::mutex> lock(mutex);
+    for (int e = 0; e < 256; ++e) total[e] += part[e];
+  });
+  return EncodeBands(bands, total, parallel_for);
 }
 
 }  // namespace jaxzip

@@ -8,6 +8,13 @@
 #pragma once
 #include <cstdint>
 
+// Encoders on the host include this as plain C++.
+#if defined(__CUDACC__)
+#define JAXZIP_HOST_DEVICE __host__ __device__
+#else
+#define JAXZIP_HOST_DEVICE
+#endif
+
 namespace jaxzip::lane_planar {
 
 constexpr int kBlock = 64;      // rows and columns of a block
@@ -48,19 +55,19 @@ struct Matrix {
   uint32_t overflow_length;
   int block_words;
   int m, k;                         // logical shape
-  __host__ __device__ int m_blocks() const { return (m + kBlock - 1) / kBlock; }
-  __host__ __device__ int k_blocks() const { return (k + kBlock - 1) / kBlock; }
+  JAXZIP_HOST_DEVICE int m_blocks() const { return (m + kBlock - 1) / kBlock; }
+  JAXZIP_HOST_DEVICE int k_blocks() const { return (k + kBlock - 1) / kBlock; }
 };
 
 // Row (in a tile) and column (in a block) of half h of register r of lane l in k-step j: the A operand of
 // mma.m16n8k16 and of wgmma.
-__host__ __device__ constexpr int fragment_row(int lane, int r) { return (lane >> 2) + 8 * (r & 1); }
-__host__ __device__ constexpr int fragment_column(int j, int lane, int r, int h) {
+JAXZIP_HOST_DEVICE constexpr int fragment_row(int lane, int r) { return (lane >> 2) + 8 * (r & 1); }
+JAXZIP_HOST_DEVICE constexpr int fragment_column(int j, int lane, int r, int h) {
   return 16 * j + 2 * (lane & 3) + 8 * (r >> 1) + h;
 }
 
 // Exponents 0 (zero, subnormal) and 255 (infinity, NaN) keep their code under a shift.
-__host__ __device__ constexpr uint32_t unshift_exponent(uint32_t e, int shift) {
+JAXZIP_HOST_DEVICE constexpr uint32_t unshift_exponent(uint32_t e, int shift) {
   return e == 0 || e == 255 ? e : static_cast<uint32_t>(static_cast<int>(e) - shift);
 }
 

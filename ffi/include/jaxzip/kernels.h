@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "jaxzip/lane_planar.h"
+
 namespace jaxzip {
 
 // One TCA-TBE payload, without batch dimensions. Lengths are those of the arrays, which may be longer than
@@ -26,10 +28,11 @@ struct Fault {
   int64_t index = 0, expected = 0, found = 0;
 };
 
-// The weight of one matrix product: a payload, or (tbe == nullptr) dense bf16 values, element (m, k) at
+// The weight of one matrix product: a payload of either format, or (both null) dense bf16 values, element (m, k) at
 // dense[m * row_stride + k * col_stride].
 struct Weight {
   const Payload* tbe;
+  const LanePlanarPayload* lane_planar;
   const uint16_t* dense;
   int64_t m, k, row_stride, col_stride;
 };
@@ -62,6 +65,8 @@ struct KernelTable {
 
   // In-window elements per band of one block.
   void (*count_bands)(const Payload&, int64_t block, int32_t in_window[4]);
+
+  LanePlanarKernels lane_planar;
 };
 
 inline constexpr int64_t kMatmulRows = 128;  // rows of x per call of matmul_rows; bounds its scratch

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "codec.h"
+#include "cuda/lane_planar/layout.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -169,6 +170,43 @@ class PayloadOperands {
   Operand<const int32_t> band_offsets_;
 };
 
+// The same for lane-planar.
+class LanePlanarOperands {
+ public:
+  LanePlanarOperands(int64_t m, int64_t k, const ffi::Buffer<ffi::S8>& shift, const ffi::Buffer<ffi::U32>& blocks,
+                     const ffi::Buffer<ffi::U32>& overflow)
+      : m_(m), k_(k), shift_("shift", shift, 1), blocks_("blocks", blocks, 3), overflow_("overflow", overflow, 1) {
+    if (m < 1 || k < 1) {
+      throw InvalidArgument("m and k must be positive, are " + std::to_string(m) + " and " + std::to_string(k));
+    }
+    const int64_t rows = layout::CeilDiv(m, layout::kBlock), columns = layout::CeilDiv(k, layout::kBlock);
+    shift_.ExpectCore("shift", {rows * layout::kBlock});
+    blocks_.ExpectCore("blocks", {rows, columns, blocks_.core[2]});
+    bool known = false;
+    for (int width : lane_planar::kBlockWidths) known |= blocks_.core[2] == width;
+    if (!known) throw InvalidArgument("blocks have " + std::to_string(blocks_.core[2]) + " words");
+    if (overflow_.core_size % 2) throw InvalidArgument("overflow has an odd number of words");
+  }
+
+  void ExpectBatch(const Dims& full) const {
+    shift_.ExpectBatch("shift", full);
+    blocks_.ExpectBatch("blocks", full);
+    overflow_.ExpectBatch("overflow", full);
+  }
+
+  bool Unbatched() const { return shift_.Unbatched() && blocks_.Unbatched() && overflow_.Unbatched(); }
+
+  LanePlanarPayload At(int64_t i, const Dims& full) const {
+    return {m_, k_, shift_.At(i, full), blocks_.At(i, full), overflow_.At(i, full), overflow_.core_size / 2,
+            static_cast<int>(blocks_.core[2])};
+  }
+
+ private:
+  int64_t m_, k_;
+  Operand<const int8_t> shift_;
+  Operand<const uint32_t> blocks_, overflow_;
+};
+
 // XLA's own thread pool, with the calling thread taking part.
 inline For PoolFor(ffi::ThreadPool pool) {
   return [pool](int64_t units, const std::function<void(int64_t)>& body) mutable {
@@ -191,5 +229,10 @@ inline For PoolFor(ffi::ThreadPool pool) {
       .Arg<ffi::Buffer<ffi::U16>>()                                                    \
       .Arg<ffi::Buffer<ffi::U32>>()                                                    \
       .Arg<ffi::Buffer<ffi::S32>>()
+
+#define JAXZIP_LANE_PLANAR_PARAMS \
+  ffi::Buffer<ffi::S8> shift, ffi::Buffer<ffi::U32> blocks, ffi::Buffer<ffi::U32> overflow
+#define JAXZIP_LANE_PLANAR_ARGS shift, blocks, overflow
+#define JAXZIP_LANE_PLANAR_BIND Arg<ffi::Buffer<ffi::S8>>().Arg<ffi::Buffer<ffi::U32>>().Arg<ffi::Buffer<ffi::U32>>()
 
 }  // namespace jaxzip

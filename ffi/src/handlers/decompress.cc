@@ -1,4 +1,4 @@
-// The FFI handler `jaxzip_tca_tbe_decompress`: payload -> bf16 [..., K, M] (transposed) or [..., M, K].
+// The FFI handlers `jaxzip_{tca_tbe,lane_planar}_decompress`: payload -> bf16 [..., K, M] (transposed) or [..., M, K].
 #include "handlers/common.h"
 
 namespace jaxzip {
@@ -19,12 +19,34 @@ ffi::Error Decompress(ffi::ThreadPool pool, JAXZIP_PAYLOAD_PARAMS, ffi::Result<f
   });
 }
 
+ffi::Error LanePlanarDecompress(ffi::ThreadPool pool, JAXZIP_LANE_PLANAR_PARAMS,
+                                ffi::Result<ffi::Buffer<ffi::BF16>> out, int64_t m, int64_t k, bool transposed) {
+  return Guard("jaxzip_lane_planar_decompress", [&] {
+    const LanePlanarOperands payload(m, k, JAXZIP_LANE_PLANAR_ARGS);
+    const Operand<uint16_t> result("result", *out, 2);
+    result.ExpectCore("result", transposed ? Dims{k, m} : Dims{m, k});
+    payload.ExpectBatch(result.batch);
+    const For parallel_for = PoolFor(pool);
+    for (int64_t i = 0; i < Product(result.batch); ++i) {
+      Require(DecompressLanePlanar(payload.At(i, result.batch), result.At(i, result.batch), transposed ? 1 : k,
+                                   transposed ? m : 1, parallel_for));
+    }
+  });
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_tca_tbe_decompress, Decompress,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .JAXZIP_PAYLOAD_BIND.Ret<ffi::Buffer<ffi::BF16>>()
+                                  .Attr<int64_t>("m")
+                                  .Attr<int64_t>("k")
+                                  .Attr<bool>("transposed"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_lane_planar_decompress, LanePlanarDecompress,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .JAXZIP_LANE_PLANAR_BIND.Ret<ffi::Buffer<ffi::BF16>>()
                                   .Attr<int64_t>("m")
                                   .Attr<int64_t>("k")
                                   .Attr<bool>("transposed"));

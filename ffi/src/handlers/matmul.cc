@@ -1,4 +1,4 @@
-// The FFI handlers `jaxzip_tca_tbe_matmul` and `jaxzip_raw_matmul`: x [..., N, K] times a weight -> [..., N, M].
+// The FFI handlers `jaxzip_{tca_tbe,lane_planar,raw}_matmul`: x [..., N, K] times a weight -> [..., N, M].
 #include <functional>
 
 #include "handlers/common.h"
@@ -58,7 +58,20 @@ ffi::Error TbeMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, JAXZIP_PAYLOAD_PARA
         pool, x, *y, m, k, payload.Unbatched(), [&](const Dims& full) { payload.ExpectBatch(full); },
         [&](int64_t i, const Dims& full, const std::function<Fault(const Weight&)>& multiply) {
           const Payload p = payload.CheckedAt(i, full);
-          return multiply({&p, nullptr, m, k, 0, 0});
+          return multiply({&p, nullptr, nullptr, m, k, 0, 0});
+        });
+  });
+}
+
+ffi::Error LanePlanarMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, JAXZIP_LANE_PLANAR_PARAMS,
+                            ffi::Result<ffi::AnyBuffer> y, int64_t m, int64_t k) {
+  return Guard("jaxzip_lane_planar_matmul", [&] {
+    const LanePlanarOperands payload(m, k, JAXZIP_LANE_PLANAR_ARGS);
+    BatchedMatmul(
+        pool, x, *y, m, k, payload.Unbatched(), [&](const Dims& full) { payload.ExpectBatch(full); },
+        [&](int64_t i, const Dims& full, const std::function<Fault(const Weight&)>& multiply) {
+          const LanePlanarPayload p = payload.At(i, full);
+          return multiply({nullptr, &p, nullptr, m, k, 0, 0});
         });
   });
 }
@@ -75,7 +88,7 @@ ffi::Error RawMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::BF
     BatchedMatmul(
         pool, x, *y, m, k, weight.Unbatched(), [&](const Dims& full) { weight.ExpectBatch("w", full); },
         [&](int64_t i, const Dims& full, const std::function<Fault(const Weight&)>& multiply) {
-          return multiply({nullptr, weight.At(i, full), m, k, rows_first ? k : 1, rows_first ? 1 : m});
+          return multiply({nullptr, nullptr, weight.At(i, full), m, k, rows_first ? k : 1, rows_first ? 1 : m});
         });
   });
 }
@@ -87,6 +100,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_tca_tbe_matmul, TbeMatmul,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .JAXZIP_PAYLOAD_BIND.Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("m")
+                                  .Attr<int64_t>("k"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_lane_planar_matmul, LanePlanarMatmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .JAXZIP_LANE_PLANAR_BIND.Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("m")
                                   .Attr<int64_t>("k"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_raw_matmul, RawMatmul,

@@ -1,6 +1,8 @@
 // The kernel table of one instruction-set level; compiled once per level with JAXZIP_ISA set to its name.
 #include "isa/decompress.h"
 #include "isa/encode.h"
+#include "isa/lane_planar_decode.h"
+#include "isa/lane_planar_encode.h"
 #include "isa/matmul.h"
 
 namespace jaxzip {
@@ -28,6 +30,8 @@ extern const KernelTable JAXZIP_CAT(kKernels_, JAXZIP_ISA);
 const KernelTable JAXZIP_CAT(kKernels_, JAXZIP_ISA) = {
     JAXZIP_STR(JAXZIP_ISA), kMaxRows,      DecompressRows, PackX,
     MatmulRows,             EncodeBitmaps, EncodeValues,   CountBands,
+    {DecompressLanePlanarRows, DecodeLanePlanarRow, HasSubnormals, TransposeTile, LoadShiftedTile, CountEscapes,
+     EncodeBlock},
 };
 
 }  // namespace jaxzip

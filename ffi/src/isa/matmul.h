@@ -5,6 +5,7 @@
 // of k, added at the end. That order depends neither on the number of rows nor on how work is shared out.
 #pragma once
 #include "isa/decode_band.h"
+#include "isa/lane_planar_decode.h"
 #include "isa/vec.h"
 #include "jaxzip/kernels.h"
 
@@ -112,6 +113,35 @@ class TbeBands {
   BandStream stream_;
 };
 
+class LanePlanarBands {
+ public:
+  LanePlanarBands(const Weight& w, int64_t block_row)
+      : p_(*w.lane_planar), block_(block_row * layout::CeilDiv(w.k, layout::kBlock) - 1),
+        shift_(p_.shift + block_row * layout::kBlock) {}
+  bool Next(Fault* fault) {
+    band_ = (band_ + 1) % layout::kBandsPerBlock;
+    if (band_ == 0 && !OpenBlock(p_, ++block_, &opened_, fault)) return false;
+    DecodeTile(opened_, band_, shift_, rows_, layout::kBlock);
+    return true;
+  }
+  JAXZIP_INLINE void Fill(int f, uint16_t* tile) const {
+    const uint16_t* from = rows_ + (f & 1) * 8 * layout::kBlock + layout::FragCol(f) * layout::kFrag;
+    uint16_t* to = tile + f * layout::kFragSize;
+    for (int r = 0; r < layout::kFrag; ++r, from += layout::kBlock, to += 4) {
+      std::memcpy(to, from, 8);
+      std::memcpy(to + 32, from + 4, 8);
+    }
+  }
+
+ private:
+  const LanePlanarPayload p_;
+  int64_t block_;
+  const int8_t* shift_;
+  int band_ = -1;
+  LpBlock opened_{};
+  alignas(64) uint16_t rows_[layout::kBandRows * layout::kBlock];
+};
+
 class DenseBands {
  public:
   DenseBands(const Weight& w, int64_t block_row) : w_(w), block_row_(block_row) {}
@@ -168,8 +198,9 @@ void MatmulRows(const Weight& w, int64_t block_row, const float* packed, int64_t
   using namespace layout;
   alignas(64) float sums[kBandsPerBlock * kMatmulRows * kBandSums];
   std::memset(sums, 0, sizeof(float) * static_cast<size_t>(kBandsPerBlock * n_count * kBandSums));
-  const bool ok = w.tbe ? AccumulateRows<TbeBands>(w, block_row, packed, n_count, sums, fault)
-                        : AccumulateRows<DenseBands>(w, block_row, packed, n_count, sums, fault);
+  const bool ok = w.tbe           ? AccumulateRows<TbeBands>(w, block_row, packed, n_count, sums, fault)
+                  : w.lane_planar ? AccumulateRows<LanePlanarBands>(w, block_row, packed, n_count, sums, fault)
+                                  : AccumulateRows<DenseBands>(w, block_row, packed, n_count, sums, fault);
   if (!ok) return;
   const int64_t rows = w.m - block_row * kBlock < kBlock ? w.m - block_row * kBlock : kBlock;
   for (int64_t n = 0; n < n_count; ++n) {
