@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxzip.ffi import cpu_ops
 from jaxzip.ffi.cuda_backend import register_cuda_backend
+from jaxzip.ffi.host_codecs import register_host_codecs
+from jaxzip.ffi.lane_planar_cpu import register_lane_planar_cpu
 from jaxzip.ffi.libraries import cpu_available, cpu_module
 
 from jaxzip.errors import CorruptDataError
@@ -33,6 +35,8 @@ def register_backend() -> None:
     add("matmul", fn=_matmul, check=_check_matmul)
     add("take", fn=_take, check=_check_take)
     register_host_codec(TCA_TBE, HostCodec(cpu_module().encode_tca_tbe, _decode_on_host, check_tca_tbe))
+    register_host_codecs()
+    register_lane_planar_cpu()
     register_cuda_backend()
 
 

@@ -9,6 +9,7 @@ checkpoint/ Orbax in and out, importers           models  Flax transformers     
 from jaxzip.compress import compress
 from jaxzip.errors import CheckpointError, CorruptDataError, JaxzipError, UnsupportedVersionError
 from jaxzip.ops import decompress, matmul, take
+from jaxzip.ops.transcode import transcode
 from jaxzip.rules import CompressionReport, CompressionRule, compress_params
 from jaxzip.tensor import CompressedTensor
 
@@ -27,4 +28,5 @@ __all__ = [
     "decompress",
     "matmul",
     "take",
+    "transcode",
 ]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from jaxzip import formats
+from jaxzip.formats import auto
 from jaxzip.formats.base import pad_axis
+from jaxzip.ops import registry
 from jaxzip.ops.host import encode
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
 AUTO = "auto"
-_BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def compress(
@@ -27,8 +27,9 @@ def compress(
     Args:
       w: a Flax kernel ``[K, M]``, or with ``output_axis=-2`` a table ``[M, K]`` (embeddings, PyTorch weights). Leading
         dimensions are a stack: each matrix is encoded for itself, and ``jax.vmap`` or ``lax.scan`` run over it.
-      format: a name of ``jaxzip.formats``, or ``"auto"``: the best one for the dtype. A tensor that the format would
-        not shrink, and with ``"auto"`` one of another dtype or of rank below 2, is stored ``raw``.
+      format: a name of ``jaxzip.formats``, or ``"auto"``: the fastest one on JAX's default device, and with ``on_host``
+        the smallest one, whatever the machine (see ``jaxzip.formats.auto``). A tensor that the format would not shrink,
+        and with ``"auto"`` one of another dtype or of rank below 2, is stored ``raw``.
       output_axis: which of the last two axes holds output features, -1 or -2.
       on_host: leave the payload in NumPy arrays instead of moving it to JAX's default device.
 
@@ -47,7 +48,7 @@ def compress(
     if format != AUTO:
         _check_explicit(w, formats.get(format))
     if format == AUTO:
-        format = "tca-tbe" if np.dtype(w.dtype) == _BF16 and w.ndim >= 2 and w.size else "raw"
+        format = (auto.for_storage if on_host else best_format)(w.dtype) if w.ndim >= 2 and w.size else "raw"
     z = CompressedTensor({"values": w}, tuple(w.shape[-2:]), np.dtype(w.dtype), "raw", output_axis)
     if format != "raw":
         try:
@@ -56,6 +57,12 @@ def compress(
             encoded = z
         z = encoded if encoded.nbytes < z.nbytes else z
     return z if on_host else jax.tree.map(jax.numpy.asarray, z)
+
+
+def best_format(dtype: np.dtype, device: jax.Device | None = None) -> str:
+    """What ``"auto"`` is for computing with arrays of ``dtype`` on ``device`` (``None``: JAX's default device)."""
+    registry.load_backends()  # which say what they are fast at
+    return auto.choose(dtype, device)
 
 
 def _check_explicit(w, fmt: formats.Format) -> None:
@@ -76,16 +83,29 @@ def encode_as(w, format: str, output_axis: int) -> CompressedTensor:
     Raises:
       OverflowError: a matrix has more elements than the format can address.
     """
-    fmt = formats.get(format)
     bits = np.asarray(w).view(np.uint16)
     if output_axis == KERNEL_AXIS:
         bits = bits.swapaxes(-1, -2)
     batch, (m, k) = bits.shape[:-2], bits.shape[-2:]
     payloads = [encode(matrix, format) for matrix in (bits.reshape(-1, m, k) if batch else bits[None])]
+    return from_payloads(payloads, batch, tuple(w.shape[-2:]), np.dtype(w.dtype), format, output_axis)
+
+
+def from_payloads(
+    payloads: list[formats.Payload],
+    batch: tuple[int, ...],
+    core_shape: tuple[int, int],
+    dtype: np.dtype,
+    format: str,
+    output_axis: int,
+) -> CompressedTensor:
+    """The tensor of exact payloads, one for each matrix of a stack of shape ``batch``, padded to common lengths."""
+    fmt = formats.get(format)
+    m, k = CompressedTensor({}, core_shape, dtype, format, output_axis).matrix_shape
     lengths = [fmt.bucket_lengths(p, m, k) for p in payloads]
     common = {name: max(each[name] for each in lengths) for name in lengths[0]}
     payload = {}
     for name in fmt.fields(m, k):
         arrays = [pad_axis(p.pop(name), common[name]) if name in common else p.pop(name) for p in payloads]
         payload[name] = np.stack(arrays).reshape((*batch, *arrays[0].shape)) if batch else arrays[0]
-    return CompressedTensor(payload, tuple(w.shape[-2:]), np.dtype(w.dtype), format, output_axis, fmt.version)
+    return CompressedTensor(payload, core_shape, dtype, format, output_axis, fmt.version)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from weights import named_weights
 
+import jaxzip
 from jaxzip.errors import CorruptDataError
 from jaxzip.formats import lane_planar
 from jaxzip.formats.base import pad_axis
 from jaxzip.formats.lane_planar import LanePlanar, choose_shifts
-from jaxzip.testing import bits, gaussian_weights
+from jaxzip.testing import BF16, bits, gaussian_weights
 
 FORMAT = LanePlanar()
 WEIGHTS = named_weights()
@@ -143,30 +144,96 @@ def _set(name, index, value):
     return change
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (_set("blocks", (1, 0, lane_planar.HEADER), 0xFF0000FF), ["blocks[3]", "decrease"]),
-        (_set("blocks", (0, 1, lane_planar.HEADER), 0xFFFFFFFF), ["blocks[1]", "room"]),
-        (_set("blocks", (0, 1, lane_planar.HEADER), 0), ["blocks[1]", "past its ends"]),
-        (_set("blocks", (0, 2, lane_planar.OVERFLOW_WORD), 77), ["blocks[2]", "overflow"]),
-        (_set("blocks", (0, 0, lane_planar.ENTRY_START), 0x00050005), ["blocks[0]", "order"]),
-        (_set("overflow", 1, 1 << 20), ["overflow[0]", "17 bits"]),
-        (_set("overflow", 2, 99), ["overflow[1]", "past the 6"]),
-        (_set("shift", 5, 100), ["shift[5]", "40"]),
-        (lambda p: p.update(overflow=p["overflow"][:-1]), ["overflow", "truncated"]),
-        (lambda p: p.update(blocks=p["blocks"][..., :-1]), ["words", "1472"]),
-        (lambda p: p.pop("shift"), ["incomplete"]),
-    ],
-)
-def test_corrupt_payloads_are_named(change, words):
+def _spill(*pairs):
+    """Overflow entries of the payload of :func:`corruptible_payload`, whose block 1 has two of them."""
+
+    def change(payload):
+        payload["overflow"] = np.array(pairs, np.uint32).ravel()
+
+    return change
+
+
+def _no_entries_in_tile_0(payload):
+    payload["blocks"][0, 0, lane_planar.HEADER] &= 0xFFFFFF00
+
+
+def corruptible_payload():
+    """(payload, M, K): six blocks; NaN, which have no code, in the first one's row 0."""
     m, k = 128, 130
     w = gaussian_weights((k, m))
     w[:2, 0] = np.nan
-    payload = encode(w)
+    return encode(w), m, k
+
+
+CORRUPTIONS = [
+    (_set("blocks", (1, 0, lane_planar.HEADER), 0xFF0000FF), ["blocks[3]", "decrease"]),
+    (_set("blocks", (0, 1, lane_planar.HEADER), 0xFFFFFFFF), ["blocks[1]", "room"]),
+    (_set("blocks", (0, 1, lane_planar.HEADER), 0), ["blocks[1]", "past its ends"]),
+    (_set("blocks", (0, 2, lane_planar.OVERFLOW_WORD), 77), ["blocks[2]", "overflow"]),
+    (_set("blocks", (0, 0, lane_planar.OVERFLOW_WORD), 0), ["blocks[0]", "overflow"]),
+    (_set("blocks", (0, 0, lane_planar.ENTRY_START), 0x00050005), ["blocks[0]", "order"]),
+    (_no_entries_in_tile_0, ["blocks[0]", "tile"]),
+    (_set("overflow", 1, 1 << 20), ["overflow[0]", "17 bits"]),
+    (_set("overflow", 2, 99), ["overflow[1]", "past the 6"]),
+    (_spill((1, 1 | 31 << 12), (1, 0 | 31 << 12)), ["overflow[0]", "order"]),
+    (_spill((1, 0 | 31 << 12), (1, 0 | 31 << 12)), ["overflow[0]", "order"]),
+    (_spill((0, 0), (1, 1 | 31 << 12)), ["overflow[0]", "order"]),
+    (lambda p: _spill((1, int(p["blocks"][0, 0, lane_planar.ENTRY_START]) & 0xFFF))(p), ["overflow[0]", "repeats"]),
+    (_set("shift", 5, 100), ["shift[5]", "40"]),
+    (lambda p: p.update(overflow=p["overflow"][:-1]), ["overflow", "truncated"]),
+    (lambda p: p.update(blocks=p["blocks"][..., :-1]), ["words", "1472"]),
+    (lambda p: p.pop("shift"), ["incomplete"]),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), CORRUPTIONS)
+def test_corrupt_payloads_are_named(change, words):
+    payload, m, k = corruptible_payload()
     FORMAT.validate(payload, m, k)
     change(payload)
     with pytest.raises(CorruptDataError) as error:
         FORMAT.validate(payload, m, k)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("output_axis", [-1, -2])
+def test_compress_keeps_the_bits_and_is_never_larger_than_raw(name, output_axis):
+    w = WEIGHTS[name]
+    z = jaxzip.compress(w, format="lane-planar", output_axis=output_axis)
+    assert z.format in ("lane-planar", "raw") and z.shape == w.shape
+    assert z.nbytes <= w.nbytes
+    assert np.array_equal(bits(jaxzip.decompress(z)), bits(w))
+
+
+def test_large_tensors_of_the_worst_kinds():
+    shape = (512, 512)
+    nan = np.full(shape, 0x7FC1, np.uint16).view(BF16)
+    assert jaxzip.compress(nan, format="lane-planar").format == "raw"
+    zeros = jaxzip.compress(np.zeros(shape, BF16), format="lane-planar")
+    assert zeros.format == "raw"  # every one is an escape: exponent 0 is never in the window
+    two_scales = gaussian_weights(shape).astype(np.float32)
+    two_scales[:, ::2] *= 2.0**-20
+    z = jaxzip.compress(two_scales.astype(BF16), format="lane-planar")
+    assert z.format == "lane-planar" and z.bits_per_weight < 11.7
+    for w in (nan, np.zeros(shape, BF16), two_scales.astype(BF16)):
+        z = jaxzip.compress(w, format="lane-planar")
+        assert np.array_equal(bits(jaxzip.decompress(z)), bits(w))
+
+
+def test_rules_and_reports_take_it():
+    params = {"mlp": {"kernel": gaussian_weights((256, 256))}, "attn": {"kernel": gaussian_weights((256, 256))}}
+    tree, report = jaxzip.compress_params(params, [jaxzip.CompressionRule(".*mlp.*", format="lane-planar")])
+    row = next(r for r in report.tensors if r.path == "mlp/kernel")
+    assert tree["mlp"]["kernel"].format == row.format == "lane-planar" and 0.9 < row.coverage < 1
+    assert tree["attn"]["kernel"] is params["attn"]["kernel"]
+
+
+def test_stacks_share_a_width_and_run_under_vmap_and_jit():
+    w = gaussian_weights((3, 128, 192))
+    w[1, ::40] *= np.asarray(2.0**-12, BF16)  # more escapes
+    z = jaxzip.compress(w, format="lane-planar")
+    assert z.shape == w.shape and z.format == "lane-planar"
+    assert np.array_equal(bits(jaxzip.decompress(z)), bits(w))
+    assert np.array_equal(bits(jax.vmap(lambda one: jaxzip.decompress(one, implementation="xla"))(z)), bits(w))

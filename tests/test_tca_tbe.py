@@ -127,5 +127,5 @@ def test_corrupt_payloads_are_named(change, words):
 
 
 def test_unknown_format():
-    with pytest.raises(ValueError, match="tca-tbe, raw"):
+    with pytest.raises(ValueError, match="tca-tbe, lane-planar, raw"):
         formats.get("zip")

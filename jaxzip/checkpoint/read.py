@@ -16,9 +16,11 @@ from jaxzip import formats
 from jaxzip.checkpoint import array_store, checksum, layout
 from jaxzip.checkpoint.partial import check_name, child_name
 from jaxzip.checkpoint.tree_metadata import Leaf, nest
+from jaxzip.compress import AUTO, best_format
 from jaxzip.errors import CheckpointError, CorruptDataError, TensorNotFoundError, UnsupportedVersionError
 from jaxzip.ops import host
-from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
+from jaxzip.ops.transcode import transcode
+from jaxzip.tensor import CompressedTensor
 
 Sharding = jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding | None]
 
@@ -75,15 +77,20 @@ class Checkpoint:
             raise TensorNotFoundError(layout.not_found(name, self.tensors, self.path))
         return self.tensors[name]
 
-    def load(self, name: str, *, verify: bool = False) -> CompressedTensor | np.ndarray:
+    def load(
+        self, name: str, *, format: str | None = None, verify: bool = False
+    ) -> CompressedTensor | np.ndarray:
         """Reads one tensor to the host: a CompressedTensor with NumPy leaves, or the array if it is stored raw.
 
         Args:
           name: '/'-joined path.
+          format: change a compressed tensor to this format, a few rows at a time; ``"auto"``: the fastest one on JAX's
+            default device. ``None``: as it is stored.
           verify: also decode it and compare the checksum of the original bits.
 
         Raises:
           TensorNotFoundError: no such tensor.
+          ValueError: unknown ``format``.
           CheckpointError: a file is missing, or the tensor's format is unknown.
           UnsupportedVersionError: a newer jaxzip wrote the tensor.
           CorruptDataError: a file is truncated, has a wrong checksum, or contradicts the format.
@@ -98,14 +105,24 @@ class Checkpoint:
             raise CorruptDataError(
                 f"{name}: the decoded bits do not have the checksum of the original; get {self.path} again"
             )
+        if format is not None and isinstance(value, CompressedTensor):
+            value = transcode(value, format, on_host=True)
         return value
 
-    def load_tree(self, *, on_host: bool = False, sharding: Sharding | None = None, verify: bool = False) -> Any:
+    def load_tree(
+        self,
+        *,
+        on_host: bool = False,
+        sharding: Sharding | None = None,
+        format: str | None = None,
+        verify: bool = False,
+    ) -> Any:
         """Reads the whole tree: nested dicts (lists where the source had sequences) of CompressedTensors and arrays.
 
         Args:
           on_host: leave NumPy arrays instead of moving each tensor to the device as it is read.
           sharding: for all tensors, or a function of a tensor's name; it applies to each payload array.
+          format: see :meth:`load`; ``"auto"`` is the fastest one where the tensor goes.
           verify: see :meth:`load`.
 
         Raises:
@@ -113,12 +130,13 @@ class Checkpoint:
         """
         pairs = []
         for name, entry in self.tensors.items():
-            value = self.load(name, verify=verify)
+            where = sharding(name) if callable(sharding) else sharding
+            value = self.load(name, format=_resolve(format, entry, where), verify=verify)
             leaf = Leaf.from_json(entry["leaf"])
             if leaf.value_type == "scalar":
                 value = value.item()
             elif not on_host:
-                value = jax.device_put(value, sharding(name) if callable(sharding) else sharding)
+                value = jax.device_put(value, where)
             pairs.append((leaf, value))
         empty = {"Dict": {}, "List": [], "Tuple": ()}
         pairs += [(leaf, empty.get(leaf.value_type, leaf.value)) for leaf in self.other_leaves]
@@ -155,6 +173,13 @@ class Checkpoint:
         return z
 
 
+def _resolve(format: str | None, entry: Mapping[str, Any], sharding: jax.sharding.Sharding | None) -> str | None:
+    """``"auto"`` as the format for the devices that a tensor is sent to."""
+    if format != AUTO or sharding is None:
+        return format
+    return best_format(np.dtype(entry["dtype"]), min(sharding.device_set, key=lambda device: device.id))
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a compressed checkpoint; reads its metadata only.
 
@@ -178,7 +203,7 @@ def validate(z: CompressedTensor) -> None:
             f"{fmt.name}: payload arrays are {sorted(z.payload)}, expected {sorted(fmt.fields(m, k))}"
         )
     for index in np.ndindex(z.batch_shape):
-        host.validate(_matrix(z, index), z.format, m, k)
+        host.validate(host.matrix(z, index), z.format, m, k)
 
 
 def dense(value: CompressedTensor | np.ndarray, order: str = checksum.C_ORDER) -> np.ndarray:
@@ -189,15 +214,4 @@ def dense(value: CompressedTensor | np.ndarray, order: str = checksum.C_ORDER) -
     swapped = order == checksum.SWAPPED
     if not isinstance(value, CompressedTensor):
         return value.swapaxes(-1, -2) if swapped else value
-    shape = (*value.shape[:-2], *value.shape[:-3:-1]) if swapped else value.shape
-    out = np.empty(shape, value.dtype)
-    rows = out.view(np.uint16)  # [..., M, K]: what the codec fills, whatever the order of the result
-    if swapped != (value.output_axis == KERNEL_AXIS):
-        rows = rows.swapaxes(-1, -2)
-    for index in np.ndindex(value.batch_shape):
-        host.decode(_matrix(value, index), value.format, rows[index])
-    return out
-
-
-def _matrix(z: CompressedTensor, index: tuple[int, ...]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(array[index]) for name, array in z.payload.items()}
+    return host.dense(value, swapped=swapped)

@@ -1,15 +1,17 @@
 """Storage formats, one module each: layout, sizes, reference encode and decode, checks.
 
-``base`` says what a format is; ``tca_tbe`` and ``raw`` are formats. Nothing here knows of kernels, pytrees or files.
+``base`` says what a format is; ``tca_tbe``, ``lane_planar`` and ``raw`` are formats, ``auto`` chooses among them.
+Nothing here knows of kernels, pytrees or files.
 """
 
 from __future__ import annotations
 
 from jaxzip.formats.base import Coverage, FieldSpec, Format, Payload
+from jaxzip.formats.lane_planar import LanePlanar
 from jaxzip.formats.raw import Raw
 from jaxzip.formats.tca_tbe import TcaTbe
 
-_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (TcaTbe(), Raw())}
+_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (TcaTbe(), LanePlanar(), Raw())}
 
 
 def names() -> tuple[str, ...]:

@@ -219,13 +219,22 @@ class LanePlanar(Format):
         shifts = payload["shift"].astype(jnp.uint16)[:, None]
         return _shift_exponents(split.reshape(rows * BLOCK, columns * BLOCK), -shifts, jnp.where)[:m, :k]
 
-    def validate(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> None:
+    def check_shapes(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> None:
+        """The part of :meth:`validate` that looks at no value.
+
+        Raises:
+          CorruptDataError: see :meth:`validate`.
+        """
         check_field_shapes(self, payload, m, k)
         width, length = payload["blocks"].shape[2], payload["overflow"].shape[0]
         if width not in WIDTHS:
             raise CorruptDataError(f"lane-planar: blocks have {width} words, expected one of {WIDTHS}")
         if length % 2:
             raise CorruptDataError(f"lane-planar: overflow has {length} words, expected pairs: it is truncated")
+
+    def validate(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> None:
+        self.check_shapes(payload, m, k)
+        width = payload["blocks"].shape[2]
         _expect(abs(payload["shift"].astype(np.int32)) <= MAX_SHIFT, "shift", f"exceeds {MAX_SHIFT}")
         blocks = payload["blocks"].reshape(-1, width)
         ends = np.ascontiguousarray(blocks[:, HEADER]).view(np.uint8).reshape(-1, TILES).astype(np.int32)
@@ -243,9 +252,14 @@ class LanePlanar(Format):
         tile = (slot[None, :, None] >= ends[:, None, :]).sum(-1)
         _expect(((position >> 10 == tile) | ~used).all(1), "blocks", "has an entry outside the tile that its ends say")
         owner, entry = payload["overflow"][0::2].astype(np.int64), payload["overflow"][1::2]
-        _expect((np.diff(owner) >= 0) | (owner[1:] == 0), "overflow", "has blocks out of order")
+        place = owner * POSITIONS + (entry & (POSITIONS - 1))
+        in_order = (owner[:-1] != 0) & (np.diff(place) > 0)
+        _expect(in_order | (owner[1:] == 0), "overflow", "has entries out of order")
         _expect(owner <= blocks.shape[0], "overflow", f"names a block past the {blocks.shape[0]} that there are")
         _expect(entry < 1 << 17, "overflow", "has an entry of more than 17 bits")
+        own = np.unique(owner[owner != 0])  # blocks that have overflow entries
+        listed = (own[:, None] * POSITIONS + position[own - 1])[used[own - 1]]
+        _expect(~np.isin(place, listed), "overflow", "repeats an entry of its block")
         _expect(
             blocks[:, OVERFLOW_WORD] == _first_overflow(owner, blocks.shape[0]),
             "blocks",

@@ -1,6 +1,7 @@
 """Encode, decode and validate one matrix on the host (NumPy in, NumPy out): conversion, verification, loading.
 
-Each format has a reference; a backend may add a faster codec that must agree with it bit for bit.
+Each format has a reference; a backend may add a faster codec that must agree with it bit for bit, and a transcoder
+from one format to another that never holds the whole matrix.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 
 from jaxzip import formats
 from jaxzip.ops import registry
+from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 Payload = Mapping[str, np.ndarray]
 
@@ -25,12 +27,20 @@ class HostCodec:
     validate: Callable[[Payload, int, int], None]
 
 
+Transcoder = Callable[[Payload, int, int], formats.Payload]
+
 _codecs: dict[str, HostCodec] = {}
+_transcoders: dict[tuple[str, str], Transcoder] = {}
 
 
 def register_host_codec(format_name: str, codec: HostCodec) -> None:
     """Adds the fast codec of a format; called by backends."""
     _codecs[format_name] = codec
+
+
+def register_transcoder(source: str, target: str, transcode: Transcoder) -> None:
+    """Adds ``transcode(payload, m, k)`` from format ``source`` to ``target``; called by backends."""
+    _transcoders[source, target] = transcode
 
 
 def _fast(format_name: str, implementation: str | None) -> HostCodec | None:
@@ -66,6 +76,41 @@ def decode(payload: Payload, format_name: str, out: np.ndarray, *, implementatio
         fast.decode(payload, out)
     else:
         out[...] = np.asarray(formats.get(format_name).decode(dict(payload), *out.shape))
+
+
+def transcode(
+    payload: Payload, source: str, target: str, m: int, k: int, *, implementation: str | None = None
+) -> formats.Payload:
+    """The payload that :func:`encode` makes of the matrix ``[m, k]`` that ``payload`` (valid) stands for.
+
+    With a backend's transcoder 64 rows at a time are dense; without, the whole matrix.
+    """
+    _fast(source, implementation)
+    if implementation != "reference" and (source, target) in _transcoders:
+        return _transcoders[source, target](payload, m, k)
+    bits = np.empty((m, k), np.uint16)
+    decode(payload, source, bits, implementation=implementation)
+    return encode(bits, target, implementation=implementation)
+
+
+def matrix(z: CompressedTensor, index: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The payload of one matrix of a stack, on the host."""
+    return {name: np.asarray(array[index]) for name, array in z.payload.items()}
+
+
+def dense(z: CompressedTensor, *, swapped: bool = False) -> np.ndarray:
+    """The array that ``z`` (valid) stands for, C-contiguous, decoded without JAX; ``swapped``: its last two axes."""
+    if z.format == "raw":
+        values = np.asarray(z.payload["values"])
+        return values.swapaxes(-1, -2) if swapped != z.raw_transposed else values
+    shape = (*z.shape[:-2], *z.shape[:-3:-1]) if swapped else z.shape
+    out = np.empty(shape, z.dtype)
+    rows = out.view(np.uint16)  # [..., M, K]: what the codec fills, whatever the order of the result
+    if swapped != (z.output_axis == KERNEL_AXIS):
+        rows = rows.swapaxes(-1, -2)
+    for index in np.ndindex(z.batch_shape):
+        decode(matrix(z, index), z.format, rows[index])
+    return out
 
 
 def validate(payload: Payload, format_name: str, m: int, k: int, *, implementation: str | None = None) -> None:
