@@ -59,10 +59,10 @@ def compress(
     return z if on_host else jax.tree.map(jax.numpy.asarray, z)
 
 
-def best_format(dtype: np.dtype, device: jax.Device | None = None) -> str:
-    """What ``"auto"`` is for computing with arrays of ``dtype`` on ``device`` (``None``: JAX's default device)."""
+def best_format(dtype: np.dtype, device: jax.Device | None = None, *, otherwise: str | None = None) -> str:
+    """What ``"auto"`` is for computing with arrays of ``dtype`` on ``device``; see ``jaxzip.formats.auto.choose``."""
     registry.load_backends()  # which say what they are fast at
-    return auto.choose(dtype, device)
+    return auto.choose(dtype, device, otherwise=otherwise)
 
 
 def _check_explicit(w, fmt: formats.Format) -> None:

@@ -18,6 +18,7 @@ def load_model(
     path: str | Path,
     *,
     implementation: str | None = None,
+    format: str | None = "auto",
     transform: Callable[[Any], Any] | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """Loads a model and its tokenizer.
@@ -25,6 +26,8 @@ def load_model(
     Args:
       path: a compressed checkpoint that was converted from a Llama model's safetensors or GGUF file.
       implementation: of every matmul, see :func:`jaxzip.matmul`.
+      format: what compressed weights are changed to on the way in; ``"auto"``: what runs fastest on this process's
+        devices. ``None``: as they are stored.
       transform: applied to the tree of parameters before the model gets it, for instance to decompress it.
 
     Raises:
@@ -34,7 +37,7 @@ def load_model(
     """
     checkpoint = open_checkpoint(path)
     config = read_config(checkpoint, path)
-    params = checkpoint.load_tree()
+    params = checkpoint.load_tree(format=format)
     model = Llama.from_params(config, transform(params) if transform else params, implementation=implementation)
     return model, read_tokenizer(checkpoint, config, path)
 

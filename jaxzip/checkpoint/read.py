@@ -85,7 +85,7 @@ class Checkpoint:
         Args:
           name: '/'-joined path.
           format: change a compressed tensor to this format, a few rows at a time; ``"auto"``: the fastest one on JAX's
-            default device. ``None``: as it is stored.
+            default device, where there is one that is. ``None``: as it is stored.
           verify: also decode it and compare the checksum of the original bits.
 
         Raises:
@@ -177,7 +177,8 @@ def _resolve(format: str | None, entry: Mapping[str, Any], sharding: jax.shardin
     """``"auto"`` as the format for the devices that a tensor is sent to."""
     if format != AUTO or sharding is None:
         return format
-    return best_format(np.dtype(entry["dtype"]), min(sharding.device_set, key=lambda device: device.id))
+    device = min(sharding.device_set, key=lambda device: device.id)
+    return best_format(np.dtype(entry["dtype"]), device, otherwise=entry["format"])
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -60,16 +60,21 @@ def for_storage(dtype: np.dtype) -> str:
     return STORAGE if np.dtype(dtype) == _BF16 else "raw"
 
 
-def choose(dtype: np.dtype, device: jax.Device | None = None) -> str:
+def choose(dtype: np.dtype, device: jax.Device | None = None, *, otherwise: str | None = None) -> str:
     """The format for computing with arrays of ``dtype`` on ``device``; ``None``: where this process runs by default.
 
-    Knows only what loaded backends have said, see ``jaxzip.ops.registry.load_backends``.
+    Knows only what loaded backends have said, see ``jaxzip.ops.registry.load_backends``; ``otherwise`` is for devices of
+    which none has said anything (``None``: :func:`for_storage`).
     """
     stored = for_storage(dtype)
-    if stored == "raw" or not _preferences:
+    if stored == "raw":
         return stored
-    device = default_device() if device is None else device
-    return next((p.format for p in _preferences if p.applies(device)), stored)
+    if _preferences:
+        device = default_device() if device is None else device
+        for preference in _preferences:
+            if preference.applies(device):
+                return preference.format
+    return otherwise or stored
 
 
 def default_device() -> jax.Device:

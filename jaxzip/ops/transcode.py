@@ -20,8 +20,8 @@ def transcode(z: CompressedTensor, format: str = AUTO, *, on_host: bool = False)
 
     Args:
       z: any compressed tensor; a stack is transcoded matrix by matrix.
-      format: a name of ``jaxzip.formats``, or ``"auto"``: the fastest one on JAX's default device. A tensor that the
-        format would not shrink becomes ``raw``.
+      format: a name of ``jaxzip.formats``, or ``"auto"``: the fastest one on JAX's default device, and the one that it has
+        where no format is faster than others. A tensor that the format would not shrink becomes ``raw``.
       on_host: leave the payload in NumPy arrays instead of moving it to JAX's default device.
 
     Raises:
@@ -32,7 +32,8 @@ def transcode(z: CompressedTensor, format: str = AUTO, *, on_host: bool = False)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in z.payload.values()):
         raise TypeError("transcode runs on the host and cannot be traced; transcode outside of jit")
     if format == AUTO:
-        format = best_format(z.dtype) if z.ndim >= 2 and z.size else "raw"
+        kept = None if z.format == "raw" else z.format
+        format = best_format(z.dtype, otherwise=kept) if z.ndim >= 2 and z.size else "raw"
     formats.get(format)
     if format == z.format:
         result = z
