@@ -32,7 +32,7 @@ int check_decompression(const Problem& p, cudaStream_t stream) {
   return wrong != 0;
 }
 
-int check_products(const Problem& p, int n, int offset, cudaStream_t stream, double* worst, int* checked) {
+int check_products(const Problem& p, int n, int offset, const std::string& only, cudaStream_t stream, double* worst, int* checked) {
   DeviceArray<__nv_bfloat16> storage(static_cast<size_t>(n) * p.k + 8);
   fill_gaussian(reinterpret_cast<uint16_t*>(storage.get()), storage.size(), 1.0f, 0, 77);
   const __nv_bfloat16* x = storage.get() + offset;
@@ -43,9 +43,9 @@ int check_products(const Problem& p, int n, int offset, cudaStream_t stream, dou
   std::vector<__nv_bfloat16> rounded(outputs);
   int failures = 0;
   std::vector<Candidate> kernels = candidates(p.encoded.matrix, n);
-  const DirectConfig chosen = choose_direct(p.encoded.matrix, n);
-  if (chosen.clusters) kernels.push_back({"chosen", chosen});
+  for (const Candidate& c : chosen_candidates(p.encoded.matrix, n)) kernels.push_back(c);
   for (const Candidate& c : kernels) {
+    if (c.name.find(only) == std::string::npos) continue;
     const auto run = [&](const Matrix& w, bool fp32, bool raw, void* to, size_t bytes) {
       CHECK(cudaMemset(y.get(), 0xFF, outputs * 4));
       CHECK(run_candidate(c, w, x, y.get(), n, fp32, stream, raw, false));
@@ -55,7 +55,7 @@ int check_products(const Problem& p, int n, int offset, cudaStream_t stream, dou
     run(p.encoded.matrix, true, false, got[0].data(), outputs * 4);
     run(p.encoded.matrix, true, false, got[1].data(), outputs * 4);
     run(p.encoded.matrix, false, false, rounded.data(), outputs * 2);
-    const bool control = direct_shared_bytes(p.raw(), n, c.direct, true) > 0;
+    const bool control = has_control(c, p.raw(), n);
     if (control) run(p.raw(), true, true, got[2].data(), outputs * 4);
     const bool repeats = !std::memcmp(got[0].data(), got[1].data(), outputs * 4);
     const bool equals_raw = !control || !std::memcmp(got[0].data(), got[2].data(), outputs * 4);
@@ -128,7 +128,7 @@ int check_payload(const char* path, cudaStream_t stream) {
   return wrong;
 }
 
-int check_kernels(const ExponentClasses& classes, cudaStream_t stream) {
+int check_kernels(const ExponentClasses& classes, const std::string& only, cudaStream_t stream) {
   struct Case {
     int m, k;
     const char* weights;
@@ -139,8 +139,8 @@ int check_kernels(const ExponentClasses& classes, cudaStream_t stream) {
     const Problem p = make_problem(c.m, c.k, c.weights, classes, 0);
     int wrong = check_decompression(p, stream), checked = 0;
     double worst = 0;
-    for (const int n : {1, 3, 8, 11, 16, 32})
-      if (c.m < 4096 || n == 8 || n == 16) wrong += check_products(p, n, n == 3 ? 1 : 0, stream, &worst, &checked);
+    for (const int n : {1, 3, 8, 11, 16, 32, 50, 64, 100, 128, 256})
+      if (c.m < 4096 || n == 8 || n == 16 || n == 64) wrong += check_products(p, n, n == 3 ? 1 : 0, only, stream, &worst, &checked);
     std::printf("check %-8s M%-5d K%-5d %.3f bits, escapes %.2f%%, overflowing blocks %.2f%%: %d kernels, worst error %.1e, %d wrong\n", c.weights,
                 c.m, c.k, p.encoded.bits_per_weight, 100 * p.encoded.escape_share, 100 * p.encoded.overflowing_blocks, checked, worst, wrong);
     std::fflush(stdout);

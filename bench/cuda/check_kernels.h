@@ -2,9 +2,11 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <string>
+
 #include "weights.h"
 
-// Number of failures; prints one line a problem.
-int check_kernels(const ExponentClasses& classes, cudaStream_t stream);
+// Number of failures; prints one line a problem. Kernels whose name contains `only`.
+int check_kernels(const ExponentClasses& classes, const std::string& only, cudaStream_t stream);
 // Compares the device encoder with a payload that jaxzip encoded (see payload.py) byte for byte, and decodes it.
 int check_payload(const char* path, cudaStream_t stream);

@@ -1,6 +1,6 @@
 // Bare CUDA benchmark of the lane-planar kernels: `check`, or `speed` against the better of cublasGemmEx and cublasLt.
 //
-//   bench check [PAYLOAD ...]        of payload.py
+//   bench check [PAYLOAD ...] [only=NAME]   payloads of payload.py
 //   bench speed OUT.json [weights=real] [n=1,8,16] [shapes=4096x4096,...] [only=NAME] [variants=8]
 //   bench once - [same options]     one plain launch of each kernel, for profilers
 //
@@ -66,8 +66,9 @@ void measure(const Problem& p, const std::vector<Candidate>& kernels, int n, siz
   for (size_t i = 0; i < std::min<size_t>(3, timed.size()); ++i) timed[i].us = time(timed[i].candidate, false, 11);
   std::sort(timed.begin(), timed.begin() + std::min<size_t>(3, timed.size()), faster);
   const Candidate& best = timed[0].candidate;
-  const DirectConfig chosen = choose_direct(p.encoded.matrix, n);
-  const float chosen_us = chosen.clusters ? time({"", chosen}, false, 11) : 0;
+  float chosen_us = 1e9f;
+  for (const Candidate& c : chosen_candidates(p.encoded.matrix, n))
+    if (c.is_wgmma == best.is_wgmma && c.name.find("chosen") == 0) chosen_us = time(c, false, 11);
   const float us = timed[0].us, overlapped = time(best, true, 11);
   const double bytes = p.encoded.block_words_total * 4.0 + 2.0 * n * (p.m + p.k), floor_us = bytes / kCopyBandwidth * 1e6;
   std::printf("%5dx%-5d N%-3d %s %.3f bits: cublas %6.2f (gemmEx %6.2f)  best %6.2f  ratio %.3f  chosen %6.2f %.3f  overlapped %6.2f %.3f  %.2f TB/s  floor %6.2f  %s\n",
@@ -113,8 +114,9 @@ int main(int argc, char** argv) {
   const ExponentClasses classes = read_exponents(option(argc, argv, "exponents", "bench/cuda/exponents.json").c_str());
   if (!std::strcmp(argv[1], "check")) {
     int wrong = 0;
-    for (int i = 2; i < argc; ++i) wrong += check_payload(argv[i], stream);
-    return wrong + check_kernels(classes, stream) != 0;
+    for (int i = 2; i < argc; ++i)
+      if (!std::strchr(argv[i], '=')) wrong += check_payload(argv[i], stream);
+    return wrong + check_kernels(classes, option(argc, argv, "only", ""), stream) != 0;
   }
 
   const bool once = !std::strcmp(argv[1], "once");
@@ -137,8 +139,11 @@ int main(int argc, char** argv) {
         if (once) {
           DeviceArray<__nv_bfloat16> x(static_cast<size_t>(n) * k), y(static_cast<size_t>(n) * m);
           fill_gaussian(reinterpret_cast<uint16_t*>(x.get()), x.size(), 1.0f, 0, 77);
-          for (const Candidate& c : kernels) CHECK(run_candidate(c, p.encoded.matrix, x.get(), y.get(), n, false, stream, false, false));
-          CHECK(cudaStreamSynchronize(stream));
+          for (const Candidate& c : kernels) {
+            std::fprintf(stderr, "%s N%d\n", c.name.c_str(), n);
+            CHECK(run_candidate(c, p.encoded.matrix, x.get(), y.get(), n, false, stream, false, false));
+            CHECK(cudaStreamSynchronize(stream));
+          }
         } else {
           measure(p, kernels, n, std::stoul(option(argc, argv, "variants", "0")), stream, *cublas, json);
         }

@@ -1,0 +1,331 @@
+// Matmul on Hopper's wgmma for n = 8..256: weights go straight from global memory to registers, are decoded there and multiply
+// x in shared memory.
+//
+// A cluster owns row blocks; its CTAs (ranks) split K. Inside a CTA the warp groups form teams: a team works on one row block at a
+// time, and its `k_groups` warp groups take the chunks of 64 k in turn. Their partial sums go to the ranks that own them through
+// distributed shared memory and are added there in a fixed order: ranks, in them warp groups. No atomics, no workspace, the same
+// bits in every run. x comes by tensor copies, in stages that all warp groups of the CTA share.
+#pragma once
+#include <cuda_bf16.h>
+
+#include "epilogue.cuh"
+#include "weights.cuh"
+#include "wgmma.cuh"
+#include "wgmma_plan.h"
+#include "wgmma_units.cuh"
+
+namespace jaxzip::lane_planar {
+
+enum class XLoad : int { kStage, kChunk, kPlain };  // one tensor copy a stage (k % 64 == 0), one a chunk, or no tensor map
+
+struct WgmmaArgs {
+  CUtensorMap x_map;
+  Matrix w;
+  const __nv_bfloat16* x;  // [n][k]
+  Epilogue epilogue;
+  int n;
+  bool overlap;  // launched while the kernel before may still run: only then do weights go before x
+  XLoad x_load;
+  WgmmaPlan plan;
+};
+
+// Puts stage `stage` of this rank's x into `slot`; a warp calls it.
+template <int kN>
+__device__ __forceinline__ void fill_stage(const WgmmaArgs& args, uint32_t x_at, uint32_t barrier, int first_block, int my_blocks,
+                                           int stage, int lane) {
+  constexpr int kChunkBytes = chunk_bytes(kN);
+  const int chunks = args.plan.stage_chunks;
+  const int block = first_block + stage * chunks;
+  if (args.x_load != XLoad::kPlain) {
+    if (lane == 0) {
+      ptx::barrier_expect(barrier, chunks * kChunkBytes);
+      if (args.x_load == XLoad::kStage)
+        ptx::tensor_copy(x_at, &args.x_map, 0, 0, block, barrier);
+      else
+        for (int i = 0; i < chunks; ++i)
+          ptx::tensor_copy(x_at + i * kChunkBytes, &args.x_map, (block + i) * kBlock, 0, 0, barrier);
+    }
+    __syncwarp();
+    return;
+  }
+  const int used = min(chunks, my_blocks - stage * chunks);
+#pragma unroll 1
+  for (int i = lane; i < used * kN * kBlock; i += 32) {
+    const int k = i % kBlock, n = i / kBlock % kN, chunk = i / (kBlock * kN), column = (block + chunk) * kBlock + k;
+    uint16_t v = 0;
+    if (n < args.n && column < args.w.k)
+      v = reinterpret_cast<const uint16_t*>(args.x)[static_cast<size_t>(n) * args.w.k + column];
+    const uint32_t at = n * kBlock * 2 + k * 2;
+    ptx::store_shared_u16(x_at + chunk * kChunkBytes + (at ^ ((n & 7) << 4)), v);
+  }
+  ptx::fence_async_proxy();
+  __syncwarp();
+  if (lane == 0) ptx::barrier_arrive(barrier);
+}
+
+// Four lanes that differ in bits 2 and 3 hold two columns of rows r and r + 8; each gets four consecutive rows of one column.
+__device__ __forceinline__ float4 transpose_rows(float4 v, int lane) {
+  const bool odd = lane & 4, upper = lane & 8;
+  float s = __shfl_xor_sync(~0u, odd ? v.x : v.y, 4), t = __shfl_xor_sync(~0u, odd ? v.z : v.w, 4);
+  if (odd) v.x = s, v.z = t; else v.y = s, v.w = t;
+  s = __shfl_xor_sync(~0u, upper ? v.x : v.z, 8), t = __shfl_xor_sync(~0u, upper ? v.y : v.w, 8);
+  if (upper) v.x = s, v.y = t; else v.z = s, v.w = t;
+  return v;
+}
+
+template <class Weights, int kN, int kAhead, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_constant__ WgmmaArgs args) {
+  constexpr int kChunkBytes = chunk_bytes(kN);
+  constexpr int kColumnGroups = kN / 8;
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const uint32_t shared = ptx::shared_address(memory);
+  const Matrix& w = args.w;
+  const WgmmaPlan& plan = args.plan;
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  const int tile = warp & 3, group = warp >> 2;
+  const int k_groups = plan.k_groups, teams = plan.groups / k_groups;
+  const int team = group / k_groups, k_group = group - team * k_groups;
+  const int ranks = plan.cluster, rank = ptx::cluster_rank(), cluster = ptx::cluster_index();
+
+  const int all_k_blocks = w.k_blocks();
+  const int k_begin = rank * plan.k_blocks + min(rank, plan.k_longer);
+  const int chunks = plan.k_blocks + (rank < plan.k_longer);  // at least k_groups
+  const int row_blocks = plan.row_blocks - (cluster + (plan.row_blocks - 1) * plan.clusters >= w.m_blocks());
+  const int passes = (row_blocks - team + teams - 1) / teams;  // row blocks of this team
+  const int own_chunks = (chunks - k_group + k_groups - 1) / k_groups;
+  const int pass_stages = (chunks + plan.stage_chunks - 1) / plan.stage_chunks;
+  const auto row_block_of = [&](int pass) { return cluster + (team + pass * teams) * plan.clusters; };
+
+  const uint32_t full = shared + plan.barriers, empty = full + kMaxStages * 8;
+  const uint32_t arrived = empty + kMaxStages * 8 + team * 8, may_send = arrived + kMaxGroups * 8;
+  if (warp == 0) {
+    if (lane == 0 && args.x_load != XLoad::kPlain) ptx::prefetch_tensor_map(&args.x_map);
+#pragma unroll 1
+    for (int i = lane; i < plan.stages; i += 32) {
+      ptx::barrier_init_only(full + i * 8, 1);
+      ptx::barrier_init_only(empty + i * 8, plan.groups * 4);
+    }
+    if (lane < teams) {
+      ptx::barrier_init_only(empty + (kMaxStages + lane) * 8, ranks > 1 ? 1 : k_groups * 4);
+      ptx::barrier_init_only(empty + (kMaxStages + kMaxGroups + lane) * 8, ranks * k_groups * 4);
+    }
+    ptx::barrier_init_done();
+    __syncwarp();
+  }
+
+  // The cursor of loads runs kAhead units (a row block's chunk) before that of the arithmetic.
+  Unit<Weights> units[kAhead];
+  const typename Unit<Weights>::Offsets offsets(w.block_words, tile, lane);
+  int load_left_in_pass = own_chunks, load_pass = 0, to_load = passes * own_chunks;
+  const auto first_block_of = [&](int pass) { return row_block_of(pass) * all_k_blocks + k_begin + k_group; };
+  const auto block_at = [&](int block) { return reinterpret_cast<const char*>(w.blocks + static_cast<size_t>(block) * w.block_words); };
+  const int load_step = k_groups * w.block_words * 4;
+  const char* load_block = block_at(first_block_of(0));
+  const auto load_unit = [&](Unit<Weights>& u) {
+    u.load(load_block, offsets);
+    --to_load;
+    load_block += load_step;
+    if (--load_left_in_pass == 0) {
+      load_left_in_pass = own_chunks;
+      load_block = block_at(first_block_of(++load_pass));
+    }
+  };
+  const auto load_first_units = [&] {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (to_load > 0) load_unit(units[i]);
+  };
+  // Warp 0 fills the stages; team 0 has no fewer passes than the others.
+  int fills = warp == 0 ? (plan.resident ? pass_stages : passes * pass_stages) : 0;
+  int fill_stage_of_pass = 0, fill_slot = 0;
+  const auto fill_next = [&] {
+    fill_stage<kN>(args, shared + fill_slot * plan.stage_chunks * kChunkBytes, full + fill_slot * 8, k_begin, chunks, fill_stage_of_pass,
+                   lane);
+    --fills;
+    if (++fill_slot == plan.stages) fill_slot = 0;
+    if (++fill_stage_of_pass == pass_stages) fill_stage_of_pass = 0;
+  };
+  // x goes first: behind the weights of all SMs it would come microseconds later.
+  if (args.overlap) ptx::launch_dependents();
+#pragma unroll 1
+  for (int step = 0; step < 2; ++step) {
+    if ((step == 0) == args.overlap) {
+      load_first_units();
+    } else {
+      ptx::wait_for_previous_grid();
+#pragma unroll 1
+      for (int i = min(fills, plan.stages); i > 0; --i) fill_next();
+    }
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < row_blocks; i += blockDim.x)
+    ptx::prefetch_l2(w.shift + (cluster + static_cast<size_t>(i) * plan.clusters) * kBlock);
+  if (ranks > 1) ptx::cluster_arrive_relaxed();
+
+  Patches patches(shared + plan.planes + warp * Weights::kPlaneBytes, tile, lane);
+  if (Weights::kHasEscapes) patches.plane.fill();
+  __syncthreads();
+  if (ranks > 1) ptx::cluster_wait();  // the others have started
+
+  float sums[kN / 2];
+  int pass = 0, slot = 0, phase = 0, refill_in = kRefillLag, refill_slot = 0, refill_phase = 0;
+  const int stage_units = plan.stage_chunks / k_groups;
+  // The last stage of a pass may have no chunk for this warp group.
+  const bool last_stage_empty = k_group >= chunks - (pass_stages - 1) * plan.stage_chunks;
+
+  const auto leave_stage = [&] {
+    if (!plan.resident && lane == 0) ptx::barrier_arrive(empty + slot * 8);
+    if (++slot == plan.stages) {
+      slot = 0;
+      phase ^= !plan.resident;
+    }
+  };
+  const auto enter_stage = [&] {
+    if (!plan.resident && warp == 0 && fills > 0 && --refill_in < 0) {
+      ptx::barrier_wait(empty + refill_slot * 8, refill_phase);
+      if (++refill_slot == plan.stages) {
+        refill_slot = 0;
+        refill_phase ^= 1;
+      }
+      fill_next();
+    }
+    ptx::barrier_wait(full + slot * 8, phase);
+  };
+
+  // Sums of the pass before the running one that wait for the other ranks.
+  const int sources = ranks * k_groups;
+  const int owned = (plan.items - rank + ranks - 1) / ranks;
+  const uint32_t received = shared + plan.received + team * plan.received_bytes;
+  int unfinished = 0, finish_in = 0, finish_phase = 0, send_phase = 0;
+  const auto write_item = [&](int item, int row_block, float4 v) {
+    const int n = 8 * (item >> 2) + 2 * (lane & 3) + ((lane >> 2) & 1);
+    const int row = row_block * kBlock + (item & 3) * kTileRows + ((lane >> 3) & 1) * 8 + (lane >> 4) * 4;
+    v = transpose_rows(v, lane);
+    const uint32_t shifts = __ldg(reinterpret_cast<const uint32_t*>(w.shift + row));
+    if (n < args.n) store_rows(args.epilogue, w.m, n, row, v, shifts);
+  };
+  const auto finish = [&](int of_pass) {
+    unfinished = 0;
+    const int team_warp = warp - team * k_groups * 4;
+    if (ranks > 1 && team_warp == 0 && lane == 0) ptx::barrier_expect(arrived, owned * sources * kItemBytes);
+    ptx::barrier_wait(arrived, finish_phase);
+    finish_phase ^= 1;
+    const float4* from = reinterpret_cast<const float4*>(memory + (received - shared)) + lane;
+#pragma unroll 1
+    for (int i = team_warp; i < owned; i += k_groups * 4) {
+      float4 sum = from[i * 32];
+#pragma unroll 4
+      for (int s = 1; s < sources; ++s) {
+        const float4 v = from[(s * plan.owned + i) * 32];
+        sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+      }
+      write_item(i * ranks + rank, row_block_of(of_pass), sum);
+    }
+    if (of_pass + 1 < passes) {  // there is a next send, which waits for this
+      __syncwarp();
+      if (ranks == 1 && lane == 0) ptx::barrier_arrive(may_send);
+      if (ranks > 1 && lane < ranks) ptx::barrier_arrive_cluster(may_send, lane);
+    }
+  };
+  const auto flush = [&] {
+    if (sources == 1) {
+#pragma unroll
+      for (int g = 0; g < kColumnGroups; ++g)
+        write_item(4 * g + tile, row_block_of(pass), make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]));
+      return;
+    }
+    if (pass > 0) {
+      ptx::barrier_wait(may_send, send_phase);
+      send_phase ^= 1;
+    }
+    const uint32_t to = received + ((rank * k_groups + k_group) * plan.owned * 32 + lane) * 16;
+    int owner = tile % ranks, at = tile / ranks;
+    const int owner_step = 4 % ranks, at_step = 4 / ranks;
+#pragma unroll
+    for (int g = 0; g < kColumnGroups; ++g) {
+      const float4 v = make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]);
+      if (ranks > 1)  // not an instruction of a CTA that is alone
+        ptx::store_cluster(to + at * kItemBytes, arrived, owner, v);
+      else
+        *reinterpret_cast<float4*>(memory + (to - shared) + at * kItemBytes) = v;
+      owner += owner_step;
+      at += at_step;
+      if (owner >= ranks) {
+        owner -= ranks;
+        ++at;
+      }
+    }
+    if (ranks == 1) {
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(arrived);
+    }
+    unfinished = 1;
+    finish_in = pass_stages / 2;
+  };
+
+  int next_unit = 0;
+#pragma unroll 1
+  for (; pass < passes; ++pass) {
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) sums[i] = 0;
+    int block = first_block_of(pass);
+#pragma unroll 1
+    for (int left_in_pass = own_chunks; left_in_pass > 0;) {
+      enter_stage();
+      uint32_t b = ptx::wgmma_descriptor(shared + (slot * plan.stage_chunks + k_group) * kChunkBytes);
+      int left = min(stage_units, left_in_pass);
+      left_in_pass -= left;
+#pragma unroll 1
+      do {
+        uint32_t a[4][4];
+        // The registers of a unit have compile-time names, so this part exists kAhead times, and only this.
+        const auto decode_unit = [&](Unit<Weights>& u) {
+          if constexpr (Weights::kHasEscapes) patches.put(u, w, block, tile);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) Weights::decode(a[j], u.words, patches.plane.base + lane * 16, j);
+          if (to_load > 0) load_unit(u);
+        };
+        if (kAhead == 1 || next_unit == 0)
+          decode_unit(units[0]);
+        else if (kAhead == 2 || next_unit == 1)
+          decode_unit(units[kAhead < 2 ? 0 : 1]);
+        else if (kAhead == 3 || next_unit == 2)
+          decode_unit(units[kAhead < 3 ? 0 : 2]);
+        else
+          decode_unit(units[kAhead < 4 ? 0 : 3]);
+        if (++next_unit == kAhead) next_unit = 0;
+
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int j = 0; j < 4; ++j) ptx::wgmma(sums, a[j], b + 2 * j);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait();
+        ptx::wgmma_done(sums);
+        if constexpr (Weights::kHasEscapes) patches.take_back();
+        b += k_groups * (kChunkBytes >> 4);
+        block += k_groups;
+      } while (--left > 0);
+      leave_stage();
+      if (unfinished && --finish_in < 0) finish(pass - 1);
+    }
+    if (unfinished) finish(pass - 1);
+    flush();
+    if (plan.resident) {
+      slot = 0;
+    } else if (last_stage_empty) {
+      enter_stage();
+      leave_stage();
+    }
+  }
+  if (unfinished) finish(pass - 1);
+  if (plan.resident) return;
+  // Team 0 may have a pass more; its stages wait for this warp too.
+  const int first_team_passes = (row_blocks + teams - 1) / teams;
+#pragma unroll 1
+  for (int i = (first_team_passes - passes) * pass_stages; i > 0; --i) {
+    enter_stage();
+    leave_stage();
+  }
+}
+
+}  // namespace jaxzip::lane_planar

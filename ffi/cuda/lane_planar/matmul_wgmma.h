@@ -1,0 +1,41 @@
+// Host interface of the wgmma matmul: y[n, m] = x[n, k] @ W[m, k].T for n <= 256, W lane-planar or raw.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "epilogue.h"
+#include "layout.h"
+
+namespace jaxzip::lane_planar {
+
+constexpr int kWgmmaMaxN = 256;
+
+struct WgmmaConfig {
+  int groups;       // warp groups of a CTA, 1..4 (at most 2 above n = 128); each works on 64 rows at a time
+  int k_groups;     // divides `groups`: so many of them share a row block and split its part of K, chunk by chunk
+  int ctas_per_sm;  // how many CTAs must fit an SM
+  int cluster;      // K is split over so many CTAs, 1..8
+  int clusters;     // any number in 1..ceil(m / 64); row blocks are dealt to them in turn
+};
+
+// The configuration for this shape: measured on an H200, else by a model fitted to its 132 SMs. There is one for every m, k >= 1 and
+// n in 1..256. Asks nothing of the driver.
+WgmmaConfig choose_wgmma(const Matrix& w, int n);
+
+// One configuration for every n in 1..64: the order of summation depends on m and k only, so a column's bits do not depend on n.
+WgmmaConfig choose_batch_invariant(const Matrix& w);
+
+// Shared memory that a CTA needs, or 0 if there is no such kernel or more is needed than an SM has.
+int wgmma_shared_bytes(const Matrix& w, int n, const WgmmaConfig& config, bool raw = false);
+
+// How many clusters of this configuration run at once on the current device; asks the driver.
+int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& config);
+
+// Launches on `stream`: no allocation, no synchronisation, safe to capture. `w.blocks` holds bf16 in fragment order
+// (2048 words a block, no entries, zero shifts) if `raw`. `overlap` asks for programmatic dependent launch: only x, bias, residual
+// and y may then depend on the kernel before. Returns cudaErrorInvalidValue for a configuration that does not fit, and
+// cudaErrorNotSupported where the driver has no tensor maps.
+cudaError_t launch_matmul_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue,
+                                const WgmmaConfig& config, cudaStream_t stream, bool raw = false, bool overlap = false);
+
+}  // namespace jaxzip::lane_planar

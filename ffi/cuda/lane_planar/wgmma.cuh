@@ -1,0 +1,132 @@
+// Hopper's warp-group matrix multiply, A in registers and B in shared memory, and what goes with it: tensor copies, remote arrivals.
+#pragma once
+#include <cuda.h>
+
+#include "ptx.cuh"
+
+namespace jaxzip::ptx {
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// Keeps the compiler from reading sums before the wait.
+template <int kSize>
+__device__ __forceinline__ void wgmma_done(float (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// B is [n][64] bf16 with 128-byte swizzle: eight rows are 1024 bytes, at a multiple of 1024. The low half of its descriptor; a k-step
+// of 16 is 32 bytes, so 2, on. The high half is the same for all: 1024 bytes between groups of eight rows, that swizzle.
+__device__ __forceinline__ uint32_t wgmma_descriptor(uint32_t shared_address) {
+  return (shared_address & 0x3FFFFu) >> 4 | 1u << 16;
+}
+#define JAXZIP_DESCRIPTOR_HIGH "0x40000040"
+
+// d[64][n] += a[64][16] b[n][16].T. Thread t of the warp group holds in d[4 g .. 4 g + 3]
+// rows 16 (t / 32) + t % 32 / 4 (+ 8 for the last two), columns 8 g + 2 (t % 4) and the next.
+#define JAXZIP_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define JAXZIP_F16(d, i) JAXZIP_F4(d, i), JAXZIP_F4(d, i + 4), JAXZIP_F4(d, i + 8), JAXZIP_F4(d, i + 12)
+#define JAXZIP_F64(d, i) JAXZIP_F16(d, i), JAXZIP_F16(d, i + 16), JAXZIP_F16(d, i + 32), JAXZIP_F16(d, i + 48)
+
+__device__ __forceinline__ void wgmma(float (&d)[4], const uint32_t (&a)[4], uint32_t b) {
+  asm volatile(
+      "{.reg .b64 b; mov.b64 b,{%8," JAXZIP_DESCRIPTOR_HIGH "}; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3"
+      "},{%4,%5,%6,%7},b,1,1,1,0;}"
+      : JAXZIP_F4(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+}
+
+__device__ __forceinline__ void wgmma(float (&d)[8], const uint32_t (&a)[4], uint32_t b) {
+  asm volatile(
+      "{.reg .b64 b; mov.b64 b,{%12," JAXZIP_DESCRIPTOR_HIGH "}; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7"
+      "},{%8,%9,%10,%11},b,1,1,1,0;}"
+      : JAXZIP_F4(d, 0), JAXZIP_F4(d, 4)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+}
+
+__device__ __forceinline__ void wgmma(float (&d)[16], const uint32_t (&a)[4], uint32_t b) {
+  asm volatile(
+      "{.reg .b64 b; mov.b64 b,{%20," JAXZIP_DESCRIPTOR_HIGH "}; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+      "},{%16,%17,%18,%19},b,1,1,1,0;}"
+      : JAXZIP_F16(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+}
+
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
+  asm volatile(
+      "{.reg .b64 b; mov.b64 b,{%36," JAXZIP_DESCRIPTOR_HIGH "}; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+      "},{%32,%33,%34,%35},b,1,1,1,0;}"
+      : JAXZIP_F16(d, 0), JAXZIP_F16(d, 16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+}
+
+__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint32_t b) {
+  asm volatile(
+      "{.reg .b64 b; mov.b64 b,{%68," JAXZIP_DESCRIPTOR_HIGH "}; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+      "},{%64,%65,%66,%67},b,1,1,1,0;}"
+      : JAXZIP_F64(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+}
+
+__device__ __forceinline__ void wgmma(float (&d)[128], const uint32_t (&a)[4], uint32_t b) {
+  asm volatile(
+      "{.reg .b64 b; mov.b64 b,{%132," JAXZIP_DESCRIPTOR_HIGH "}; wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+      "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+      "},{%128,%129,%130,%131},b,1,1,1,0;}"
+      : JAXZIP_F64(d, 0), JAXZIP_F64(d, 64)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+}
+
+#undef JAXZIP_DESCRIPTOR_HIGH
+#undef JAXZIP_F4
+#undef JAXZIP_F16
+#undef JAXZIP_F64
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map, int c0, int c1, int c2, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0],[%1,{%2,%3,%4}],[%5];" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier) : "memory");
+}
+// Without the fences of barrier_init: one barrier_init_done serves many.
+__device__ __forceinline__ void barrier_init_only(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(barrier) : "memory");
+}
+// On the barrier of CTA `rank` of the cluster. Relaxed: what it announces are reads, done when their values were used.
+__device__ __forceinline__ void barrier_arrive_cluster(uint32_t local_barrier, int rank) {
+  asm volatile(
+      "{.reg .u32 b; mapa.shared::cluster.u32 b,%0,%1; mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _,[b];}" ::"r"(
+          local_barrier), "r"(rank) : "memory");
+}
+// Ordinary stores to shared memory before it are seen by wgmma after it.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+}  // namespace jaxzip::ptx

@@ -1,0 +1,37 @@
+// How one launch of the wgmma matmul splits its work and its shared memory, computed on the host.
+#pragma once
+#include "layout.h"
+
+namespace jaxzip::lane_planar {
+
+struct WgmmaPlan {
+  int groups, k_groups;
+  int cluster;     // CTAs that share a row block, each with its part of K
+  int clusters;
+  int row_blocks;  // of the clusters with most
+  int k_blocks, k_longer;  // chunks of 64 k of a rank; the first k_longer ranks have one more
+  // x lies in stages of `stage_chunks` chunks. `resident`: all of a rank's K has its place and is loaded once; else the stages
+  // are a ring, filled anew for every row block of a team.
+  int stage_chunks, stages;
+  bool resident;
+  int items;       // 64 x 8 sums of a row block are items of 512 bytes: (8 columns, 16 rows); item i belongs to rank i % cluster
+  int owned;       // of the rank with most
+  int received_bytes;  // a team's
+  int planes, received, barriers, bytes;  // offsets in shared memory; x is at 0
+};
+
+constexpr int kItemBytes = 512;
+constexpr int kMaxStages = 64;
+constexpr int kMinRing = 4;  // stages of a ring at least
+constexpr int kRefillLag = 2;  // a stage is filled anew so many stages after it was used
+constexpr int kMaxGroups = 4;
+// full[kMaxStages], empty[kMaxStages], received[kMaxGroups], free[kMaxGroups]
+constexpr int kBarrierBytes = (2 * kMaxStages + 2 * kMaxGroups) * 8;
+
+__host__ __device__ constexpr int chunk_bytes(int instruction_n) { return instruction_n * kBlock * 2; }
+
+// `bytes` is 0 if it does not fit into `limit`.
+WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, int k_groups, int cluster, int clusters, int plane_bytes,
+                     int limit);
+
+}  // namespace jaxzip::lane_planar
