@@ -69,7 +69,5 @@ def take(ids: jax.Array, payload: Payload, m: int, k: int) -> jax.Array:
       bfloat16 [*ids.shape, K].
     """
     flat = ids.reshape(-1)
-    rows = call(
-        "jaxzip_lane_planar_take", (flat.shape[0], k), jnp.bfloat16, flat, *_operands(payload), **sizes(m, k)
-    )
+    rows = call("jaxzip_lane_planar_take", (flat.shape[0], k), jnp.bfloat16, flat, *_operands(payload), **sizes(m, k))
     return rows.reshape(*ids.shape, k)

@@ -77,9 +77,7 @@ class Checkpoint:
             raise TensorNotFoundError(layout.not_found(name, self.tensors, self.path))
         return self.tensors[name]
 
-    def load(
-        self, name: str, *, format: str | None = None, verify: bool = False
-    ) -> CompressedTensor | np.ndarray:
+    def load(self, name: str, *, format: str | None = None, verify: bool = False) -> CompressedTensor | np.ndarray:
         """Reads one tensor to the host: a CompressedTensor with NumPy leaves, or the array if it is stored raw.
 
         Args:

@@ -63,8 +63,8 @@ def for_storage(dtype: np.dtype) -> str:
 def choose(dtype: np.dtype, device: jax.Device | None = None, *, otherwise: str | None = None) -> str:
     """The format for computing with arrays of ``dtype`` on ``device``; ``None``: where this process runs by default.
 
-    Knows only what loaded backends have said, see ``jaxzip.ops.registry.load_backends``; ``otherwise`` is for devices of
-    which none has said anything (``None``: :func:`for_storage`).
+    Knows only what loaded backends have said, see ``jaxzip.ops.registry.load_backends``; ``otherwise`` is for devices
+    of which none has said anything (``None``: :func:`for_storage`).
     """
     stored = for_storage(dtype)
     if stored == "raw":

@@ -15,13 +15,13 @@ from jaxzip.tensor import CompressedTensor
 def transcode(z: CompressedTensor, format: str = AUTO, *, on_host: bool = False) -> CompressedTensor:
     """``compress(decompress(z), format=format)``, the same arrays, a few rows at a time.
 
-    Between ``tca-tbe`` and ``lane-planar`` 64 rows a thread are dense at any time. From and to ``raw``, whose payload is
-    the dense tensor, it encodes or decodes. A tensor that has the format already comes back as it is.
+    Between ``tca-tbe`` and ``lane-planar`` 64 rows a thread are dense at any time. From and to ``raw``, whose payload
+    is the dense tensor, it encodes or decodes. A tensor that has the format already comes back as it is.
 
     Args:
       z: any compressed tensor; a stack is transcoded matrix by matrix.
-      format: a name of ``jaxzip.formats``, or ``"auto"``: the fastest one on JAX's default device, and the one that it has
-        where no format is faster than others. A tensor that the format would not shrink becomes ``raw``.
+      format: a name of ``jaxzip.formats``, or ``"auto"``: the fastest one on JAX's default device, and the one that
+        ``z`` has where no format is faster than others. A tensor that the format would not shrink becomes ``raw``.
       on_host: leave the payload in NumPy arrays instead of moving it to JAX's default device.
 
     Raises:

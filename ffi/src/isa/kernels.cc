@@ -30,8 +30,8 @@ extern const KernelTable JAXZIP_CAT(kKernels_, JAXZIP_ISA);
 const KernelTable JAXZIP_CAT(kKernels_, JAXZIP_ISA) = {
     JAXZIP_STR(JAXZIP_ISA), kMaxRows,      DecompressRows, PackX,
     MatmulRows,             EncodeBitmaps, EncodeValues,   CountBands,
-    {DecompressLanePlanarRows, DecodeLanePlanarRow, HasSubnormals, TransposeTile, LoadShiftedTile, CountEscapes,
-     EncodeBlock},
+    {DecompressLanePlanarRows, DecodeLanePlanarRow, HasSubnormals, TransposeTile<false>, LoadShiftedTile,
+     CountEscapes, EncodeBlock},
 };
 
 }  // namespace jaxzip

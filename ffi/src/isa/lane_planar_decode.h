@@ -131,8 +131,12 @@ void DecompressLanePlanarRows(const LanePlanarPayload& p, int64_t block_row, uin
     uint16_t* dst = transposed ? out + bc * kLpBlock * stride : out + bc * kLpBlock;
     if (transposed) {
       DecodeBlock(block, shift, tile, kLpBlock);
-      TransposeDense(tile, turned);
-      CopyLines(turned, kLpBlock, dst, stride, cols, rows);
+      if (rows == kLpBlock && cols == kLpBlock) {
+        TransposeTile<true>(tile, kLpBlock, dst, stride);
+      } else {
+        TransposeTile<false>(tile, kLpBlock, turned, kLpBlock);
+        CopyLines(turned, kLpBlock, dst, stride, cols, rows);
+      }
     } else if (rows == kLpBlock && cols == kLpBlock) {
       DecodeBlock(block, shift, dst, stride);
     } else {
@@ -140,6 +144,7 @@ void DecompressLanePlanarRows(const LanePlanarPayload& p, int64_t block_row, uin
       CopyLines(tile, kLpBlock, dst, stride, rows, cols);
     }
   }
+  if (transposed) StreamFence();
 }
 
 void DecodeLanePlanarRow(const LanePlanarPayload& p, int64_t row, uint16_t* out, Fault* fault) {

@@ -16,13 +16,6 @@ bool HasSubnormals(const uint16_t* row, int64_t k) {
   return any != 0;
 }
 
-void TransposeTile(const uint16_t* src, int64_t src_stride, uint16_t* dst, int64_t dst_stride) {
-  alignas(64) uint16_t tile[kLpTileElements], turned[kLpTileElements];
-  CopyLines(src, src_stride, tile, kLpBlock, kLpBlock, kLpBlock);
-  TransposeDense(tile, turned);
-  CopyLines(turned, kLpBlock, dst, dst_stride, kLpBlock, kLpBlock);
-}
-
 void LoadShiftedTile(const uint16_t* src, int64_t stride, const int8_t* shift, uint16_t* tile) {
   for (int i = 0; i < kLpBlock; ++i) {
     const uint16_t add = static_cast<uint16_t>(shift[i] << 7);

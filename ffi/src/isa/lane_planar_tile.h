@@ -34,16 +34,6 @@ constexpr LpPlaces MakeLpPlaces() {
 }
 constexpr LpPlaces kLpPlaces = MakeLpPlaces();
 
-// dst[j * 64 + i] = src[i * 64 + j], 64x64. Neither may be part of a large matrix: lines a power of two apart fall out
-// of the cache before they are full.
-inline void TransposeDense(const uint16_t* src, uint16_t* dst) {
-  for (int i = 0; i < kLpBlock; i += 8) {
-    for (int j = 0; j < kLpBlock; j += 8) {
-      Transpose8x8(src + i * kLpBlock + j, kLpBlock, dst + j * kLpBlock + i, kLpBlock);
-    }
-  }
-}
-
 // `lines` lines of `length` elements from one matrix to another.
 inline void CopyLines(const uint16_t* src, int64_t src_stride, uint16_t* dst, int64_t dst_stride, int64_t lines,
                       int64_t length) {
@@ -52,6 +42,47 @@ inline void CopyLines(const uint16_t* src, int64_t src_stride, uint16_t* dst, in
   } else {
     for (int64_t i = 0; i < lines; ++i) {
       std::memcpy(dst + i * dst_stride, src + i * src_stride, static_cast<size_t>(length) * 2);
+    }
+  }
+}
+
+// Copies eight lines of 64 elements past the cache, which lines of a large matrix would only push each other out of
+// (measured: twice as fast). StreamFence() orders them before what other threads see next.
+inline void StreamLines(const uint16_t* src, uint16_t* dst, int64_t dst_stride) {
+#if defined(__SSE2__)
+  if ((reinterpret_cast<uintptr_t>(dst) | static_cast<uintptr_t>(2 * dst_stride)) % 64 == 0) {
+    for (int i = 0; i < 8; ++i, src += kLpBlock, dst += dst_stride) {
+      for (int c = 0; c < kLpBlock; c += 8) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(dst + c), LoadVec<__m128i>(src + c));
+      }
+    }
+    return;
+  }
+#endif
+  CopyLines(src, kLpBlock, dst, dst_stride, 8, kLpBlock);
+}
+
+inline void StreamFence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// dst[j * dst_stride + i] = src[i * src_stride + j], 64x64. Lines of either side are read and written whole: in a large
+// matrix they often lie a power of two apart, and then fall out of the cache before long. kStream: see StreamLines.
+template <bool kStream>
+inline void TransposeTile(const uint16_t* src, int64_t src_stride, uint16_t* dst, int64_t dst_stride) {
+  alignas(64) uint16_t tile[kLpTileElements], lines[8 * kLpBlock];
+  if (src_stride != kLpBlock) {
+    CopyLines(src, src_stride, tile, kLpBlock, kLpBlock, kLpBlock);
+    src = tile;
+  }
+  for (int j = 0; j < kLpBlock; j += 8) {
+    for (int i = 0; i < kLpBlock; i += 8) Transpose8x8(src + i * kLpBlock + j, kLpBlock, lines + i, kLpBlock);
+    if (kStream) {
+      StreamLines(lines, dst + j * dst_stride, dst_stride);
+    } else {
+      CopyLines(lines, kLpBlock, dst + j * dst_stride, dst_stride, 8, kLpBlock);
     }
   }
 }
