@@ -52,7 +52,7 @@ def entropy_bound(w: np.ndarray) -> float:
 def measure(tensors) -> list[dict]:
     rows = []
     for path, w in tensors:
-        z = compress(w, on_host=True)
+        z = compress(w, format="tca-tbe", on_host=True)
         coverage = None
         if z.format != "raw":
             coverage = formats.get(z.format).coverage(z.payload, *z.matrix_shape).fraction
@@ -62,6 +62,7 @@ def measure(tensors) -> list[dict]:
                 "shape": list(w.shape),
                 "format": z.format,
                 "bits_per_weight": z.bits_per_weight,
+                "lane_planar_bits_per_weight": compress(w, format="lane-planar", on_host=True).bits_per_weight,
                 "entropy_bound": entropy_bound(w),
                 "coverage": coverage,
             }
@@ -84,8 +85,13 @@ def plot(models: dict[str, list[dict]], path: pathlib.Path) -> None:
         axis.plot(
             [r["bits_per_weight"] for r in rows], ".", color="tab:blue", label="TCA-TBE, offsets and padding included"
         )
+        axis.plot(
+            [r["lane_planar_bits_per_weight"] for r in rows], ".", color="tab:orange", label="lane-planar, likewise"
+        )
         axis.set_title(
-            f"{name}\n{total(rows, 'bits_per_weight'):.2f} bits, bound {total(rows, 'entropy_bound'):.2f}", fontsize=10
+            f"{name}\n{total(rows, 'bits_per_weight'):.2f} and "
+            f"{total(rows, 'lane_planar_bits_per_weight'):.2f} bits, bound {total(rows, 'entropy_bound'):.2f}",
+            fontsize=10,
         )
         axis.set_xlabel("tensors, by bound")
         axis.grid(alpha=0.3)
@@ -106,6 +112,7 @@ def main() -> None:
         summary[name] = {
             "tensors": len(rows),
             "bits_per_weight": total(rows, "bits_per_weight"),
+            "lane_planar_bits_per_weight": total(rows, "lane_planar_bits_per_weight"),
             "entropy_bound": total(rows, "entropy_bound"),
             "ratio_to_bf16": total(rows, "bits_per_weight") / 16,
         }

@@ -24,8 +24,8 @@ def convert_command(
         list[str] | None,
         typer.Option(
             help="PATTERN=FORMAT: tensors whose whole path matches the regular expression get FORMAT (auto, tca-tbe, "
-            "lane-planar, raw); auto is the smallest, which loading changes to what runs fastest. Repeatable, the first "
-            "match wins; after them come the default rules."
+            "lane-planar, raw); auto is the smallest, which loading changes to what runs fastest. Repeatable, the "
+            "first match wins; after them come the default rules."
         ),
     ] = None,
     cast: Annotated[
