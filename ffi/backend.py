@@ -6,16 +6,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxzip.ffi import cpu_ops
 from jaxzip.ffi.cuda_backend import register_cuda_backend
 from jaxzip.ffi.host_codecs import register_host_codecs
 from jaxzip.ffi.lane_planar_cpu import register_lane_planar_cpu
-from jaxzip.ffi.libraries import cpu_available, cpu_module
+from jaxzip.ffi.libraries import cpu_available
 
-from jaxzip.errors import CorruptDataError
 from jaxzip.ops import registry
-from jaxzip.ops.host import HostCodec, register_host_codec
 from jaxzip.ops.matmul import finish
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
@@ -34,7 +31,6 @@ def register_backend() -> None:
     add("decompress", fn=_decompress, check=_check_decompress)
     add("matmul", fn=_matmul, check=_check_matmul)
     add("take", fn=_take, check=_check_take)
-    register_host_codec(TCA_TBE, HostCodec(cpu_module().encode_tca_tbe, _decode_on_host, check_tca_tbe))
     register_host_codecs()
     register_lane_planar_cpu()
     register_cuda_backend()
@@ -89,19 +85,3 @@ def _check_take(table: CompressedTensor, ids: jax.Array) -> None:
 
 def _take(table: CompressedTensor, ids: jax.Array) -> jax.Array:
     return cpu_ops.take(ids, table.payload, *table.matrix_shape)
-
-
-def _decode_on_host(payload: dict[str, np.ndarray], out: np.ndarray) -> None:
-    cpu_module().decode_tca_tbe(*(payload[name] for name in cpu_ops.PAYLOAD_FIELDS), out)
-
-
-def check_tca_tbe(payload: dict[str, np.ndarray], m: int, k: int) -> None:
-    """The format's validation, in C++.
-
-    Raises:
-      CorruptDataError: naming the array, the place, what was expected and what was found.
-    """
-    try:
-        cpu_module().check_tca_tbe(*(payload[name] for name in cpu_ops.PAYLOAD_FIELDS), m, k)
-    except ValueError as error:
-        raise CorruptDataError(f"{TCA_TBE}: {error}") from None

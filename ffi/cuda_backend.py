@@ -6,11 +6,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxzip.ffi import cpu_ops, cuda_ops
+from jaxzip.ffi import cpu_ops, cuda_ops, lane_planar_ops
 from jaxzip.ffi.libraries import compute_capabilities, cuda_available, register_cuda
 
+from jaxzip.formats import auto
 from jaxzip.ops import registry
-from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
+from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
 TCA_TBE = "tca-tbe"
 LANE_PLANAR = "lane-planar"
@@ -35,6 +36,8 @@ def register_cuda_backend() -> None:
     add("decompress", fn=_decompress, check=_check_decompress, priority=PRIORITY)
     add("matmul", fn=_matmul, check=_check_matmul, priority=PRIORITY)
     add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY)
+    add("take", fn=_take, check=_check_take, priority=PRIORITY)
+    auto.prefer(LANE_PLANAR, platform="cuda", compute_capability=HOPPER)
 
 
 def _check_hopper() -> None:
@@ -54,7 +57,7 @@ def _check_decompress(z: CompressedTensor) -> None:
 
 def _decompress(z: CompressedTensor) -> jax.Array:
     m, k = z.matrix_shape
-    decode = cuda_ops.lane_planar_decompress if z.format == LANE_PLANAR else cpu_ops.decompress
+    decode = lane_planar_ops.decompress if z.format == LANE_PLANAR else cpu_ops.decompress
     one = functools.partial(decode, m=m, k=k, transposed=z.output_axis == KERNEL_AXIS)
     for _ in z.batch_shape:
         one = jax.vmap(one)
@@ -99,3 +102,15 @@ def _check_raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> No
 def _raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
     options = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
     return cuda_ops.raw_matmul(x, w.payload["values"], w.raw_transposed, **options)
+
+
+def _check_take(table: CompressedTensor, ids: jax.Array) -> None:
+    if table.format != LANE_PLANAR:
+        raise NotImplementedError(f"no CUDA kernel that takes rows of format {table.format}")
+    if table.output_axis != TABLE_AXIS:
+        raise NotImplementedError("the kernel takes rows of a table [M, K]; compress it with output_axis=-2")
+    _check_hopper()
+
+
+def _take(table: CompressedTensor, ids: jax.Array) -> jax.Array:
+    return lane_planar_ops.take(ids, table.payload, *table.matrix_shape)

@@ -1,4 +1,4 @@
-"""Typed wrappers around the CUDA FFI handlers of lane-planar, for code that is being traced by JAX.
+"""Typed wrappers around the FFI handlers that only CUDA has, for code that is being traced by JAX.
 
 As in `cpu_ops`, they check nothing that the handlers check again, and every operand may carry leading batch dimensions.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxzip.ffi.cpu_ops import Payload, call, sizes
+from jaxzip.ffi.lane_planar_ops import LANE_PLANAR_FIELDS
 
-LANE_PLANAR_FIELDS = ("shift", "blocks", "overflow")
 _BLOCK = 64
 # [M, K] reshaped to (row block, tile, r & 1, g, k block, j, r >> 1, t, h) and permuted is in fragment order.
 _TO_FRAGMENTS = (0, 4, 1, 5, 3, 7, 6, 2, 8)
@@ -65,7 +65,7 @@ def raw_matmul(x: jax.Array, w: jax.Array, rows_first: bool = False, **options) 
 def _matmul(x, weight, m, k, bias=None, residual=None, out_dtype=jnp.bfloat16, batch_invariant=False, *, raw):
     none = jnp.zeros(0, jnp.bfloat16)
     return call(
-        "jaxzip_lane_planar_matmul",
+        "jaxzip_lane_planar_gemm",
         (x.shape[0], m),
         out_dtype,
         x,
@@ -77,18 +77,4 @@ def _matmul(x, weight, m, k, bias=None, residual=None, out_dtype=jnp.bfloat16, b
         has_residual=residual is not None,
         batch_invariant=bool(batch_invariant),
         raw=raw,
-    )
-
-
-def lane_planar_decompress(payload: Payload, m: int, k: int, transposed: bool = True) -> jax.Array:
-    """bfloat16 [K, M] (`transposed`) or [M, K] of a lane-planar payload."""
-    operands = [payload[name] for name in LANE_PLANAR_FIELDS]
-    shape = (k, m) if transposed else (m, k)
-    return call(
-        "jaxzip_lane_planar_decompress",
-        shape,
-        jnp.bfloat16,
-        *operands,
-        **sizes(m, k),
-        transposed=bool(transposed),
     )

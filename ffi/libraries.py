@@ -51,7 +51,12 @@ def target_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*cpu_module().handlers(), *_CUDA_HANDLERS)))
 
 
-_CUDA_HANDLERS = ("jaxzip_tca_tbe_decompress", "jaxzip_lane_planar_matmul", "jaxzip_lane_planar_decompress")
+_CUDA_HANDLERS = (
+    "jaxzip_tca_tbe_decompress",
+    "jaxzip_lane_planar_decompress",
+    "jaxzip_lane_planar_gemm",
+    "jaxzip_lane_planar_take",
+)
 
 
 def _cuda_path() -> pathlib.Path | None:

@@ -66,6 +66,16 @@ def test_decompress_gives_the_same_bits(name, output_axis):
     assert_same(jaxzip.decompress(encoded(w, output_axis), implementation="ffi"), jnp.asarray(w))
 
 
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_take_gives_the_same_rows(name):
+    table = jnp.asarray(WEIGHTS[name])
+    ids = jnp.asarray([[0, table.shape[0] - 1, -1], [table.shape[0], 5, 5]])
+    z = encoded(WEIGHTS[name], TABLE_AXIS)
+    assert_same(jaxzip.take(z, ids, implementation="ffi"), jaxzip.take(table, ids))
+    every = jnp.arange(table.shape[0])
+    assert_same(jax.jit(jaxzip.take)(z, every), table)
+
+
 @pytest.mark.parametrize("shape", [(4096, 14336), (3, 2, 200, 130)])
 def test_decompress_of_a_large_matrix_and_of_a_stack(shape):
     w = scales(gaussian_weights(shape), 9) if len(shape) == 2 else gaussian_weights(shape)
@@ -156,6 +166,12 @@ def test_inside_a_jitted_loop_and_from_several_threads():
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for got in pool.map(lambda _: jax.block_until_ready(loop(x, z)), range(16)):
             assert_same(got, want)
+
+
+def test_auto_takes_this_format_here():
+    w = gaussian_weights((256, 320))
+    assert jaxzip.compress(w).format == FORMAT
+    assert jaxzip.compress(w, on_host=True).format == "tca-tbe"
 
 
 def test_what_the_kernel_does_not_take_is_decoded_first():

@@ -30,6 +30,7 @@ constexpr int kOverflowWord = kHeaderStart + 1;                 // 1 + first ove
 constexpr int kEntryStart = kHeaderStart + 2;
 constexpr int kBlockWidths[] = {1424, 1440, 1456, 1464, 1472};  // words of a block; one for a whole matrix
 constexpr int kMaxBlockWords = 1472;  // so that one 8-byte load a lane fetches header and entries
+constexpr int kRawBlockWords = kBlock * kBlock / 2;  // of the control: bf16 in fragment order, nothing else
 constexpr int kMaxEntries = 2 * (kMaxBlockWords - kEntryStart);
 
 // Exponents are stored shifted by their row's `shift`, so that the window is 120..127: high five bits 01111.

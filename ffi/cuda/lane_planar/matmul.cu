@@ -4,9 +4,13 @@
 #include <algorithm>
 
 #include "matmul_direct.h"
+#include "matmul_wgmma.h"
 
 namespace jaxzip::lane_planar {
 namespace {
+
+constexpr int kDirectRows = 8;      // above, mma.sync needs more instructions than there is time
+constexpr int kInvariantMaxN = 64;  // of choose_batch_invariant
 
 // The rows of x from `first` on, and where their results go.
 Epilogue from_row(const Epilogue& e, int m, int first) {
@@ -19,14 +23,18 @@ Epilogue from_row(const Epilogue& e, int m, int first) {
 
 cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue,
                           const MatmulOptions& options, cudaStream_t stream) {
-  for (int first = 0; first < n;) {
-    int rows = std::min(n - first, kDirectMaxN);
-    DirectConfig config = choose_direct(w, rows);
-    while (!config.clusters && rows > 1) config = choose_direct(w, rows /= 2);
-    const cudaError_t error = launch_matmul_direct(w, x + static_cast<size_t>(first) * w.k, rows,
-                                                   from_row(epilogue, w.m, first), config, stream, options.raw);
+  const int most = options.batch_invariant ? kInvariantMaxN : kWgmmaMaxN;
+  for (int first = 0; first < n; first += most) {
+    const int rows = std::min(n - first, most);
+    const __nv_bfloat16* from = x + static_cast<size_t>(first) * w.k;
+    const Epilogue to = from_row(epilogue, w.m, first);
+    const DirectConfig direct = rows <= kDirectRows && !options.batch_invariant ? choose_direct(w, rows) : DirectConfig{};
+    const cudaError_t error =
+        direct.clusters ? launch_matmul_direct(w, from, rows, to, direct, stream, options.raw)
+                        : launch_matmul_wgmma(w, from, rows, to,
+                                              options.batch_invariant ? choose_batch_invariant(w) : choose_wgmma(w, rows), stream,
+                                              options.raw);
     if (error != cudaSuccess) return error;
-    first += rows;
   }
   return cudaSuccess;
 }

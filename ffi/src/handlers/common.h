@@ -174,7 +174,7 @@ class PayloadOperands {
 class LanePlanarOperands {
  public:
   LanePlanarOperands(int64_t m, int64_t k, const ffi::Buffer<ffi::S8>& shift, const ffi::Buffer<ffi::U32>& blocks,
-                     const ffi::Buffer<ffi::U32>& overflow)
+                     const ffi::Buffer<ffi::U32>& overflow, bool raw = false)
       : m_(m), k_(k), shift_("shift", shift, 1), blocks_("blocks", blocks, 3), overflow_("overflow", overflow, 1) {
     if (m < 1 || k < 1) {
       throw InvalidArgument("m and k must be positive, are " + std::to_string(m) + " and " + std::to_string(k));
@@ -182,8 +182,8 @@ class LanePlanarOperands {
     const int64_t rows = layout::CeilDiv(m, layout::kBlock), columns = layout::CeilDiv(k, layout::kBlock);
     shift_.ExpectCore("shift", {rows * layout::kBlock});
     blocks_.ExpectCore("blocks", {rows, columns, blocks_.core[2]});
-    bool known = false;
-    for (int width : lane_planar::kBlockWidths) known |= blocks_.core[2] == width;
+    bool known = raw && blocks_.core[2] == lane_planar::kRawBlockWords;
+    for (int width : lane_planar::kBlockWidths) known |= !raw && blocks_.core[2] == width;
     if (!known) throw InvalidArgument("blocks have " + std::to_string(blocks_.core[2]) + " words");
     if (overflow_.core_size % 2) throw InvalidArgument("overflow has an odd number of words");
   }
