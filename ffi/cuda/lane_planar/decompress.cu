@@ -1,4 +1,5 @@
-// Lane-planar decompression: four warps decode a 64x64 block, turn it in shared memory, and store 128-byte rows.
+// Lane-planar decompression: a warp decodes a 16x64 tile and lays it into shared memory in output order by stmatrix, puts
+// the escapes into their bytes there, and the CTA stores rows of 256 bytes, each weight's shift taken back on the way.
 #include "decompress.h"
 
 #include "weights.cuh"
@@ -6,88 +7,132 @@
 namespace jaxzip::lane_planar {
 namespace {
 
-constexpr int kThreads = 32 * kTiles;
-constexpr int kBlocksPerCta = 2;  // consecutive in k; with 4 or 8 the stores of one wait for the loads of the next
-constexpr int kPitch = kBlock + 8;  // u16; rows stay aligned to 16 bytes and start in different banks
+constexpr int kWide = 2;  // blocks of a CTA, side by side in an output row; 1 makes shorter rows, 4 too few CTAs an SM
+constexpr int kThreads = kWide * kTiles * 32;
+constexpr int kMinCtas = 5;                    // of an SM: 48 registers a thread
+constexpr int kPitch = kWide * kBlock * 2 + 16;  // bytes; eight rows start in eight different bank groups
+constexpr int kChunks = kWide * kBlock / 8;    // of 16 bytes in a row
+constexpr int kRowsAtOnce = kThreads / kChunks, kRounds = kBlock / kRowsAtOnce;
 
-// Takes the row's shift back from both halves.
-__device__ __forceinline__ uint32_t unshift(uint32_t pair, int shift) {
-  const uint32_t low = unshift_exponent((pair >> 7) & 0xFFu, shift), high = unshift_exponent((pair >> 23) & 0xFFu, shift);
+// Takes the shifts back from both halves, whatever the exponents are.
+__device__ __forceinline__ uint32_t unshift(uint32_t pair, int shift_low, int shift_high) {
+  const uint32_t low = unshift_exponent((pair >> 7) & 0xFFu, shift_low);
+  const uint32_t high = unshift_exponent((pair >> 23) & 0xFFu, shift_high);
   return (pair & 0x807F807Fu) | (low << 7) | (high << 23);
 }
 
-template <bool kTransposed>
-__global__ void __launch_bounds__(kThreads) decompress(const __grid_constant__ Matrix w, uint16_t* out, int strips) {
-  __shared__ __align__(128) uint16_t planes[kTiles * kTileElements];
-  __shared__ __align__(128) uint16_t turned[kBlock * kPitch];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int row_block = blockIdx.x / strips, first = (blockIdx.x - row_block * strips) * kBlocksPerCta;
-  const int k_blocks = w.k_blocks(), last = min(first + kBlocksPerCta, k_blocks);
-  const PatchPlane<1> plane{ptx::shared_address(planes + warp * kTileElements), lane};
-  plane.fill();
-  __syncwarp();
-  int shift[2];
-  for (int i = 0; i < 2; ++i) shift[i] = w.shift[row_block * kBlock + warp * kTileRows + fragment_row(lane, i)];
+// 2^-shift as bf16. Multiplying by it takes a shift back exactly, zeros and subnormals included (rows of subnormals have
+// shift 0), but may change a NaN's payload: exponent 255 exists in overflow entries only, so blocks without them use it.
+__device__ __forceinline__ uint32_t inverse_scale(int shift) { return static_cast<uint32_t>(127 - shift) << 7; }
 
-  for (int kb = first; kb < last; ++kb) {
-    const uint32_t index = static_cast<uint32_t>(row_block) * k_blocks + kb;
+// Puts the five high exponent bits of an entry in place; `tile_base` is the shared address of the tile's first weight.
+template <bool kTransposed>
+__device__ __forceinline__ void patch(uint32_t tile_base, uint32_t position, uint32_t high) {
+  const int half = position & 1, r = (position >> 1) & 3, lane = (position >> 3) & 31, j = (position >> 8) & 3;
+  const int row = fragment_row(lane, r), column = fragment_column(j, lane, r, half);
+  const uint32_t at = tile_base + (kTransposed ? column * kPitch + 2 * row : row * kPitch + 2 * column) + 1;
+  ptx::store_shared_u8(at, (ptx::load_shared_u8(at) & 0x83u) | (high >> 8));
+}
+
+template <bool kTransposed>
+__global__ void __launch_bounds__(kThreads, kMinCtas) decompress(const __grid_constant__ Matrix w, uint16_t* out) {
+  __shared__ __align__(128) uint8_t memory[kBlock * kPitch];
+  const uint32_t shared = ptx::shared_address(memory);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, side = warp / kTiles, tile = warp % kTiles;
+  const int m_blocks = w.m_blocks(), k_blocks = w.k_blocks();
+  // Neighbouring CTAs continue the same output rows.
+  const int strips = ((kTransposed ? m_blocks : k_blocks) + kWide - 1) / kWide;
+  const int line = blockIdx.x / strips, first = (blockIdx.x - line * strips) * kWide;
+  const int row_block = kTransposed ? first + side : line, k_block = kTransposed ? line : first + side;
+  const bool exists = row_block < m_blocks && k_block < k_blocks;
+
+  uint32_t registers[LanePlanar::kRegisters], words[2] = {};
+  const uint32_t index = static_cast<uint32_t>(row_block) * k_blocks + k_block;
+  if (exists) {
     const uint32_t* block = w.blocks + static_cast<size_t>(index) * w.block_words;
-    uint32_t registers[LanePlanar::kRegisters], words[2] = {};
     if (2 * lane < w.block_words - kHeaderStart) ptx::load_stream<2>(words, block + kHeaderStart + 2 * lane);
-    LanePlanar::load(registers, block, warp, lane);
-    const uint2 entries = make_uint2(words[0], words[1]);
-    const uint32_t count = __shfl_sync(~0u, entries.x, 0) >> 24, overflow = __shfl_sync(~0u, entries.y, 0);
-    plane.scatter<false>(entries, count, warp);
-    if (overflow)
-      scatter_overflow(w.overflow, w.overflow_length, overflow - 1, index, plane.base, warp * kTileElements,
-                       plane.kPositions);
-    __syncwarp();
+    LanePlanar::load(registers, block, tile, lane);
+  }
+  // A thread stores the same 16-byte chunk of kRounds rows: eight weights of one row of W, or of eight rows.
+  const int chunk_column = threadIdx.x % kChunks * 8, chunk_row = threadIdx.x / kChunks;
+  uint32_t shifts[kTransposed ? 2 : kRounds];
+  if (kTransposed) {
+    const int at = min(first * kBlock + chunk_column, m_blocks * kBlock - 8);
+    const uint2 eight = *reinterpret_cast<const uint2*>(w.shift + at);
+    shifts[0] = eight.x, shifts[1] = eight.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) shifts[i] = w.shift[line * kBlock + chunk_row + i * kRowsAtOnce];
+  }
+
+  uint32_t overflow = 0;
+  if (exists) {
+    const uint32_t tile_base = shared + side * kBlock * 2 + tile * kTileRows * (kTransposed ? 2 : kPitch);
+    // The row of 8 weights that this lane gives to stmatrix: row lane % 8 of register lane / 8's 8x8 matrix.
+    const int r = lane >> 3, row = lane & 7;
+    const uint32_t at = tile_base + (kTransposed ? (row + 8 * (r >> 1)) * kPitch + 16 * (r & 1)
+                                                 : (row + 8 * (r & 1)) * kPitch + 16 * (r >> 1));
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t a[4];
-      LanePlanar::decode(a, registers, plane.base + lane * 16, j);
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const uint32_t pair = unshift(a[r], shift[r & 1]);
-        const int row = warp * kTileRows + fragment_row(lane, r), column = fragment_column(j, lane, r, 0);
-        if (kTransposed) {
-          turned[column * kPitch + row] = static_cast<uint16_t>(pair);
-          turned[(column + 1) * kPitch + row] = static_cast<uint16_t>(pair >> 16);
-        } else {
-          *reinterpret_cast<uint32_t*>(turned + row * kPitch + column) = pair;
-        }
-      }
+      LanePlanar::decode(a, registers, {kConstantPair, kConstantPair, kConstantPair, kConstantPair}, j);
+      ptx::store_matrices<kTransposed>(at + j * (kTransposed ? 16 * kPitch : 32), a);
     }
-    __syncthreads();
+    const uint32_t ends = __shfl_sync(~0u, words[0], 0);
+    overflow = __shfl_sync(~0u, words[1], 0);
+    const int end = (ends >> (8 * tile)) & 0xFFu, start = tile ? (ends >> (8 * tile - 8)) & 0xFFu : 0;
+    __syncwarp();
+    for (int i = start; i < end; i += 32) {  // entry e is a half of lane 1 + e / 4's words
+      const int e = i + lane, from = (1 + (e >> 2)) & 31;
+      const uint32_t x = __shfl_sync(~0u, words[0], from), y = __shfl_sync(~0u, words[1], from);
+      const uint32_t entry = ((e & 2 ? y : x) >> (16 * (e & 1))) & 0xFFFFu;
+      if (e < end) patch<kTransposed>(tile_base, entry & ((1u << kPositionBits) - 1), high_of_code(entry >> kPositionBits));
+    }
     if (overflow)
-      plane.fill();
-    else
-      plane.scatter<true>(entries, count, warp);
-    const int rows = kTransposed ? w.k : w.m, columns = kTransposed ? w.m : w.k;
-    const int row0 = (kTransposed ? kb : row_block) * kBlock, column0 = (kTransposed ? row_block : kb) * kBlock;
-    for (int i = threadIdx.x; i < kBlock * kBlock / 8; i += kThreads) {
-      const int row = i >> 3, column = (i & 7) * 8;
-      if (row0 + row >= rows) continue;
-      uint16_t* to = out + static_cast<size_t>(row0 + row) * columns + column0 + column;
-      const uint16_t* from = turned + row * kPitch + column;
-      if (columns % 8 == 0 && column0 + column < columns) {
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-      } else {
-        for (int c = 0; c < 8 && column0 + column + c < columns; ++c) to[c] = from[c];
-      }
+      for_each_overflow(w.overflow, w.overflow_length, overflow - 1, index, [&](uint32_t position, uint32_t high) {
+        if (position / kTileElements == tile) patch<kTransposed>(tile_base, position, high);
+      });
+  }
+  const bool any_overflow = __syncthreads_or(overflow != 0);
+
+  const auto shift_of = [&](int i, int c) {
+    return kTransposed ? static_cast<int8_t>(shifts[c >> 2] >> (8 * (c & 3))) : static_cast<int>(shifts[i]);
+  };
+  const int rows = kTransposed ? w.k : w.m, columns = kTransposed ? w.m : w.k;
+  const int column = first * kBlock + chunk_column;
+  if (column >= columns) return;
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    const int row = chunk_row + i * kRowsAtOnce;
+    if (line * kBlock + row >= rows) continue;
+    const uint4 chunk = *reinterpret_cast<const uint4*>(memory + row * kPitch + chunk_column * 2);
+    uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int low = shift_of(i, 2 * c), high = shift_of(i, 2 * c + 1);
+      pairs[c] = any_overflow ? unshift(pairs[c], low, high)
+                              : ptx::multiply_bf16x2(pairs[c], inverse_scale(low) | inverse_scale(high) << 16);
     }
-    __syncthreads();
+    uint16_t* to = out + static_cast<size_t>(line * kBlock + row) * columns + column;
+    if (columns % 8 == 0) {
+      // Streaming: the output is larger than the L2 and would push out what is still to be read.
+      __stcs(reinterpret_cast<uint4*>(to), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+    } else {
+#pragma unroll
+      for (int c = 0; c < 8; ++c)
+        if (column + c < columns) to[c] = static_cast<uint16_t>(pairs[c >> 1] >> (16 * (c & 1)));
+    }
   }
 }
 
 }  // namespace
 
 cudaError_t launch_decompress(const Matrix& w, uint16_t* out, bool transposed, cudaStream_t stream) {
-  const int strips = (w.k_blocks() + kBlocksPerCta - 1) / kBlocksPerCta;
-  const long long ctas = static_cast<long long>(strips) * w.m_blocks();
+  const long long lines = transposed ? w.k_blocks() : w.m_blocks(), across = transposed ? w.m_blocks() : w.k_blocks();
+  const long long ctas = (across + kWide - 1) / kWide * lines;
   if (ctas < 1 || ctas > 0x7FFFFFFFll) return cudaErrorInvalidValue;
   const auto kernel = transposed ? decompress<true> : decompress<false>;
-  kernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(w, out, strips);
+  kernel<<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(w, out);
   return cudaGetLastError();
 }
 

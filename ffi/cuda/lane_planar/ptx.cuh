@@ -19,6 +19,14 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x, uint3
 __device__ __forceinline__ void store_shared_u16(uint32_t address, uint32_t value) {
   asm volatile("{.reg .u16 h; cvt.u16.u32 h,%1; st.shared.u16 [%0],h;}" ::"r"(address), "r"(value) : "memory");
 }
+__device__ __forceinline__ uint32_t load_shared_u8(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u8 %0,[%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_shared_u8(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u8 [%0],%1;" ::"r"(address), "r"(value) : "memory");
+}
 
 // Weights are read once: past L1, so that it keeps nothing.
 __device__ __forceinline__ void load_stream(uint32_t* v, const uint32_t* p, std::integral_constant<int, 4>) {
@@ -40,6 +48,22 @@ __device__ __forceinline__ void load_stream(uint32_t* v, const uint32_t* p) {
 __device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address));
+}
+// The reverse, with each matrix turned if `kTransposed`.
+template <bool kTransposed>
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&v)[4]) {
+  if (kTransposed)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3]) : "memory");
+  else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3]) : "memory");
+}
+// Two products; subnormals are kept.
+__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.bf16x2 %0,%1,%2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
 }
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(

@@ -28,9 +28,14 @@ struct LanePlanar {
   // The A operand of k-step j; `plane` is this lane's 16 bytes of the tile's patch plane.
   static __device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t (&w)[kRegisters], uint32_t plane,
                                                 int j) {
-    constexpr uint32_t kSignMantissaMask = 0x807F807Fu, kCodeMask = 0x03800380u;
     uint32_t high[4];
     ptx::load_shared(high, plane + j * 512);
+    decode(a, w, high, j);
+  }
+  // The same with the high exponent bits given.
+  static __device__ __forceinline__ void decode(uint32_t (&a)[4], const uint32_t (&w)[kRegisters],
+                                                const uint32_t (&high)[4], int j) {
+    constexpr uint32_t kSignMantissaMask = 0x807F807Fu, kCodeMask = 0x03800380u;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int p = 4 * j + r;
@@ -69,18 +74,27 @@ struct Raw {
   }
 };
 
-// What found no room in a block, or has no code: rare, so out of line. Positions count from `first_position`.
-static __device__ __noinline__ void scatter_overflow(const OverflowEntry* entries, uint32_t length, uint32_t first,
-                                                     uint32_t block, uint32_t plane, uint32_t first_position,
-                                                     uint32_t positions) {
+// Calls use(position, high exponent bits in place) for the block's overflow entries, a lane each; by a whole warp.
+template <class Use>
+__device__ __forceinline__ void for_each_overflow(const OverflowEntry* entries, uint32_t length, uint32_t first, uint32_t block,
+                                                  const Use& use) {
+#pragma unroll 1
   for (uint32_t i = first + (threadIdx.x & 31);; i += 32) {
     OverflowEntry e = {0, 0};
     if (i < length) e = entries[i];
     const bool mine = e.block == block + 1;
-    const uint32_t position = (e.entry & 0xFFFu) - first_position;
-    if (mine && position < positions) ptx::store_shared_u16(plane + 2 * position, (e.entry >> 12 << 10) & kHighMask);
+    if (mine) use(e.entry & ((1u << kPositionBits) - 1), (e.entry >> kPositionBits << 10) & kHighMask);
     if (!__all_sync(~0u, mine)) break;
   }
+}
+
+// What found no room in a block, or has no code: rare, so out of line. Positions count from `first_position`.
+static __device__ __noinline__ void scatter_overflow(const OverflowEntry* entries, uint32_t length, uint32_t first,
+                                                     uint32_t block, uint32_t plane, uint32_t first_position,
+                                                     uint32_t positions) {
+  for_each_overflow(entries, length, first, block, [&](uint32_t position, uint32_t high) {
+    if (position - first_position < positions) ptx::store_shared_u16(plane + 2 * (position - first_position), high);
+  });
 }
 
 // A warp's patch plane: u16 per weight of its tiles, the constant high exponent bits except where a block's entries
