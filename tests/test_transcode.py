@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 from weights import named_weights
 
 import jaxzip
 from jaxzip import checkpoint, formats
+from jaxzip.cli import app
 from jaxzip.compress import best_format, encode_as
 from jaxzip.formats import auto
 from jaxzip.ops import host
@@ -150,6 +152,24 @@ def test_checkpoint_round_trip(converted, params):
     if not restored.exists():
         checkpoint.restore(folder / "dst", restored)
         assert checkpoint.verify(restored, folder / "dst")
+
+
+def test_command_line(converted, tmp_path):
+    folder, _ = converted
+
+    def run(*args):
+        return CliRunner().invoke(app, [str(arg) for arg in args])
+
+    options = ("--format", "lane-planar", "--rule", "stack=tca-tbe", "--rule", "nothing=raw")
+    result = run("convert", folder / "src", tmp_path / "dst", *options)
+    assert result.exit_code == 0, result.output
+    rows = {row["path"]: row["format"] for row in checkpoint.inspect(tmp_path / "dst")["tensors"]}
+    assert rows["embedder/embedding"] == rows["layers/0/mlp/kernel"] == "lane-planar" and rows["stack"] == "tca-tbe"
+    assert "lane-planar" in run("inspect", tmp_path / "dst").stdout
+    assert "identical" in run("verify", folder / "src", tmp_path / "dst").stdout
+    assert run("restore", tmp_path / "dst", tmp_path / "back").exit_code == 0
+    assert checkpoint.verify(tmp_path / "back", tmp_path / "dst")
+    assert run("convert", folder / "src", tmp_path / "other", "--format", "zip").exit_code == 1
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 from typing import Annotated
@@ -23,11 +24,17 @@ def convert_command(
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="PATTERN=FORMAT: tensors whose whole path matches the regular expression get FORMAT (auto, tca-tbe, "
-            "lane-planar, raw); auto is the smallest, which loading changes to what runs fastest. Repeatable, the "
-            "first match wins; after them come the default rules."
+            help="PATTERN=FORMAT: tensors whose whole path matches the regular expression get FORMAT (see --format). "
+            "Repeatable, the first match wins; after them come the default rules."
         ),
     ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="What the default rules compress to: tca-tbe, lane-planar, raw, or auto, which for a checkpoint is "
+            "the smallest (tca-tbe) on every machine; loading changes it to what runs fastest there."
+        ),
+    ] = "auto",
     cast: Annotated[
         str | None,
         typer.Option(help="Round floating-point weights to this dtype on the way in (bfloat16). Lossy, never default."),
@@ -41,10 +48,14 @@ def convert_command(
     """
     from jaxzip.checkpoint import convert
 
-    rules = (*(parse_rule(text) for text in rule or ()), *DEFAULT_RULES)
+    own = tuple(parse_rule(text) for text in rule or ())
+    try:
+        rules = (*own, *(dataclasses.replace(default, format=format) for default in DEFAULT_RULES))
+    except ValueError as error:
+        raise fail(f"--format: {error}") from None
     with byte_progress(f"converting {src.name}") as update:
         report = convert(src, dst, rules=rules, cast=cast, progress=update, resume=resume)
-    print_summary(report, rules)
+    print_summary(report, own)
     out.print(f"wrote {dst}")
 
 
@@ -59,8 +70,8 @@ def parse_rule(text: str) -> CompressionRule:
         raise fail(f"--rule {text!r}: {error}") from None
 
 
-def print_summary(report: CompressionReport, rules: tuple[CompressionRule, ...]) -> None:
-    """Two lines of result, and the rules of the user's that matched nothing."""
+def print_summary(report: CompressionReport, own: tuple[CompressionRule, ...]) -> None:
+    """Two lines of result, and those of the user's ``own`` rules that matched nothing."""
     compressed = [t for t in report.tensors if t.format != "raw"]
     size = sum(t.size for t in compressed)
     bits = 8 * sum(t.stored_bytes for t in compressed) / max(size, 1)
@@ -73,5 +84,5 @@ def print_summary(report: CompressionReport, rules: tuple[CompressionRule, ...])
         f"{len(report.tensors) - len(compressed)} carried over unchanged"
     )
     for unused in report.unused_rules:
-        if unused not in DEFAULT_RULES:
+        if unused in own:
             err.print(f"warning: rule {unused.module_path}={unused.format} matched no tensor", markup=False)
