@@ -7,6 +7,7 @@ from one format to another that never holds the whole matrix.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -16,6 +17,7 @@ from jaxzip.ops import registry
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 Payload = Mapping[str, np.ndarray]
+_LINE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +106,21 @@ def dense(z: CompressedTensor, *, swapped: bool = False) -> np.ndarray:
         values = np.asarray(z.payload["values"])
         return values.swapaxes(-1, -2) if swapped != z.raw_transposed else values
     shape = (*z.shape[:-2], *z.shape[:-3:-1]) if swapped else z.shape
-    out = np.empty(shape, z.dtype)
+    out = _empty_aligned(shape, z.dtype)
     rows = out.view(np.uint16)  # [..., M, K]: what the codec fills, whatever the order of the result
     if swapped != (z.output_axis == KERNEL_AXIS):
         rows = rows.swapaxes(-1, -2)
     for index in np.ndindex(z.batch_shape):
         decode(matrix(z, index), z.format, rows[index])
     return out
+
+
+def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array on a 64-byte boundary, as decoders write past the cache only to whole lines."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _LINE, np.uint8)
+    start = -raw.ctypes.data % _LINE
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def validate(payload: Payload, format_name: str, m: int, k: int, *, implementation: str | None = None) -> None:

@@ -1,5 +1,6 @@
 // Decodes lane-planar blocks: every weight from its fixed place, then the few listed ones once more.
 #pragma once
+#include "isa/decode_frag.h"
 #include "isa/lane_planar_tile.h"
 #include "jaxzip/kernels.h"
 #include "jaxzip/lane_planar.h"
@@ -8,15 +9,21 @@
 namespace jaxzip {
 namespace {
 
-// Rows g and g + 8 of a 16x64 tile as if none of their weights were listed. base[i]: the constant high exponent bits
-// less the row's shift, in both halves; the low bits of a code add to it without a carry into the sign.
-inline void DecodeRowPair(const uint32_t* sign_mantissa, const uint32_t* codes, int g, const uint16_t base[2],
-                          uint16_t* row0, uint16_t* row1) {
+constexpr int kPrefetchDistance = 4 * lane_planar::kMaxBlockWords;  // bytes: about a block
+
+inline uint16_t LpBase(int shift) { return static_cast<uint16_t>(lane_planar::kConstantHigh - (shift << 7)); }
+
+// Rows g and g + 8 of a 16x64 tile as if none of their weights were listed: calls store(half, c, vector) for the eight
+// weights from column 8 c on of row g + 8 half. shift: of the tile's rows. What a row's constant exponent bits are less
+// its shift adds to a code without a carry into the sign.
+template <typename F>
+JAXZIP_INLINE void DecodeRowPair(const uint32_t* sign_mantissa, const uint32_t* codes, int g, const int8_t* shift,
+                                 F&& store) {
   using namespace lane_planar;
   const U32x4 pairs0 = LoadVec<U32x4>(codes + 8 * g), pairs1 = LoadVec<U32x4>(codes + 8 * g + 4);
   const U32x4 word[3] = {EvenLanes(pairs0, pairs1), OddLanes(pairs0, pairs1), LoadVec<U32x4>(codes + 64 + 4 * g)};
   const U32x4 last = (word[0] & 0x00010001u) << 7 | (word[1] & 0x00010001u) << 8 | (word[2] & 0x00010001u) << 9;
-  const U16x8 add[2] = {U16x8{} + base[0], U16x8{} + base[1]};
+  const U16x8 add[2] = {U16x8{} + LpBase(shift[g]), U16x8{} + LpBase(shift[g + 8])};
 #pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
     U32x4 sm[4];
@@ -31,13 +38,11 @@ inline void DecodeRowPair(const uint32_t* sign_mantissa, const uint32_t* codes, 
         const U32x4 code = p == kLpLast ? last
                            : (bit <= 7 ? word[p / 5] << (7 - bit) : word[p / 5] >> (bit - 7)) & kLpCode;
         const U32x4 rest = (half ? SwapBytes(sm[i]) : sm[i]) & kLpSignMantissa;
-        StoreVec((half ? row1 : row0) + 32 * v + 8 * i, ((U16x8)code + add[half]) | (U16x8)rest);
+        store(half, 4 * v + i, ((U16x8)code + add[half]) | (U16x8)rest);
       }
     }
   }
 }
-
-inline uint16_t LpBase(int shift) { return static_cast<uint16_t>(lane_planar::kConstantHigh - (shift << 7)); }
 
 // Gives a weight that was decoded with the constant its true high exponent bits.
 inline void PatchHigh(uint16_t* weight, uint32_t high, int shift) {
@@ -91,24 +96,49 @@ inline bool OpenBlock(const LanePlanarPayload& p, int64_t index, LpBlock* block,
   return true;
 }
 
-// The 16 rows of one tile; shift: of the block's rows.
-inline void DecodeTile(const LpBlock& block, int tile, const int8_t* shift, uint16_t* out, int64_t stride) {
+// Calls patch(place, high) for every listed weight of a tile, `place` as in kLpPlaces.
+template <typename F>
+inline void ForEachListed(const LpBlock& block, int tile, F&& patch) {
   using namespace lane_planar;
-  const int8_t* s = shift + tile * kTileRows;
-  for (int g = 0; g < 8; ++g) {
-    const uint16_t base[2] = {LpBase(s[g]), LpBase(s[g + 8])};
-    DecodeRowPair(block.words + tile * kSignMantissaWords, block.words + kCodeStart + tile * kCodeWords, g, base,
-                  out + g * stride, out + (g + 8) * stride);
-  }
   for (int i = tile ? block.end[tile - 1] : 0; i < block.end[tile]; ++i) {
-    const uint32_t entry = block.Entry(i), place = kLpPlaces.of[entry & (kTileElements - 1)];
-    PatchHigh(out + (place >> 6) * stride + (place & 63), EntryHigh(entry), s[place >> 6]);
+    const uint32_t entry = block.Entry(i);
+    patch(kLpPlaces.of[entry & (kTileElements - 1)], EntryHigh(entry));
   }
   for (const uint32_t* at = block.overflow; block.More(at); at += 2) {
-    const uint32_t position = at[1] & kLpPositionMask, place = kLpPlaces.of[position & (kTileElements - 1)];
+    const uint32_t position = at[1] & kLpPositionMask;
     if (static_cast<int>(position / kTileElements) != tile) continue;
-    PatchHigh(out + (place >> 6) * stride + (place & 63), at[1] >> kPositionBits & 31, s[place >> 6]);
+    patch(kLpPlaces.of[position & (kTileElements - 1)], at[1] >> kPositionBits & 31);
   }
+}
+
+inline const uint32_t* TileSignMantissa(const LpBlock& block, int tile) {
+  return block.words + tile * lane_planar::kSignMantissaWords;
+}
+inline const uint32_t* TileCodes(const LpBlock& block, int tile) {
+  return block.words + lane_planar::kCodeStart + tile * lane_planar::kCodeWords;
+}
+
+// Asks for a quarter of the next block while a tile of this one is decoded: the hardware's prefetchers stop at page
+// ends, of which there is more than one a block.
+inline void PrefetchNextBlock(const LpBlock& block, int tile) {
+  constexpr int kQuarter = lane_planar::kMaxBlockWords, kLine = 64;  // bytes
+  const char* next = reinterpret_cast<const char*>(block.words) + kPrefetchDistance + tile * kQuarter;
+#pragma GCC unroll 23
+  for (int i = 0; i < kQuarter; i += kLine) __builtin_prefetch(next + i);
+}
+
+// The 16 rows of one tile; shift: of the block's rows.
+inline void DecodeTile(const LpBlock& block, int tile, const int8_t* shift, uint16_t* out, int64_t stride) {
+  const int8_t* s = shift + tile * lane_planar::kTileRows;
+  PrefetchNextBlock(block, tile);
+  for (int g = 0; g < 8; ++g) {
+    uint16_t* const row[2] = {out + g * stride, out + (g + 8) * stride};
+    DecodeRowPair(TileSignMantissa(block, tile), TileCodes(block, tile), g, s,
+                  [&](int half, int c, U16x8 v) { StoreVec(row[half] + 8 * c, v); });
+  }
+  ForEachListed(block, tile, [&](uint32_t place, uint32_t high) {
+    PatchHigh(out + (place >> 6) * stride + (place & 63), high, s[place >> 6]);
+  });
 }
 
 inline void DecodeBlock(const LpBlock& block, const int8_t* shift, uint16_t* out, int64_t stride) {
@@ -150,26 +180,18 @@ void DecompressLanePlanarRows(const LanePlanarPayload& p, int64_t block_row, uin
 void DecodeLanePlanarRow(const LanePlanarPayload& p, int64_t row, uint16_t* out, Fault* fault) {
   using namespace lane_planar;
   const int64_t blocks = layout::CeilDiv(p.k, kLpBlock), block_row = row / kBlock;
-  const int tile = static_cast<int>(row % kBlock / kTileRows), r = static_cast<int>(row % kTileRows), g = r & 7;
-  const int shift = p.shift[row];
-  const uint16_t base[2] = {LpBase(shift), LpBase(shift)};
+  const int tile = static_cast<int>(row % kBlock / kTileRows), r = static_cast<int>(row % kTileRows);
+  const int8_t* shift = p.shift + row / kTileRows * kTileRows;
   for (int64_t bc = 0; bc < blocks; ++bc) {
     LpBlock block;
     if (!OpenBlock(p, block_row * blocks + bc, &block, fault)) return;
     uint16_t pair[2][kLpBlock];
-    DecodeRowPair(block.words + tile * kSignMantissaWords, block.words + kCodeStart + tile * kCodeWords, g, base,
-                  pair[0], pair[1]);
+    DecodeRowPair(TileSignMantissa(block, tile), TileCodes(block, tile), r & 7, shift,
+                  [&](int half, int c, U16x8 v) { StoreVec(pair[half] + 8 * c, v); });
     uint16_t* found = pair[r >> 3];
-    for (int i = tile ? block.end[tile - 1] : 0; i < block.end[tile]; ++i) {
-      const uint32_t entry = block.Entry(i), place = kLpPlaces.of[entry & (kTileElements - 1)];
-      if (static_cast<int>(place >> 6) == r) PatchHigh(found + (place & 63), EntryHigh(entry), shift);
-    }
-    for (const uint32_t* at = block.overflow; block.More(at); at += 2) {
-      const uint32_t position = at[1] & kLpPositionMask, place = kLpPlaces.of[position & (kTileElements - 1)];
-      if (static_cast<int>(position / kTileElements) == tile && static_cast<int>(place >> 6) == r) {
-        PatchHigh(found + (place & 63), at[1] >> kPositionBits & 31, shift);
-      }
-    }
+    ForEachListed(block, tile, [&](uint32_t place, uint32_t high) {
+      if (static_cast<int>(place >> 6) == r) PatchHigh(found + (place & 63), high, shift[r]);
+    });
     const int64_t cols = p.k - bc * kLpBlock < kLpBlock ? p.k - bc * kLpBlock : kLpBlock;
     std::memcpy(out + bc * kLpBlock, found, static_cast<size_t>(cols) * 2);
   }

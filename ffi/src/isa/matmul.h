@@ -101,7 +101,8 @@ inline void ClearColumns(int64_t first, uint16_t* tile) {
   }
 }
 
-// Where the bands of a row of BlockTiles come from, in storage order, one FragTile at a time.
+// Where the bands of a row of BlockTiles come from, in storage order: Next() goes to a band, Fill() for each of its
+// FragTiles in turn decodes it.
 class TbeBands {
  public:
   TbeBands(const Weight& w, int64_t block_row)
@@ -121,25 +122,40 @@ class LanePlanarBands {
   bool Next(Fault* fault) {
     band_ = (band_ + 1) % layout::kBandsPerBlock;
     if (band_ == 0 && !OpenBlock(p_, ++block_, &opened_, fault)) return false;
-    DecodeTile(opened_, band_, shift_, rows_, layout::kBlock);
+    PrefetchNextBlock(opened_, band_);
     return true;
   }
+  // A pair of rows lies in every FragTile, so the whole band is there only after the last call.
   JAXZIP_INLINE void Fill(int f, uint16_t* tile) const {
-    const uint16_t* from = rows_ + (f & 1) * 8 * layout::kBlock + layout::FragCol(f) * layout::kFrag;
-    uint16_t* to = tile + f * layout::kFragSize;
-    for (int r = 0; r < layout::kFrag; ++r, from += layout::kBlock, to += 4) {
-      std::memcpy(to, from, 8);
-      std::memcpy(to + 32, from + 4, 8);
+    if (f & 1) {
+      if (f == layout::kFragsPerBand - 1) Patch(tile);
+      return;
     }
+    const int g = f / 2;
+    DecodeRowPair(TileSignMantissa(opened_, band_), TileCodes(opened_, band_), g, shift_ + band_ * layout::kBandRows,
+                  [tile, g](int half, int c, U16x8 v) {
+                    uint16_t* to = tile + layout::FragIndex(half, c) * layout::kFragSize + 4 * g;
+                    std::memcpy(to, &v, 8);
+                    std::memcpy(to + 32, reinterpret_cast<const char*>(&v) + 8, 8);
+                  });
   }
 
  private:
+  __attribute__((noinline)) void Patch(uint16_t* tile) const {
+    const int8_t* shift = shift_ + band_ * layout::kBandRows;
+    ForEachListed(opened_, band_, [&](uint32_t place, uint32_t high) {
+      const int row = static_cast<int>(place >> 6), column = place & 63;
+      const int frag = layout::FragIndex(row / layout::kFrag, column / layout::kFrag);
+      const int at = ArrangeIndex(Arrange::kMatmul, row % layout::kFrag, column % layout::kFrag);
+      PatchHigh(tile + frag * layout::kFragSize + at, high, shift[row]);
+    });
+  }
+
   const LanePlanarPayload p_;
   int64_t block_;
   const int8_t* shift_;
   int band_ = -1;
   LpBlock opened_{};
-  alignas(64) uint16_t rows_[layout::kBandRows * layout::kBlock];
 };
 
 class DenseBands {
