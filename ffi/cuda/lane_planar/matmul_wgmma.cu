@@ -9,33 +9,52 @@
 
 namespace jaxzip::lane_planar {
 
-WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, int k_groups, int cluster, int clusters, int plane_bytes,
-                     int limit) {
+WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, const WgmmaConfig& c, int plane_bytes, int limit) {
   WgmmaPlan p = {};
-  p.groups = groups;
-  p.k_groups = k_groups;
-  p.cluster = cluster;
-  p.clusters = clusters;
-  p.row_blocks = (w.m_blocks() + clusters - 1) / clusters;
-  p.k_blocks = w.k_blocks() / cluster;
-  p.k_longer = w.k_blocks() % cluster;
+  p.groups = c.groups;
+  p.k_groups = c.k_groups;
+  p.teams = c.groups / c.k_groups;
+  p.inverse_k_groups = inverse(p.k_groups);
+  p.inverse_teams = inverse(p.teams);
+  p.cluster = c.cluster;
+  p.clusters = c.clusters;
+  p.row_blocks = (w.m_blocks() + c.clusters - 1) / c.clusters;
+  p.k_blocks = w.k_blocks() / c.cluster;
+  p.k_longer = w.k_blocks() % c.cluster;
   p.items = kTiles * instruction_n / 8;
-  p.owned = (p.items + cluster - 1) / cluster;
-  const int sources = cluster * k_groups;
+  p.owned = (p.items + c.cluster - 1) / c.cluster;
+  const int sources = c.cluster * c.k_groups;
   p.received_bytes = sources > 1 ? sources * p.owned * kItemBytes : 0;
 
-  const int fixed = 4 * groups * plane_bytes + groups / k_groups * p.received_bytes + kBarrierBytes;
   const int chunks = p.k_blocks + (p.k_longer > 0), chunk = chunk_bytes(instruction_n);
   constexpr int kStageBytes = 16384, kMaxStageUnits = 8;
-  p.stage_chunks = std::min(std::max(1, kStageBytes / (chunk * k_groups)), kMaxStageUnits) * k_groups;
-  while ((chunks + p.stage_chunks - 1) / p.stage_chunks > kMaxStages && p.stage_chunks < 64) p.stage_chunks += k_groups;
-  const int room = (limit - fixed) / (chunk * p.stage_chunks), needed = (chunks + p.stage_chunks - 1) / p.stage_chunks;
-  p.resident = needed <= room && needed <= kMaxStages;
-  p.stages = p.resident ? needed : std::min({room, needed - 1, kMaxStages});
-  if (limit < fixed || (!p.resident && p.stages < kMinRing)) return p;
-  p.planes = p.stages * p.stage_chunks * chunk;
-  p.received = p.planes + 4 * groups * plane_bytes;
-  p.barriers = p.received + groups / k_groups * p.received_bytes;
+  p.stage_chunks = std::min(std::max(1, kStageBytes / (chunk * c.k_groups)), kMaxStageUnits) * c.k_groups;
+  while ((chunks + p.stage_chunks - 1) / p.stage_chunks > kMaxStages && p.stage_chunks < 64) p.stage_chunks += c.k_groups;
+
+  constexpr int kBytesInFlight = 72 * 1024;  // of an SM
+  const int block = w.block_words * 4;
+  const int enough = std::clamp(kBytesInFlight / (c.groups * c.ctas_per_sm * block) + 1, 3, kMaxRing);
+  const int fixed = 4 * c.groups * plane_bytes + c.groups / c.k_groups * p.received_bytes + kBarrierBytes;
+  for (p.ring = c.ring ? c.ring : enough; p.ring >= 2; --p.ring) {
+    const int left = limit - fixed - c.groups * p.ring * block;
+    const int room = left / (chunk * p.stage_chunks), needed = (chunks + p.stage_chunks - 1) / p.stage_chunks;
+    p.resident = left >= 0 && needed <= room && needed <= kMaxStages;
+    p.stages = p.resident ? needed : std::min({room, needed - 1, kMaxStages});
+    if (left >= 0 && (p.resident || p.stages >= kMinStages)) break;
+    // A ring of single chunks before fewer bytes in flight.
+    if (p.stage_chunks > c.k_groups) {
+      p.stage_chunks = c.k_groups;
+      ++p.ring;
+    } else if (c.ring) {
+      return p;
+    }
+  }
+  if (p.ring < 2 || p.row_blocks + kMaxGroups > kMaxDivided || chunks + p.stage_chunks > kMaxDivided) return p;
+  p.inverse_stage_chunks = inverse(p.stage_chunks);
+  p.blocks = p.stages * p.stage_chunks * chunk;
+  p.planes = p.blocks + c.groups * p.ring * block;
+  p.received = p.planes + 4 * c.groups * plane_bytes;
+  p.barriers = p.received + c.groups / c.k_groups * p.received_bytes;
   p.bytes = p.barriers + kBarrierBytes;
   return p;
 }
@@ -50,18 +69,16 @@ struct Variant {
   const void* kernel;
 };
 
-template <class Weights, int kN, int kAhead, int kGroups>
+template <class Weights, int kN, int kGroups>
 Variant variant() {
-  return {kN, kGroups * 128, !Weights::kHasEscapes, reinterpret_cast<const void*>(&matmul_wgmma<Weights, kN, kAhead, kGroups * 128>)};
+  return {kN, kGroups * 128, !Weights::kHasEscapes, reinterpret_cast<const void*>(&matmul_wgmma<Weights, kN, kGroups * 128>)};
 }
 
-#ifndef JAXZIP_WGMMA_VARIANTS
-#define JAXZIP_WGMMA_VARIANTS(W, ahead) \
-  variant<W, 8, ahead, 4>(), variant<W, 16, ahead, 4>(), variant<W, 32, ahead, 4>(), variant<W, 64, 2, 4>()
-#endif
-
 const Variant* find_variant(int n, bool raw) {
-  static const Variant variants[] = {JAXZIP_WGMMA_VARIANTS(LanePlanar, 3), JAXZIP_WGMMA_VARIANTS(Raw, 2)};
+  static const Variant variants[] = {
+      variant<LanePlanar, 8, 4>(), variant<LanePlanar, 16, 4>(), variant<LanePlanar, 32, 4>(), variant<LanePlanar, 64, 4>(),
+      variant<Raw, 8, 4>(),        variant<Raw, 16, 4>(),        variant<Raw, 32, 4>(),        variant<Raw, 64, 4>(),
+  };
   for (const Variant& v : variants)
     if (v.raw == raw && n <= v.n) return &v;
   return nullptr;
@@ -70,8 +87,7 @@ const Variant* find_variant(int n, bool raw) {
 int shared_limit(int ctas_per_sm) { return ctas_per_sm > 1 ? 228 * 1024 / ctas_per_sm - 1024 : kSharedPerSm; }
 
 WgmmaPlan plan_for(const Matrix& w, const Variant& v, const WgmmaConfig& c) {
-  return plan_wgmma(w, v.n, c.groups, c.k_groups, c.cluster, c.clusters, v.raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes,
-                    shared_limit(c.ctas_per_sm));
+  return plan_wgmma(w, v.n, c, v.raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes, shared_limit(c.ctas_per_sm));
 }
 
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {

@@ -1,10 +1,10 @@
-// Matmul on Hopper's wgmma for n = 8..256: weights go straight from global memory to registers, are decoded there and multiply
-// x in shared memory.
+// Matmul on Hopper's wgmma for n = 8..256: weights are decoded in registers and multiply x in shared memory.
 //
 // A cluster owns row blocks; its CTAs (ranks) split K. Inside a CTA the warp groups form teams: a team works on one row block at a
 // time, and its `k_groups` warp groups take the chunks of 64 k in turn. Their partial sums go to the ranks that own them through
 // distributed shared memory and are added there in a fixed order: ranks, in them warp groups. No atomics, no workspace, the same
-// bits in every run. x comes by tensor copies, in stages that all warp groups of the CTA share.
+// bits in every run. Encoded blocks come by bulk copies into a ring that each warp group has for itself and fills itself, many
+// bytes ahead of their use; x comes by tensor copies, in stages that all warp groups of the CTA share.
 #pragma once
 #include <cuda_bf16.h>
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ void fill_stage(const WgmmaArgs& args, uint32_t x_at,
   const int chunks = args.plan.stage_chunks;
   const int block = first_block + stage * chunks;
   if (args.x_load != XLoad::kPlain) {
-    if (lane == 0) {
+    if (ptx::elect_one()) {
       ptx::barrier_expect(barrier, chunks * kChunkBytes);
       if (args.x_load == XLoad::kStage)
         ptx::tensor_copy(x_at, &args.x_map, 0, 0, block, barrier);
@@ -73,7 +73,7 @@ __device__ __forceinline__ float4 transpose_rows(float4 v, int lane) {
   return v;
 }
 
-template <class Weights, int kN, int kAhead, int kMaxThreads>
+template <class Weights, int kN, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_constant__ WgmmaArgs args) {
   constexpr int kChunkBytes = chunk_bytes(kN);
   constexpr int kColumnGroups = kN / 8;
@@ -81,23 +81,25 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
   const uint32_t shared = ptx::shared_address(memory);
   const Matrix& w = args.w;
   const WgmmaPlan& plan = args.plan;
-  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  // By a reduction, whose result the compiler knows to be the warp's: what follows from it then costs no vector registers.
+  const int warp = __reduce_max_sync(~0u, threadIdx.x >> 5), lane = threadIdx.x & 31;
   const int tile = warp & 3, group = warp >> 2;
-  const int k_groups = plan.k_groups, teams = plan.groups / k_groups;
-  const int team = group / k_groups, k_group = group - team * k_groups;
+  const int k_groups = plan.k_groups, teams = plan.teams;
+  const int team = group * plan.inverse_k_groups >> 16, k_group = group - team * k_groups;
   const int ranks = plan.cluster, rank = ptx::cluster_rank(), cluster = ptx::cluster_index();
 
   const int all_k_blocks = w.k_blocks();
   const int k_begin = rank * plan.k_blocks + min(rank, plan.k_longer);
   const int chunks = plan.k_blocks + (rank < plan.k_longer);  // at least k_groups
   const int row_blocks = plan.row_blocks - (cluster + (plan.row_blocks - 1) * plan.clusters >= w.m_blocks());
-  const int passes = (row_blocks - team + teams - 1) / teams;  // row blocks of this team
-  const int own_chunks = (chunks - k_group + k_groups - 1) / k_groups;
-  const int pass_stages = (chunks + plan.stage_chunks - 1) / plan.stage_chunks;
+  const int passes = (row_blocks - team + teams - 1) * plan.inverse_teams >> 16;  // row blocks of this team
+  const int own_chunks = (chunks - k_group + k_groups - 1) * plan.inverse_k_groups >> 16;
+  const int pass_stages = (chunks + plan.stage_chunks - 1) * plan.inverse_stage_chunks >> 16;
   const auto row_block_of = [&](int pass) { return cluster + (team + pass * teams) * plan.clusters; };
 
   const uint32_t full = shared + plan.barriers, empty = full + kMaxStages * 8;
   const uint32_t arrived = empty + kMaxStages * 8 + team * 8, may_send = arrived + kMaxGroups * 8;
+  const uint32_t ring_full = empty + (kMaxStages + 2 * kMaxGroups + group * kMaxRing) * 8, ring_empty = ring_full + kMaxGroups * kMaxRing * 8;
   if (warp == 0) {
     if (lane == 0 && args.x_load != XLoad::kPlain) ptx::prefetch_tensor_map(&args.x_map);
 #pragma unroll 1
@@ -109,40 +111,54 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
       ptx::barrier_init_only(empty + (kMaxStages + lane) * 8, ranks > 1 ? 1 : k_groups * 4);
       ptx::barrier_init_only(empty + (kMaxStages + kMaxGroups + lane) * 8, ranks * k_groups * 4);
     }
+  }
+  if (tile == 0 && lane < plan.ring) {
+    ptx::barrier_init_only(ring_full + lane * 8, 1);
+    ptx::barrier_init_only(ring_empty + lane * 8, 4);
+  }
+  if (tile == 0) {
     ptx::barrier_init_done();
     __syncwarp();
   }
 
-  // The cursor of loads runs kAhead units (a row block's chunk) before that of the arithmetic.
-  Unit<Weights> units[kAhead];
-  const typename Unit<Weights>::Offsets offsets(w.block_words, tile, lane);
-  int load_left_in_pass = own_chunks, load_pass = 0, to_load = passes * own_chunks;
+  // The first warp of a group copies its blocks. The cursor of copies is `ring` - 1 units (a row block's chunk)
+  // ahead of the arithmetic, so that a copy goes where the unit before was; all slots count as left at the start.
+  const uint32_t block_bytes = w.block_words * 4, ring = shared + plan.blocks + group * plan.ring * block_bytes;
+  int copy_left_in_pass = own_chunks, copy_pass = 0, to_copy = tile == 0 ? passes * own_chunks : 0, copy_slot = 0, copy_phase = 1;
   const auto first_block_of = [&](int pass) { return row_block_of(pass) * all_k_blocks + k_begin + k_group; };
   const auto block_at = [&](int block) { return reinterpret_cast<const char*>(w.blocks + static_cast<size_t>(block) * w.block_words); };
-  const int load_step = k_groups * w.block_words * 4;
-  const char* load_block = block_at(first_block_of(0));
-  const auto load_unit = [&](Unit<Weights>& u) {
-    u.load(load_block, offsets);
-    --to_load;
-    load_block += load_step;
-    if (--load_left_in_pass == 0) {
-      load_left_in_pass = own_chunks;
-      load_block = block_at(first_block_of(++load_pass));
+  const char* copy_from = block_at(first_block_of(0));
+  const auto copy_block = [&] {
+    if (ptx::elect_one()) {
+      ptx::barrier_expect(ring_full + copy_slot * 8, block_bytes);
+      ptx::bulk_copy(ring + copy_slot * block_bytes, copy_from, block_bytes, ring_full + copy_slot * 8);
+    }
+    --to_copy;
+    if (++copy_slot == plan.ring) {
+      copy_slot = 0;
+      copy_phase ^= 1;
+    }
+    copy_from += k_groups * block_bytes;
+    if (--copy_left_in_pass == 0) {
+      copy_left_in_pass = own_chunks;
+      copy_from = block_at(first_block_of(++copy_pass));
     }
   };
-  const auto load_first_units = [&] {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-      if (to_load > 0) load_unit(units[i]);
+  const auto copy_first_blocks = [&] {
+#pragma unroll 1
+    for (int i = min(to_copy, plan.ring - 1); i > 0; --i) copy_block();
   };
   // Warp 0 fills the stages; team 0 has no fewer passes than the others.
   int fills = warp == 0 ? (plan.resident ? pass_stages : passes * pass_stages) : 0;
-  int fill_stage_of_pass = 0, fill_slot = 0;
+  int fill_stage_of_pass = 0, fill_slot = 0, fill_phase = 1;
   const auto fill_next = [&] {
     fill_stage<kN>(args, shared + fill_slot * plan.stage_chunks * kChunkBytes, full + fill_slot * 8, k_begin, chunks, fill_stage_of_pass,
                    lane);
     --fills;
-    if (++fill_slot == plan.stages) fill_slot = 0;
+    if (++fill_slot == plan.stages) {
+      fill_slot = 0;
+      fill_phase ^= 1;
+    }
     if (++fill_stage_of_pass == pass_stages) fill_stage_of_pass = 0;
   };
   // x goes first: behind the weights of all SMs it would come microseconds later.
@@ -150,11 +166,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
 #pragma unroll 1
   for (int step = 0; step < 2; ++step) {
     if ((step == 0) == args.overlap) {
-      load_first_units();
+      copy_first_blocks();
     } else {
       ptx::wait_for_previous_grid();
 #pragma unroll 1
-      for (int i = min(fills, plan.stages); i > 0; --i) fill_next();
+      for (int i = min(fills, plan.resident ? plan.stages : plan.stages - kRefillLag); i > 0; --i) fill_next();
     }
   }
 #pragma unroll 1
@@ -168,7 +184,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
   if (ranks > 1) ptx::cluster_wait();  // the others have started
 
   float sums[kN / 2];
-  int pass = 0, slot = 0, phase = 0, refill_in = kRefillLag, refill_slot = 0, refill_phase = 0;
+  int pass = 0, slot = 0, phase = 0;
   const int stage_units = plan.stage_chunks / k_groups;
   // The last stage of a pass may have no chunk for this warp group.
   const bool last_stage_empty = k_group >= chunks - (pass_stages - 1) * plan.stage_chunks;
@@ -181,12 +197,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
     }
   };
   const auto enter_stage = [&] {
-    if (!plan.resident && warp == 0 && fills > 0 && --refill_in < 0) {
-      ptx::barrier_wait(empty + refill_slot * 8, refill_phase);
-      if (++refill_slot == plan.stages) {
-        refill_slot = 0;
-        refill_phase ^= 1;
-      }
+    if (fills > 0) {
+      ptx::barrier_wait(empty + fill_slot * 8, fill_phase);
       fill_next();
     }
     ptx::barrier_wait(full + slot * 8, phase);
@@ -196,7 +208,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
   const int sources = ranks * k_groups;
   const int owned = (plan.items - rank + ranks - 1) / ranks;
   const uint32_t received = shared + plan.received + team * plan.received_bytes;
-  int unfinished = 0, finish_in = 0, finish_phase = 0, send_phase = 0;
+  constexpr int kNever = 1 << 30;
+  int finish_in = kNever;  // stages
   const auto write_item = [&](int item, int row_block, float4 v) {
     const int n = 8 * (item >> 2) + 2 * (lane & 3) + ((lane >> 2) & 1);
     const int row = row_block * kBlock + (item & 3) * kTileRows + ((lane >> 3) & 1) * 8 + (lane >> 4) * 4;
@@ -205,11 +218,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
     if (n < args.n) store_rows(args.epilogue, w.m, n, row, v, shifts);
   };
   const auto finish = [&](int of_pass) {
-    unfinished = 0;
+    finish_in = kNever;
     const int team_warp = warp - team * k_groups * 4;
     if (ranks > 1 && team_warp == 0 && lane == 0) ptx::barrier_expect(arrived, owned * sources * kItemBytes);
-    ptx::barrier_wait(arrived, finish_phase);
-    finish_phase ^= 1;
+    ptx::barrier_wait(arrived, of_pass & 1);
     const float4* from = reinterpret_cast<const float4*>(memory + (received - shared)) + lane;
 #pragma unroll 1
     for (int i = team_warp; i < owned; i += k_groups * 4) {
@@ -234,10 +246,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
         write_item(4 * g + tile, row_block_of(pass), make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]));
       return;
     }
-    if (pass > 0) {
-      ptx::barrier_wait(may_send, send_phase);
-      send_phase ^= 1;
-    }
+    if (pass > 0) ptx::barrier_wait(may_send, (pass - 1) & 1);
     const uint32_t to = received + ((rank * k_groups + k_group) * plan.owned * 32 + lane) * 16;
     int owner = tile % ranks, at = tile / ranks;
     const int owner_step = 4 % ranks, at_step = 4 / ranks;
@@ -259,56 +268,63 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
       __syncwarp();
       if (lane == 0) ptx::barrier_arrive(arrived);
     }
-    unfinished = 1;
-    finish_in = pass_stages / 2;
+    finish_in = max(1, pass_stages / 2);  // so before the next flush
   };
 
-  int next_unit = 0;
+  const TileWords<Weights> tile_words(tile, lane);
+  uint32_t ring_slot = 0, ring_phase = 0;
 #pragma unroll 1
   for (; pass < passes; ++pass) {
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) sums[i] = 0;
-    int block = first_block_of(pass);
 #pragma unroll 1
     for (int left_in_pass = own_chunks; left_in_pass > 0;) {
       enter_stage();
       uint32_t b = ptx::wgmma_descriptor(shared + (slot * plan.stage_chunks + k_group) * kChunkBytes);
       int left = min(stage_units, left_in_pass);
       left_in_pass -= left;
-#pragma unroll 1
-      do {
-        uint32_t a[4][4];
-        // The registers of a unit have compile-time names, so this part exists kAhead times, and only this.
-        const auto decode_unit = [&](Unit<Weights>& u) {
-          if constexpr (Weights::kHasEscapes) patches.put(u, w, block, tile);
+      // A unit is decoded while the multiplications of the one before run, so that two have their operands in registers.
+      uint32_t a[2][4][4];
+      const auto unit = [&](uint32_t (&a)[4][4]) {
+        ptx::barrier_wait(ring_full + ring_slot * 8, ring_phase);
+        const uint32_t words_at = ring + ring_slot * block_bytes;
+        if constexpr (Weights::kHasEscapes) patches.put(words_at, w, [&] { return first_block_of(pass) + (own_chunks - left_in_pass - left) * k_groups; }, tile);
+        uint32_t words[Weights::kRegisters];
+        tile_words.read(words, words_at);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) Weights::decode(a[j], u.words, patches.plane.base + lane * 16, j);
-          if (to_load > 0) load_unit(u);
-        };
-        if (kAhead == 1 || next_unit == 0)
-          decode_unit(units[0]);
-        else if (kAhead == 2 || next_unit == 1)
-          decode_unit(units[kAhead < 2 ? 0 : 1]);
-        else if (kAhead == 3 || next_unit == 2)
-          decode_unit(units[kAhead < 3 ? 0 : 2]);
-        else
-          decode_unit(units[kAhead < 4 ? 0 : 3]);
-        if (++next_unit == kAhead) next_unit = 0;
-
+        for (int j = 0; j < 4; ++j) Weights::decode(a[j], words, patches.plane.base + lane * 16, j);
+        ptx::wgmma_ready(a);
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(ring_empty + ring_slot * 8);
+        if constexpr (Weights::kHasEscapes) {
+          patches.take_back();
+          __syncwarp();
+        }
+        ptx::wgmma_wait();
         ptx::wgmma_fence();
 #pragma unroll
         for (int j = 0; j < 4; ++j) ptx::wgmma(sums, a[j], b + 2 * j);
         ptx::wgmma_commit();
-        ptx::wgmma_wait();
-        ptx::wgmma_done(sums);
-        if constexpr (Weights::kHasEscapes) patches.take_back();
+
+        if (to_copy > 0) {
+          ptx::barrier_wait(ring_empty + copy_slot * 8, copy_phase);
+          copy_block();
+        }
+        if (++ring_slot == plan.ring) {
+          ring_slot = 0;
+          ring_phase ^= 1;
+        }
         b += k_groups * (kChunkBytes >> 4);
-        block += k_groups;
-      } while (--left > 0);
+        return --left > 0;
+      };
+#pragma unroll 1
+      while (unit(a[0]) && unit(a[1])) {
+      }
+      ptx::wgmma_wait();
+      ptx::wgmma_done(sums);
       leave_stage();
-      if (unfinished && --finish_in < 0) finish(pass - 1);
+      if (--finish_in == 0) finish(pass - 1);
     }
-    if (unfinished) finish(pass - 1);
     flush();
     if (plan.resident) {
       slot = 0;
@@ -317,7 +333,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
       leave_stage();
     }
   }
-  if (unfinished) finish(pass - 1);
+  if (sources > 1 && passes > 0) finish(passes - 1);
   if (plan.resident) return;
   // Team 0 may have a pass more; its stages wait for this warp too.
   const int first_team_passes = (row_blocks + teams - 1) / teams;

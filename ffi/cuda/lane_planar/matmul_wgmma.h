@@ -16,6 +16,7 @@ struct WgmmaConfig {
   int ctas_per_sm;  // how many CTAs must fit an SM
   int cluster;      // K is split over so many CTAs, 1..8
   int clusters;     // any number in 1..ceil(m / 64); row blocks are dealt to them in turn
+  int ring = 0;     // encoded blocks that a warp group has room for, 2..16; 0: enough bytes in flight, if they fit
 };
 
 // The configuration for this shape: measured on an H200, else by a model fitted to its 132 SMs. There is one for every m, k >= 1 and

@@ -17,6 +17,12 @@ __device__ __forceinline__ void wgmma_done(float (&d)[kSize]) {
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Keeps the compiler from computing operands after the fence.
+__device__ __forceinline__ void wgmma_ready(uint32_t (&a)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
 // B is [n][64] bf16 with 128-byte swizzle: eight rows are 1024 bytes, at a multiple of 1024. The low half of its descriptor; a k-step
 // of 16 is 32 bytes, so 2, on. The high half is the same for all: 1024 bytes between groups of eight rows, that swizzle.
 __device__ __forceinline__ uint32_t wgmma_descriptor(uint32_t shared_address) {
@@ -99,6 +105,28 @@ __device__ __forceinline__ void wgmma(float (&d)[128], const uint32_t (&a)[4], u
 #undef JAXZIP_F4
 #undef JAXZIP_F16
 #undef JAXZIP_F64
+
+template <int kWords>
+__device__ __forceinline__ void load_shared_words(uint32_t* v, uint32_t address) {
+  if constexpr (kWords == 4)
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address));
+  else if constexpr (kWords == 2)
+    asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(address));
+  else
+    asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v[0]) : "r"(address));
+}
+__device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0,[%1];" : "=h"(v) : "r"(address));
+  return v;
+}
+
+// True in one lane of a whole warp; the compiler knows that it is one.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile("{.reg .pred p; elect.sync _|p,0xFFFFFFFF; selp.u32 %0,1,0,p;}" : "=r"(elected));
+  return elected;
+}
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -1,52 +1,36 @@
-// What a warp of the wgmma matmul holds of one unit, a 16x64 tile: it loads units ahead of their use, and turns them into A operands.
-//
-// All offsets from a block's start are computed once; an address is then one 64-bit addition.
+// What a warp of the wgmma matmul does with a 16x64 tile whose block lies in shared memory: escapes to its patch plane, words to
+// registers.
 #pragma once
 #include "weights.cuh"
+#include "wgmma.cuh"
 
 namespace jaxzip::lane_planar {
 
+// Where a lane finds its words of a tile, from the block's start.
 template <class Weights>
-struct Unit;
+struct TileWords;
 
 template <>
-struct Unit<LanePlanar> {
-  uint32_t words[LanePlanar::kRegisters];
-  uint2 header;   // ends and overflow
-  uint2 entries;  // four of the block's
-
-  struct Offsets {
-    uint32_t sign_mantissa, codes, last_codes, entries;
-    __device__ __forceinline__ Offsets(int block_words, int tile, int lane)
-        : sign_mantissa((tile * kSignMantissaWords + 4 * lane) * 4), codes((kCodeStart + tile * kCodeWords + 2 * lane) * 4),
-          last_codes((kCodeStart + tile * kCodeWords + 64 + lane) * 4),
-          entries((kEntryStart + min(2 * lane, block_words - kEntryStart - 2)) * 4) {}
-  };
-
-  __device__ __forceinline__ void clear() {}
-  __device__ __forceinline__ void load(const char* block, const Offsets& o) {
-    const auto at = [&](uint32_t offset) { return reinterpret_cast<const uint32_t*>(block + offset); };
-    ptx::load_stream<4>(words, at(o.sign_mantissa));
-    ptx::load_stream<4>(words + 4, at(o.sign_mantissa) + 128);
-    ptx::load_stream<2>(words + 8, at(o.codes));
-    ptx::load_stream<1>(words + 10, at(o.last_codes));
-    // The other warps of the group want these too and find them in L1.
-    header = __ldg(reinterpret_cast<const uint2*>(block + kHeaderStart * 4));
-    entries = __ldg(reinterpret_cast<const uint2*>(block + o.entries));
+struct TileWords<LanePlanar> {
+  uint32_t sign_mantissa, codes, last_codes;
+  __device__ __forceinline__ TileWords(int tile, int lane)
+      : sign_mantissa((tile * kSignMantissaWords + 4 * lane) * 4), codes((kCodeStart + tile * kCodeWords + 2 * lane) * 4),
+        last_codes((kCodeStart + tile * kCodeWords + 64 + lane) * 4) {}
+  __device__ __forceinline__ void read(uint32_t (&w)[LanePlanar::kRegisters], uint32_t block) const {
+    ptx::load_shared_words<4>(w, block + sign_mantissa);
+    ptx::load_shared_words<4>(w + 4, block + sign_mantissa + 512);
+    ptx::load_shared_words<2>(w + 8, block + codes);
+    ptx::load_shared_words<1>(w + 10, block + last_codes);
   }
 };
 
 template <>
-struct Unit<Raw> {
-  uint32_t words[Raw::kRegisters];
-
-  struct Offsets {
-    uint32_t start;
-    __device__ __forceinline__ Offsets(int, int tile, int lane) : start((tile * 512 + lane * 4) * 4) {}
-  };
-  __device__ __forceinline__ void load(const char* block, const Offsets& o) {
+struct TileWords<Raw> {
+  uint32_t start;
+  __device__ __forceinline__ TileWords(int tile, int lane) : start((tile * 512 + lane * 4) * 4) {}
+  __device__ __forceinline__ void read(uint32_t (&w)[Raw::kRegisters], uint32_t block) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) ptx::load_stream<4>(words + 4 * j, reinterpret_cast<const uint32_t*>(block + o.start) + j * 128);
+    for (int j = 0; j < 4; ++j) ptx::load_shared_words<4>(w + 4 * j, block + start + j * 512);
   }
 };
 
@@ -54,7 +38,7 @@ struct Unit<Raw> {
 // entries, are rare.
 struct Patches {
   PatchPlane<1> plane;
-  uint32_t biased;       // the plane's address less the tile's positions
+  uint32_t biased;             // the plane's address less the tile's positions
   uint32_t first_of, last_of;  // byte selectors: entries of the block before the tile's first, and up to its last
   uint32_t patched = 0;
   bool active = false, rare = false;
@@ -62,34 +46,40 @@ struct Patches {
   __device__ __forceinline__ Patches(uint32_t base, int tile, int lane)
       : plane{base, lane}, biased(base - tile * (2 * kTileElements)), first_of(0x4440 | (tile ? tile - 1 : 4)), last_of(0x4440 | tile) {}
 
-  __device__ __forceinline__ void scatter(const Unit<LanePlanar>& u, uint32_t index, uint32_t last) {
-    const uint32_t x = __shfl_sync(~0u, u.entries.x, index >> 2), y = __shfl_sync(~0u, u.entries.y, index >> 2);
-    const uint32_t entry = static_cast<uint32_t>((static_cast<uint64_t>(y) << 32 | x) >> ((index << 4) & 48));
+  __device__ __forceinline__ void scatter(uint32_t entries, uint32_t index, uint32_t last) {
+    const uint32_t entry = ptx::load_shared_u16(entries + 2 * index);  // past the block's end where it is not active
     const uint32_t code = entry & 0xF000u;
     patched = biased + 2 * (entry & 0xFFFu);
     active = index < last;
     if (active) ptx::store_shared_u16(patched, code ? (code + (kHighCodeBias << 12)) >> 2 : 0);
   }
 
-  // `block` is the index that overflow entries give.
-  __device__ __forceinline__ void put(const Unit<LanePlanar>& u, const Matrix& w, uint32_t block, int tile) {
-    const uint32_t first = __byte_perm(u.header.x, 0, first_of), last = __byte_perm(u.header.x, 0, last_of);
-    scatter(u, first + plane.lane, last);
-    rare = u.header.y || last - first > 32;
+  // `words` is the block's shared address, `block()` the index that overflow entries give.
+  template <class BlockIndex>
+  __device__ __forceinline__ void put(uint32_t words, const Matrix& w, const BlockIndex& block, int tile) {
+    uint32_t header[2];  // ends, overflow
+    ptx::load_shared_words<2>(header, words + kHeaderStart * 4);
+    const uint32_t first = __byte_perm(header[0], 0, first_of), last = __byte_perm(header[0], 0, last_of);
+    scatter(words + kEntryStart * 4, first + plane.lane, last);
+    rare = header[1] || last - first > 32;
     if (rare) {
 #pragma unroll 1
-      for (uint32_t at = first + 32; at < last; at += 32) scatter(u, at + plane.lane, last);
-      if (u.header.y)
-        scatter_overflow(w.overflow, w.overflow_length, u.header.y - 1, block, plane.base, tile * kTileElements, kTileElements);
+      for (uint32_t at = first + 32; at < last; at += 32) scatter(words + kEntryStart * 4, at + plane.lane, last);
+      if (header[1])
+        scatter_overflow(w.overflow, w.overflow_length, header[1] - 1, block(), plane.base, tile * kTileElements, kTileElements);
     }
     __syncwarp();
   }
   // After every lane has read the plane.
   __device__ __forceinline__ void take_back() {
-    __syncwarp();
     if (active) ptx::store_shared_u16(patched, kConstantHigh);
-    if (rare) plane.fill();
-    __syncwarp();
+    if (rare) fill();
+  }
+  // A loop, so that it is a branch and not instructions without effect.
+  __device__ __forceinline__ void fill() const {
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i)
+      ptx::store_shared(plane.base + i * 512 + plane.lane * 16, kConstantPair, kConstantPair, kConstantPair, kConstantPair);
   }
 };
 
