@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jaxzip.ffi import cpu_ops, cuda_ops, lane_planar_ops
-from jaxzip.ffi.libraries import compute_capabilities, cuda_available, register_cuda
+from jaxzip.ffi.libraries import compute_capabilities, register_cuda
 
 from jaxzip.formats import auto
 from jaxzip.ops import registry
@@ -27,11 +27,11 @@ HOPPER = (9, 0)
 
 def register_cuda_backend() -> None:
     """Registers handlers and implementations, or says what is missing."""
-    available = cuda_available()
-    if not available:
-        registry.report_missing("ffi", f"on CUDA: {available.reason}")
+    try:
+        register_cuda()
+    except ImportError as error:
+        registry.report_missing("ffi", f"on CUDA: {error}")
         return
-    register_cuda()
     add = functools.partial(registry.register, name="ffi", platforms=("cuda",))
     add("decompress", fn=_decompress, check=_check_decompress, priority=PRIORITY)
     add("matmul", fn=_matmul, check=_check_matmul, priority=PRIORITY)

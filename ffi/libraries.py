@@ -87,11 +87,14 @@ def cuda_available() -> Availability:
 
 @functools.cache
 def register_cuda() -> None:
-    """Registers the CUDA handlers with JAX; later calls do nothing. Raises ImportError when there are none."""
+    """Registers the CUDA handlers with JAX; later calls do nothing. Raises ImportError when one is missing."""
     available = cuda_available()
     if not available:
         raise ImportError(available.reason)
     library = ctypes.CDLL(str(_cuda_path()))
+    missing = [name for name in _CUDA_HANDLERS if not hasattr(library, name)]
+    if missing:
+        raise ImportError(f"{_cuda_path()} is of another version (it lacks {missing[0]}): install jaxzip again")
     for name in _CUDA_HANDLERS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="CUDA")
 

@@ -17,9 +17,17 @@ WEIGHTS = named_weights()
 FINITE = [n for n, w in WEIGHTS.items() if np.isfinite(w.astype(np.float32)).all() and "subnormal" not in n]
 
 
-def encoded(w, output_axis=KERNEL_AXIS, format="tca-tbe"):
-    """The tensor in ``format`` even where ``compress`` would prefer raw; on the device."""
-    return jax.tree.map(jnp.asarray, encode_as(w, format, output_axis))
+@pytest.fixture(params=["tca-tbe", "lane-planar"], autouse=True)
+def each_format(request, monkeypatch):
+    monkeypatch.setitem(globals(), "FORMAT", request.param)
+
+
+FORMAT = ""
+
+
+def encoded(w, output_axis=KERNEL_AXIS):
+    """The tensor in the format under test even where ``compress`` would prefer raw; on the device."""
+    return jax.tree.map(jnp.asarray, encode_as(w, FORMAT, output_axis))
 
 
 def raw(w, output_axis=KERNEL_AXIS):
