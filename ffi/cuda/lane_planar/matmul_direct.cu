@@ -55,8 +55,10 @@ DirectPlan plan_for(const Matrix& w, int n, const DirectConfig& c, bool raw) {
 
 int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& c, bool raw) {
   if (n < 1 || n > kDirectMaxN || c.cluster < 1 || c.cluster > 8 || c.clusters < 1 ||
-      c.clusters > w.m_blocks() || !find_variant(n, c, raw))
+      !find_variant(n, c, raw))
     return 0;
+  const int group_rows = c.tiles_per_warp * kTileRows;
+  if (c.clusters > (w.m + group_rows - 1) / group_rows) return 0;
   const int bytes = plan_for(w, n, c, raw).bytes;
   return bytes <= kSharedPerSm / c.ctas_per_sm - (c.ctas_per_sm > 1 ? 1024 : 0) ? bytes : 0;
 }
@@ -106,7 +108,7 @@ int direct_resident_clusters(const Matrix& w, int n, const DirectConfig& c) {
     if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return 0;
     return sms * c.ctas_per_sm;
   }
-  if ( cudaOccupancyMaxActiveClusters(&clusters, v.kernel, &launch.config)) return 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, v.kernel, &launch.config)) return 0;
   return clusters;
 }
 
@@ -115,7 +117,7 @@ cudaError_t launch_matmul_direct(const Matrix& w, const __nv_bfloat16* x, int n,
   const int bytes = direct_shared_bytes(w, n, c, raw);
   if (!bytes) return cudaErrorInvalidValue;
   const Variant& v = *find_variant(n, c, raw);
-  DirectArgs args = {w, x, epilogue, n, overlap, plan_for(w, n, c, raw)};
+  DirectArgs args = {w, x, n, overlap, plan_for(w, n, c, raw), epilogue};
   if (const cudaError_t error = allow_shared(v)) return error;
   const Launch launch(c, bytes, overlap, stream);
   void* parameters[] = {&args};

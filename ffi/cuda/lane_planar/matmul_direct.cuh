@@ -1,9 +1,12 @@
 // Small-N matmul: weights go straight from global memory to registers, x waits in shared memory, mma.sync multiplies.
 //
-// A cluster owns row blocks; its CTAs split K. A CTA's work, (row group, k block) in this order, is cut into one contiguous
-// range a warp, so that every warp streams the same number of bytes and none waits before the end. A warp leaves one
-// partial sum a row group that it touched; they are added in the order of k: over warps in shared memory, then over
-// CTAs through distributed shared memory. No atomics, no workspace, the same bits in every run.
+// A cluster owns row groups of 16, 32 or 64 rows; its CTAs split K. A CTA's work, (row group, k block) in this order, is cut
+// into one contiguous range a warp, so that every warp streams the same number of bytes and none waits before the end. A warp
+// leaves one partial sum a row group that it touched; they are added in the order of k: over warps in shared memory, then
+// over CTAs through distributed shared memory. No atomics, no workspace, the same bits in every run.
+//
+// A launch costs 3 to 4 us besides its stream, most of it a chain of latencies (constants, first loads, the last units, two
+// reductions): warps jump over what only warp 0 has to do, and what comes before the first and after the last load is kept short.
 #pragma once
 #include <cuda_bf16.h>
 
@@ -12,54 +15,59 @@
 
 namespace jaxzip::lane_planar {
 
-// Work split and shared memory (bytes from its start) of one launch, computed on the host.
+constexpr int kSumPad = 4;  // floats after a column of sums: a warp's stores then fall into different banks
+
+// Work split and shared memory (bytes from its start) of one launch, computed on the host. A row group is what a warp takes
+// of a block: 16, 32 or 64 rows.
 struct DirectPlan {
-  int cluster;   // CTAs that share a row block, each with its part of K
-  int clusters;
-  int chunks;    // of four rows that a rank owns of every row block: chunk c is the (c / cluster)th of rank c % cluster
-  int magic;     // c / cluster = c * magic >> 16
-  int row_blocks;  // of the clusters with most
-  int k_blocks, k_longer;  // of a rank; the first k_longer ranks have one more
-  int log_n;       // of the columns in the buffers of sums
-  int x_pitch;     // 16 bytes over a multiple of 128: eight rows start in eight different bank groups
-  int area;        // of a warp: its patch planes, and in the end the sum of the row group that it did not finish
+  int cluster;                // CTAs that share a row group, each with its part of K
+  int clusters;               // row groups are dealt to them in turn
+  int groups, groups_longer;  // of a cluster; the first groups_longer clusters have one more
+  int k_blocks, k_longer;     // of a rank; the first k_longer ranks have one more
+  int all_k_blocks;
+  int log_n;    // of the columns in the buffers of sums
+  int x_pitch;  // 16 bytes over a multiple of 128: eight rows start in eight different bank groups
+  int area;     // of a warp: its patch planes, and in the end the sum of the row group that it did not finish
+  int chunks;   // of four rows that a rank owns of every row group: chunk c is the (c / cluster)th of rank c % cluster
+  int magic;    // c / cluster = c * magic >> 16
   int barrier, owners, shift, x, finished, received, bytes;
 };
 
 struct DirectArgs {
   Matrix w;
   const __nv_bfloat16* x;  // [n][k]
-  Epilogue epilogue;
   int n;
   bool overlap;  // launched while the kernel before may still run: only then do weights go before x
   DirectPlan plan;
+  Epilogue epilogue;
 };
-
-constexpr int kSumPad = 4;  // floats after a column of sums: a warp's stores then fall into different banks
 
 template <class Weights>
 DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, int cluster, int clusters) {
   DirectPlan p = {};
+  const int group_rows = tiles_per_warp * kTileRows, all_groups = (w.m + group_rows - 1) / group_rows;
   p.cluster = cluster;
-  p.chunks = (kBlock / 4 + cluster - 1) / cluster;
-  p.magic = 65536 / cluster + 1;
   p.clusters = clusters;
-  p.row_blocks = (w.m_blocks() + clusters - 1) / clusters;
-  p.k_blocks = w.k_blocks() / cluster;
-  p.k_longer = w.k_blocks() % cluster;
+  p.groups = all_groups / clusters;
+  p.groups_longer = all_groups % clusters;
+  p.all_k_blocks = w.k_blocks();
+  p.k_blocks = p.all_k_blocks / cluster;
+  p.k_longer = p.all_k_blocks % cluster;
   while (1 << p.log_n < n) ++p.log_n;
   p.x_pitch = (p.k_blocks + (p.k_longer > 0)) * kBlock * 2 + 16;
-  const int groups = p.row_blocks * (kTiles / tiles_per_warp);
-  const int sum_bytes = ((tiles_per_warp * kTileRows + kSumPad) << p.log_n) * 4;
+  p.chunks = (group_rows / 4 + cluster - 1) / cluster;
+  p.magic = 65536 / cluster + 1;
+  const int most_groups = p.groups + (p.groups_longer > 0);
+  const int sum_bytes = ((group_rows + kSumPad) << p.log_n) * 4;
   const int plane_bytes = tiles_per_warp * Weights::kPlaneBytes;
   p.area = sum_bytes > plane_bytes ? sum_bytes : plane_bytes;
   p.barrier = warps * p.area;
   p.owners = p.barrier + 16;
-  p.shift = p.owners + (groups * 2 + 15) / 16 * 16;
-  p.x = p.shift + p.row_blocks * kBlock;
+  p.shift = p.owners + (most_groups * 2 + 15) / 16 * 16;
+  p.x = p.shift + most_groups * group_rows;
   p.finished = p.x + n * p.x_pitch;
-  p.received = p.finished + groups * sum_bytes;
-  p.bytes = p.received + (cluster > 1 ? cluster * (p.row_blocks * p.chunks << p.log_n) * 16 : 0);
+  p.received = p.finished + most_groups * sum_bytes;
+  p.bytes = p.received + (cluster > 1 ? cluster * (most_groups * p.chunks << p.log_n) * 16 : 0);
   return p;
 }
 
@@ -67,8 +75,9 @@ template <class Weights, int kTilesPerWarp, int kColumnTiles, int kWarps, int kC
 __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const __grid_constant__ DirectArgs args) {
   constexpr int kThreads = kWarps * 32;
   constexpr int kGroups = kTiles / kTilesPerWarp;  // row groups of a row block: a unit of work is one of them x 64 k
-  // Units in flight: four tiles a warp, eight where few warps have many registers.
-  constexpr int kAhead = kGroups * (kWarps * kCtasPerSm <= 8 && kColumnTiles <= 2 ? 2 : 1);
+  // Units in flight. More bytes than DRAM needs (about 40 KB an SM) only make queues in which x waits.
+  constexpr int kInFlight = kColumnTiles == 1 && kTilesPerWarp < 4 ? 2 : kWarps * kCtasPerSm <= 8 && kColumnTiles <= 2 ? 8 : 4;
+  constexpr int kAhead = kInFlight / kTilesPerWarp;
   constexpr int kGroupRows = kTilesPerWarp * kTileRows, kPitch = kGroupRows + kSumPad;
   extern __shared__ __align__(128) uint8_t memory[];
   const uint32_t shared = ptx::shared_address(memory);
@@ -77,26 +86,49 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   const int ranks = plan.cluster, rank = ptx::cluster_rank(), cluster = ptx::cluster_index();
 
-  const int all_k_blocks = w.k_blocks();
-  const int k_begin = rank * plan.k_blocks + min(rank, plan.k_longer);
-  const int units_k = plan.k_blocks + (rank < plan.k_longer);
-  const bool short_one = cluster + (plan.row_blocks - 1) * plan.clusters >= w.m_blocks();
-  const int row_blocks = plan.row_blocks - short_one;
-  const int total = row_blocks * kGroups * units_k;
+  const bool k_longer = rank < plan.k_longer, longer = cluster < plan.groups_longer;
+  const int k_begin = rank * plan.k_blocks + min(rank, plan.k_longer), units_k = plan.k_blocks + k_longer;
+  const int x_columns = max(0, min(units_k * kBlock, w.k - k_begin * kBlock));
+  const uint32_t x_barrier = shared + plan.barrier, sums_barrier = x_barrier + 8;
+  const bool bulk_x = w.k % 8 == 0 && (reinterpret_cast<uintptr_t>(args.x) & 15) == 0;
+  const __nv_bfloat16* x = args.x + static_cast<size_t>(k_begin) * kBlock;
+  auto load_x = [&] {  // by warp 0
+    ptx::wait_for_previous_grid();
+    if (lane == 0) ptx::barrier_expect(x_barrier, args.n * x_columns * 2);
+    __syncwarp();
+#pragma unroll 1
+    for (int n = lane; n < args.n && x_columns; n += 32)
+      ptx::bulk_copy(shared + plan.x + n * plan.x_pitch, x + static_cast<size_t>(n) * w.k, x_columns * 2, x_barrier);
+  };
+  // x goes first: behind the weights of all SMs it would come microseconds later.
+  if (warp == 0) {
+    if (lane == 0) {
+      ptx::barrier_init(x_barrier, 1);
+      ptx::barrier_init(sums_barrier, 1);
+    }
+    __syncwarp();
+    if (bulk_x && !args.overlap) load_x();
+  }
+
+  const int groups = plan.groups + longer, total = groups * units_k;
   auto range_begin = [&](int i) { return static_cast<int>(static_cast<uint32_t>(total * i) / kWarps); };
   const int begin = range_begin(warp), end = range_begin(warp + 1);
-
-  // Exact for fewer than 2^20 units.
+  // Exact for fewer than 2^20 units. A table in the plan would be one more miss of the constant cache: 0.1-0.4 us.
   const int first_group = units_k ? static_cast<int>((begin + 0.5f) * ptx::reciprocal(static_cast<float>(units_k))) : 0;
+  const int first_k = begin - first_group * units_k;
+  auto group_index = [&](int group) { return cluster + group * plan.clusters; };  // of the matrix
   auto block_index = [&](int group, int k) {
-    return static_cast<size_t>(cluster + group / kGroups * plan.clusters) * all_k_blocks + k_begin + k;
+    return static_cast<uint32_t>(group_index(group) / kGroups * plan.all_k_blocks + k_begin + k);
+  };
+  auto block_at = [&](int group, int k) {
+    return w.blocks + static_cast<uint64_t>(block_index(group, k)) * static_cast<uint32_t>(w.block_words);
   };
 
   // The cursor of loads runs kAhead units before that of the arithmetic.
   uint32_t tiles[kAhead * kTilesPerWarp][Weights::kRegisters];
   uint2 entries[kAhead];
-  int load_group = first_group, load_k = begin - first_group * units_k, to_load = end - begin;
-  const uint32_t* load_block = w.blocks + block_index(load_group, load_k) * w.block_words;
+  int load_group = first_group, load_k = first_k, to_load = end - begin;
+  const uint32_t* load_block = block_at(load_group, load_k);
   auto load_entries = [&](uint2& e) {
     if (Weights::kHasEscapes && 2 * lane < w.block_words - kHeaderStart) {
       uint32_t v[2];
@@ -105,7 +137,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
     }
   };
   auto load_tile = [&](int slot, int tile) {
-    Weights::load(tiles[slot], load_block, load_group % kGroups * kTilesPerWarp + tile, lane);
+    Weights::load(tiles[slot], load_block, (kGroups == 1 ? 0 : group_index(load_group) % kGroups * kTilesPerWarp) + tile, lane);
   };
   auto advance_load = [&] {
     --to_load;
@@ -113,56 +145,29 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
     if (++load_k == units_k) {
       load_k = 0;
       ++load_group;
-      load_block = w.blocks + block_index(load_group, 0) * w.block_words;
+      load_block = block_at(load_group, 0);
     }
   };
 
-  const int x_columns = max(0, min(units_k * kBlock, w.k - k_begin * kBlock));
-  const uint32_t x_barrier = shared + plan.barrier, sums_barrier = x_barrier + 8;
-  if (threadIdx.x == 0) {
-    ptx::barrier_init(x_barrier, 1);
-    ptx::barrier_init(sums_barrier, 1);
-    const int owned = ((kBlock / 4 - 1 - rank) * plan.magic >> 16) + 1;  // chunks of a row block
-    if (ranks > 1) ptx::barrier_expect(sums_barrier, ranks * row_blocks * args.n * owned * 16);
-  }
-  const bool bulk_x = w.k % 8 == 0 && (reinterpret_cast<uintptr_t>(args.x) & 15) == 0;
-  auto load_x = [&] {
-    ptx::wait_for_previous_grid();
-    const __nv_bfloat16* x = args.x + static_cast<size_t>(k_begin) * kBlock;
-    if (!bulk_x) {
-#pragma unroll 1
-      for (int n = 0; n < args.n; ++n)
-#pragma unroll 1
-        for (int i = threadIdx.x; i < x_columns; i += kThreads)
-          reinterpret_cast<__nv_bfloat16*>(memory + plan.x + n * plan.x_pitch)[i] = x[static_cast<size_t>(n) * w.k + i];
-    } else if (warp == 0) {
-      if (lane == 0) ptx::barrier_expect(x_barrier, args.n * x_columns * 2);
-      __syncwarp();
-#pragma unroll 1
-      for (int n = lane; n < args.n && x_columns; n += 32)
-        ptx::bulk_copy(shared + plan.x + n * plan.x_pitch, x + static_cast<size_t>(n) * w.k, x_columns * 2, x_barrier);
-    }
-  };
-  auto load_first_units = [&] {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      entries[i] = make_uint2(0, 0);
-      if (to_load > 0) {
-        load_entries(entries[i]);
-#pragma unroll
-        for (int t = 0; t < kTilesPerWarp; ++t) load_tile(i * kTilesPerWarp + t, t);
-        advance_load();
-      }
-    }
-  };
-  // x goes first: behind the weights of all SMs it would come microseconds later.
   if (args.overlap) ptx::launch_dependents();
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    entries[i] = make_uint2(0, 0);
+    if (to_load > 0) {
+      load_entries(entries[i]);
+#pragma unroll
+      for (int t = 0; t < kTilesPerWarp; ++t) load_tile(i * kTilesPerWarp + t, t);
+      advance_load();
+    }
+  }
+  if (args.overlap && bulk_x && warp == 0) load_x();
+  if (!bulk_x) {
+    ptx::wait_for_previous_grid();
 #pragma unroll 1
-  for (int step = 0; step < 2; ++step) {
-    if ((step == 0) != args.overlap)
-      load_x();
-    else
-      load_first_units();
+    for (int n = 0; n < args.n; ++n)
+#pragma unroll 1
+      for (int i = threadIdx.x; i < x_columns; i += kThreads)
+        reinterpret_cast<__nv_bfloat16*>(memory + plan.x + n * plan.x_pitch)[i] = x[static_cast<size_t>(n) * w.k + i];
   }
   // The last columns of a ragged K: weights there are finite padding, x must be zero.
 #pragma unroll 1
@@ -171,9 +176,13 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
     for (int n = 0; n < args.n; ++n)
       reinterpret_cast<uint16_t*>(memory + plan.x + n * plan.x_pitch)[i] = 0;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < row_blocks * 4; i += kThreads)
+  for (int i = threadIdx.x; i < groups * kTilesPerWarp; i += kThreads)
     ptx::async_copy_16(shared + plan.shift + i * 16,
-                       w.shift + (cluster + static_cast<size_t>(i >> 2) * plan.clusters) * kBlock + (i & 3) * 16);
+                       w.shift + static_cast<size_t>(group_index(i / kTilesPerWarp)) * kGroupRows + i % kTilesPerWarp * 16);
+  if (ranks > 1 && threadIdx.x == 0) {
+    const int owned = ((kGroupRows / 4 - 1 - rank) * plan.magic >> 16) + 1;  // chunks of a row group, 0 or more
+    ptx::barrier_expect(sums_barrier, ranks * groups * args.n * owned * 16);
+  }
   if (ranks > 1) ptx::cluster_arrive_relaxed();
 
   // Which warps share a row group: first | last << 8. The last one finishes it, the others leave a sum in their area.
@@ -181,7 +190,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   auto owner = [&](int unit) { return static_cast<int>(((unit + 1) * kWarps - 0.5f) * per_unit); };
   uint16_t* owners = reinterpret_cast<uint16_t*>(memory + plan.owners);
 #pragma unroll 1
-  for (int g = threadIdx.x; g < row_blocks * kGroups; g += kThreads)
+  for (int g = threadIdx.x; g < groups; g += kThreads)
     owners[g] = static_cast<uint16_t>(owner(g * units_k) | owner((g + 1) * units_k - 1) << 8);
 
   const PatchPlane<kTilesPerWarp> plane{shared + warp * plan.area, lane};
@@ -190,7 +199,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
 
   float* finished = reinterpret_cast<float*>(memory + plan.finished);
   float sums[kTilesPerWarp][kColumnTiles][4] = {};
-  int group = first_group, k = begin - first_group * units_k;
+  int group = first_group, k = first_k;
   const int x_row = lane & 7;
   uint32_t x_address[kColumnTiles];
 #pragma unroll
@@ -220,7 +229,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
       if (i >= left) break;
       const uint2 e = entries[i];
       const bool more = to_load > 0;
-      const int first_tile = group % kGroups * kTilesPerWarp;
+      const int first_tile = kGroups == 1 ? 0 : group_index(group) % kGroups * kTilesPerWarp;
       uint32_t count = 0, overflow = 0;
       if (Weights::kHasEscapes) {
         count = __shfl_sync(~0u, e.x, 0) >> 24;
@@ -228,8 +237,8 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
         if (more) load_entries(entries[i]);
         plane.template scatter<false>(e, count, first_tile);
         if (overflow)
-          scatter_overflow(w.overflow, w.overflow_length, overflow - 1, static_cast<uint32_t>(block_index(group, k)),
-                           plane.base, first_tile * kTileElements, plane.kPositions);
+          scatter_overflow(w.overflow, w.overflow_length, overflow - 1, block_index(group, k), plane.base,
+                           first_tile * kTileElements, plane.kPositions);
         __syncwarp();
       }
 #pragma unroll
@@ -271,52 +280,50 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   __syncthreads();
 
   // Sum over the warps that share a row group, in the order of k, four rows a thread.
-  const int per_rank = row_blocks * plan.chunks << plan.log_n;  // float4
-  float* received = reinterpret_cast<float*>(memory + plan.received);
-  auto add = [](float4& sum, const float* p) {
-    const float4 v = *reinterpret_cast<const float4*>(p);
+  constexpr uint32_t kGroupChunks = kGroupRows / 4;
+  const uint32_t columns = 1u << plan.log_n, per_rank = groups * plan.chunks << plan.log_n;  // float4
+  const uint32_t received = plan.received;
+  auto add = [&](float4& sum, uint32_t offset) {
+    const float4 v = *reinterpret_cast<const float4*>(memory + offset);
     sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
   };
-
-  auto write = [&](int row_block, int n, int row, float4 sum) {
-    const uint32_t shifts = *reinterpret_cast<const uint32_t*>(memory + plan.shift + row_block * kBlock + row);
-    store_rows(args.epilogue, w.m, n, (cluster + row_block * plan.clusters) * kBlock + row, sum, shifts);
+  auto write = [&](int group, int n, int row, float4 sum) {
+    const uint32_t shifts = *reinterpret_cast<const uint32_t*>(memory + plan.shift + group * kGroupRows + row);
+    store_rows(args.epilogue, w.m, n, group_index(group) * kGroupRows + row, sum, shifts);
   };
   if (ranks > 1) ptx::cluster_wait();  // the others have started
 #pragma unroll 1
-  for (int o = threadIdx.x; o < row_blocks << (plan.log_n + 4); o += kThreads) {
-    const int row = (o & 15) * 4, n = (o >> 4) & ((1 << plan.log_n) - 1), row_block = o >> (4 + plan.log_n);
+  for (uint32_t o = threadIdx.x; o < groups * kGroupChunks << plan.log_n; o += kThreads) {
+    const uint32_t chunk = o % kGroupChunks, n = o / kGroupChunks & (columns - 1), group = o / kGroupChunks >> plan.log_n;
     if (n >= args.n) continue;
     float4 sum = make_float4(0, 0, 0, 0);
     if (total) {
-      const int group = row_block * kGroups + row / kGroupRows, at = n * kPitch + row % kGroupRows;
-      const int first = owners[group] & 255, last = owners[group] >> 8;
-#pragma unroll 2
-      for (int i = first; i < last; ++i) add(sum, reinterpret_cast<const float*>(memory + i * plan.area) + at);
-      add(sum, finished + (group << plan.log_n) * kPitch + at);
+      const uint32_t at = (n * kPitch + chunk * 4) * 4, first = owners[group] & 255, last = owners[group] >> 8;
+#pragma unroll 4
+      for (uint32_t i = first; i < last; ++i) add(sum, i * plan.area + at);
+      add(sum, plan.finished + (group << plan.log_n) * (kPitch * 4) + at);
     }
     if (ranks == 1) {
-      write(row_block, n, row, sum);
+      write(group, n, chunk * 4, sum);
     } else {
-      const int chunk = row / 4, which = chunk * plan.magic >> 16;
-      const int slot = ((row_block * plan.chunks + which) << plan.log_n) + n;
-      ptx::store_cluster(shared + plan.received + (rank * per_rank + slot) * 16, sums_barrier, chunk - which * ranks, sum);
+      const uint32_t which = chunk * plan.magic >> 16, slot = ((group * plan.chunks + which) << plan.log_n) + n;
+      ptx::store_cluster(shared + received + (rank * per_rank + slot) * 16, sums_barrier, chunk - which * ranks, sum);
     }
   }
   if (ranks == 1) return;
   ptx::barrier_wait(sums_barrier, 0);
-  // Slot o of this rank: column, chunk, row block from the inside out; row blocks are few, so they are counted.
+  // Slot o of this rank: column, chunk, row group from the inside out; row groups are few, so they are counted.
 #pragma unroll 1
-  for (int o = threadIdx.x; o < per_rank; o += kThreads) {
-    const int n = o & ((1 << plan.log_n) - 1);
-    int row_block = 0, which = o >> plan.log_n;
-    for (; which >= plan.chunks; which -= plan.chunks) ++row_block;
+  for (uint32_t o = threadIdx.x; o < per_rank; o += kThreads) {
+    const uint32_t n = o & (columns - 1);
+    int group = 0, which = o >> plan.log_n;
+    for (; which >= plan.chunks; which -= plan.chunks) ++group;
     const int row = (which * ranks + rank) * 4;
-    if (n >= args.n || row >= kBlock) continue;
+    if (n >= args.n || row >= kGroupRows) continue;
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 2
-    for (int i = 0; i < ranks; ++i) add(sum, received + (i * per_rank + o) * 4);
-    write(row_block, n, row, sum);
+    for (int i = 0; i < ranks; ++i) add(sum, received + (i * per_rank + o) * 16);
+    write(group, n, row, sum);
   }
 }
 

@@ -11,11 +11,11 @@ namespace jaxzip::lane_planar {
 constexpr int kDirectMaxN = 32;
 
 struct DirectConfig {
-  int tiles_per_warp;  // 1, 2 or 4: a warp takes so many of a block's four 16x64 tiles
+  int tiles_per_warp;  // 1, 2 or 4: a warp takes so many of a block's four 16x64 tiles, a row group of 16, 32 or 64 rows
   int warps;           // 8 or 16
   int ctas_per_sm;
   int cluster;         // K is split over so many CTAs, at most 8
-  int clusters;        // any number >= 1; row blocks are dealt to them in turn
+  int clusters;        // 1 .. row groups of the matrix; row groups are dealt to them in turn
 };
 
 // The configuration for this shape by a model fitted to an H200's 132 SMs; `clusters` is 0 where no kernel fits (n too large
@@ -28,6 +28,8 @@ int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& config, bool
 // How many clusters of this configuration run at once on the current device; asks the driver.
 int direct_resident_clusters(const Matrix& w, int n, const DirectConfig& config);
 
+// A column's bits depend on the configuration, not on n or on the other columns: a configuration that fits n = 32 gives each
+// column the same bits at any n (tiles_per_warp 4, warps 8, ctas_per_sm 1, for example, exists for all n).
 // Launches on `stream`: no allocation, no synchronisation, safe to capture. `w.blocks` holds bf16 in fragment order
 // (2048 words a block, no entries, zero shifts) if `raw`. `overlap` asks for programmatic dependent launch: only x and y may
 // then depend on the kernel before. Returns cudaErrorInvalidValue for a configuration that does not fit.
