@@ -21,7 +21,7 @@ constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 constexpr uint32_t kSpreadMask = 0x807F807Fu;
 constexpr int kBands = layout::kBandsPerBlock;
 constexpr int kTiles = 4;                     // TensorCoreTiles a band
-constexpr int kFullStaged = 384;              // fallbacks of a block in shared memory, 9%; those past it are read from memory
+constexpr int kFullStaged = 368;              // fallbacks of a block in shared memory, 9%; those past it are read from memory
 constexpr int kGuard = 16;                    // bytes before sign_mantissa: "rank - 1" of rank 0
 constexpr int kStageBytes = kGuard + layout::kBlockSize + 2 * kFullStaged;
 // The plane: word (tile t, half h, pair j, FragTile f) at 136 t + 68 h + 4 j + f, free of bank conflicts both ways.
@@ -75,12 +75,17 @@ __device__ __forceinline__ void copy_block(const Source& s, uint2 from, uint2 to
       copy_async_16(stage + kGuard + layout::kBlockSize + 512 * i + 16 * lane, reinterpret_cast<const uint8_t*>(s.full + full) + 512 * i + 16 * lane);
 }
 
+// The bitmaps of a block, and where those of the next one are.
 struct Bitmaps {
   uint32_t b[kBands][3];
-  __device__ __forceinline__ void load_band(const Source& s, int block, int band, int lane) {
-    const int64_t at = (int64_t{block} * kBands + band) * 32 + lane;
+  const uint32_t* from[3];
+  __device__ __forceinline__ void aim(const Source& s, int block, int lane) {
 #pragma unroll
-    for (int i = 0; i < 3; ++i) b[band][i] = load_stream(s.bitmap[i] + at);
+    for (int i = 0; i < 3; ++i) from[i] = s.bitmap[i] + int64_t{block} * (kBands * 32) + lane;
+  }
+  __device__ __forceinline__ void load_band(int band) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) b[band][i] = load_stream(from[i] + band * 32);
   }
 };
 
@@ -113,10 +118,12 @@ struct Ranks {
   }
 };
 
-__device__ __forceinline__ uint32_t choose(uint32_t a, uint32_t b, uint32_t mask) { return (a & mask) | (b & ~mask); }
+__device__ __forceinline__ void place_fallback(uint32_t plane, uint32_t p, uint32_t byte, uint32_t value) {
+  store_half(plane + p * 8 - (p & 1) * 6, value ^ ((byte * 257) & 0x807F));
+}
 
 // First step: this lane's half-FragTile to the plane. `exponent` is start_exp << 7 in both halves. `fallbacks` are the
-// block's in memory, for those that are not staged.
+// block's in memory, null where all are staged.
 __device__ __forceinline__ void fill_plane(const uint32_t (&b)[3], uint32_t before, int band, uint32_t exponent, uint32_t stage,
                                            uint32_t scratch, const uint16_t* fallbacks, int64_t fallbacks_left, int lane) {
   const int tile = lane >> 3, frag = lane >> 1 & 3, half = lane & 1;
@@ -127,9 +134,9 @@ __device__ __forceinline__ void fill_plane(const uint32_t (&b)[3], uint32_t befo
   store_word(rank_at + 128, low);
 
   // Codes as nibbles (the fourth bit is rubbish): word r holds the positions p with p % 4 == r, at bit 4 (p / 4).
-  const uint32_t even = choose(b[0], b[1] << 1, 0x55555555u), odd = choose(b[0] >> 1, b[1], 0x55555555u);
-  const uint32_t n0 = choose(even, b[2] << 2, 0x33333333u), n2 = choose(even >> 2, b[2], 0x33333333u);
-  const uint32_t n1 = choose(odd, b[2] << 1, 0x33333333u), n3 = choose(odd >> 2, b[2] >> 1, 0x33333333u);
+  const uint32_t even = choose<0x55555555u>(b[0], b[1] << 1), odd = choose<0x55555555u>(b[0] >> 1, b[1]);
+  const uint32_t n0 = choose<0x33333333u>(even, b[2] << 2), n2 = choose<0x33333333u>(even >> 2, b[2]);
+  const uint32_t n1 = choose<0x33333333u>(odd, b[2] << 1), n3 = choose<0x33333333u>(odd >> 2, b[2] >> 1);
   // Pairs of neighbours, one in each 16-bit half.
   const uint32_t pairs[4] = {__byte_perm(n0, n1, 0x5410), __byte_perm(n0, n1, 0x7632), __byte_perm(n2, n3, 0x5410),
                              __byte_perm(n2, n3, 0x7632)};
@@ -138,28 +145,29 @@ __device__ __forceinline__ void fill_plane(const uint32_t (&b)[3], uint32_t befo
   for (int j = 0; j < 16; ++j) {
     const int nibble = (j >> 1) & 3;
     const uint32_t word = pairs[(j & 1) * 2 + (j >> 3)] >> (nibble & 2 ? 8 : 0);
-    const uint32_t e = nibble & 1 ? (word & 0x00700070u) * 8 + exponent : (word & 0x00070007u) * 128 + exponent;
+    const uint32_t e = nibble & 1 ? multiply_add<8>(word & 0x00700070u, exponent) : multiply_add<128>(word & 0x00070007u, exponent);
     store_word(plane + 16 * j, e);
   }
 
-  // Fallbacks, from the highest position down.
+  // Fallbacks, from the highest position down. In the window and before position p are p less the fallbacks before p.
   uint32_t missing = ~any;
-  int left = __popc(missing);
-  int index = band * (layout::kBandRows * layout::kBlock) + lane * 32 - static_cast<int>(before) + left;
-  while (missing) {
-    const int p = 31 - __clz(missing);
-    missing ^= 1u << p;
-    --left, --index;
-    // In the window and before p: p - left. An even position's byte is read one before that.
-    const uint32_t byte = load_byte(low + p - left - (~p & 1));
-    uint32_t value;
-    if (index < kFullStaged) {
-      value = load_half(stage + kGuard + layout::kBlockSize + 2 * index);
-    } else {
-      value = index < fallbacks_left ? fallbacks[index] : 0;
+  const int count = __popc(missing);
+  uint32_t bytes = low - count;  // plus p + (p & 1): where an even position's byte is, one before the odd one's
+  const int index = band * (layout::kBandRows * layout::kBlock) + lane * 32 - static_cast<int>(before) + count - 1;
+  if (fallbacks == nullptr) {
+    uint32_t value_at = stage + kGuard + layout::kBlockSize + 2 * index;
+    while (missing) {
+      const uint32_t p = highest_bit(missing);
+      place_fallback(plane, p, load_byte(bytes + p + (p & 1)), load_half(value_at));
+      missing ^= 1u << p;
+      value_at -= 2, ++bytes;
     }
-    value ^= (byte * 257) & 0x807F;
-    store_half(plane + (p >> 1) * 16 + (p & 1) * 2, value);
+  } else {
+    for (int i = index; missing; --i, ++bytes) {
+      const uint32_t p = highest_bit(missing);
+      place_fallback(plane, p, load_byte(bytes + p + (p & 1)), i < fallbacks_left ? fallbacks[i] : 0);
+      missing ^= 1u << p;
+    }
   }
 }
 

@@ -1,4 +1,4 @@
-// Decompression: a warp takes every fourth block of its CTA's range, decodes it like the product does, and arranges what it
+// Decompression: the warps of a CTA take blocks of its range in turns, decodes it like the product does, and arranges what it
 // decoded in shared memory so that rows of the result leave in 128-byte runs.
 #include "decompress.h"
 
@@ -9,7 +9,7 @@
 namespace jaxzip::tca_tbe {
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kMaxWarps = 16;
 constexpr int kStages = 2;
 constexpr int kRowBytes = 64 * 2 + 16;  // of a staged row: free of bank conflicts
 
@@ -46,9 +46,9 @@ __device__ __forceinline__ void store_rows(const Arguments& g, uint32_t staged, 
 }
 
 template <bool kTransposed>
-__global__ void __launch_bounds__(32 * kWarps) decompress(const __grid_constant__ Arguments g) {
+__global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_constant__ Arguments g) {
   extern __shared__ __align__(128) uint8_t shared[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int cta = blockIdx.x;
   const int first = cta * g.share + min(cta, g.extra), last = first + g.share + (cta < g.extra);
   const uint32_t own = shared_address(shared) + warp * kWarpBytes<kTransposed>, scratch = own + kStages * kStageBytes;
@@ -67,21 +67,23 @@ __global__ void __launch_bounds__(32 * kWarps) decompress(const __grid_constant_
   };
   Bitmaps bits;
   if (first + warp < last) {
+    bits.aim(g.source, block_at(first + warp), lane);
 #pragma unroll
-    for (int band = 0; band < kBands; ++band) bits.load_band(g.source, block_at(first + warp), band, lane);
+    for (int band = 0; band < kBands; ++band) bits.load_band(band);
   }
   copy(first + warp);
-  copy(first + warp + kWarps);
+  copy(first + warp + warps);
 
   const Reader read(scratch, lane);
   const uint32_t spot = staged + lane / 4 * kRowBytes + lane % 4 * 4;
-  for (int i = first + warp; i < last; i += kWarps) {
+  for (int i = first + warp; i < last; i += warps) {
     const int block = block_at(i), row0 = block / g.k_blocks * layout::kBlock, k0 = block % g.k_blocks * layout::kBlock;
     const uint32_t stage = own + stage_index * kStageBytes;
     copy_async_wait<kStages - 1>();
     __syncwarp();
     Ranks ranks;
     ranks.count(bits, lane);
+    bits.aim(g.source, block_at(min(i + warps, last - 1)), lane);
     const uint16_t* fallbacks = nullptr;
     int64_t fallbacks_left = 0;
     if (layout::kBlockSize - ranks.inside > kFullStaged) {
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(32 * kWarps) decompress(const __grid_constant_
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
       fill_plane(bits.b[band], ranks.before[band], band, exponent, stage, scratch, fallbacks, fallbacks_left, lane);
-      if (i + kWarps < last) bits.load_band(g.source, block_at(i + kWarps), band, lane);
+      bits.load_band(band);
       __syncwarp();
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(32 * kWarps) decompress(const __grid_constant_
         __syncwarp();
       }
     }
-    copy(i + 2 * kWarps);
+    copy(i + 2 * warps);
     if (kTransposed) {
       store_rows<layout::kBlock>(g, staged, k0, row0, g.k, g.m, lane);
       __syncwarp();
@@ -124,19 +126,20 @@ __global__ void __launch_bounds__(32 * kWarps) decompress(const __grid_constant_
 
 template <bool kTransposed>
 cudaError_t launch(Arguments& g, cudaStream_t stream) {
-  int device, multiprocessors, resident;
-  const int bytes = kWarps * kWarpBytes<kTransposed>;
+  int device, multiprocessors, limit;
   const auto kernel = decompress<kTransposed>;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status == cudaSuccess) status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 32 * kWarps, bytes);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  const int warps = std::min(kMaxWarps, limit / kWarpBytes<kTransposed>), bytes = warps * kWarpBytes<kTransposed>;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   const int64_t blocks = int64_t{g.row_blocks} * g.k_blocks;
-  const int ctas = static_cast<int>(std::min<int64_t>(layout::CeilDiv(blocks, kWarps), int64_t{multiprocessors} * std::max(1, resident)));
+  const int ctas = static_cast<int>(std::min<int64_t>(blocks, multiprocessors));
   g.share = static_cast<int>(blocks / ctas);
   g.extra = static_cast<int>(blocks % ctas);
-  kernel<<<ctas, 32 * kWarps, bytes, stream>>>(g);
+  kernel<<<ctas, 32 * warps, bytes, stream>>>(g);
   return cudaGetLastError();
 }
 

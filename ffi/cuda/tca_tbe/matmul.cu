@@ -22,9 +22,8 @@ struct Shape {
   static constexpr int x_bytes = columns * layout::kBlock * 2;       // of one block's k
   static constexpr int quads = kBands * kColumnTiles;                // float4 a lane and row block
   static constexpr int part_bytes = quads * 32 * 16;
-  static constexpr int stage_bytes = kStageBytes + x_bytes;
-  static constexpr int warp_bytes = kStages * stage_bytes + kScratchBytes;
-  static constexpr int max_warps = kColumnTiles == 4 ? 11 : kMaxWarps;  // registers: 168 and 128 a thread
+  static constexpr int warp_bytes = kStages * kStageBytes + kScratchBytes + x_bytes;
+  static constexpr int max_warps = kColumnTiles == 4 ? 14 : kMaxWarps;  // registers: 144 and 128 a thread
   static_assert(part_bytes <= warp_bytes, "parts take the place of the ring");
 };
 
@@ -106,32 +105,31 @@ __global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) produc
   const auto warp_start = [&](int w) { return first + w * length / warps; };
   const int begin = warp_start(warp), end = warp_start(warp + 1), blocks = g.row_blocks * g.k_blocks;
   const int column0 = blockIdx.y * S::columns;
-  const uint32_t own = shared_address(shared) + warp * S::warp_bytes, scratch = own + kStages * S::stage_bytes;
+  const uint32_t own = shared_address(shared) + warp * S::warp_bytes, scratch = own + kStages * kStageBytes;
+  const uint32_t chunk = scratch + kScratchBytes;  // of x
   launch_dependents();
 
   const uint32_t exponent = kRaw ? 0 : *g.source.start_exp * 0x00800080u;
   Offsets offsets;
   Bitmaps bits;
   int row_block = begin / g.k_blocks, k_block = begin - row_block * g.k_blocks;
-  int next_k = k_block;  // of the next block to copy
   const auto copy = [&](int block) {
     if (block < end) {
-      const uint32_t stage = own + (block - begin) % kStages * S::stage_bytes;
       if constexpr (!kRaw) {
         if (!offsets.holds(block)) offsets.load(g.source, block, blocks, lane);
-        copy_block(g.source, offsets.at(block), offsets.at(block + 1), stage, lane);
+        copy_block(g.source, offsets.at(block), offsets.at(block + 1), own + (block - begin) % kStages * kStageBytes, lane);
       }
-      copy_x<kColumnTiles>(g, column0, next_k, stage + kStageBytes, lane);
-      if (++next_k == g.k_blocks) next_k = 0;
     }
     copy_async_commit();
   };
   if (begin < end) {
     if constexpr (!kRaw) {
       offsets.load(g.source, begin, blocks, lane);
+      bits.aim(g.source, begin, lane);
 #pragma unroll
-      for (int band = 0; band < kBands; ++band) bits.load_band(g.source, begin, band, lane);
+      for (int band = 0; band < kBands; ++band) bits.load_band(band);
     }
+    copy_x<kColumnTiles>(g, column0, k_block, chunk, lane);
 #pragma unroll
     for (int i = 0; i < kStages; ++i) copy(begin + i);
   }
@@ -141,7 +139,7 @@ __global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) produc
   const Reader read(scratch, lane);
   bool whole = k_block == 0;  // the sums' row block was begun by this warp
   for (int block = begin; block < end; ++block) {
-    const uint32_t stage = own + (block - begin) % kStages * S::stage_bytes;
+    const uint32_t stage = own + (block - begin) % kStages * kStageBytes;
     copy_async_wait<kStages - 1>();
     __syncwarp();
     uint32_t b[kColumnTiles][8];
@@ -150,13 +148,18 @@ __global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) produc
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int column = lane % 8, piece = half * 4 + lane / 8;
-        load_matrices(&b[t][4 * half], stage + kStageBytes + t * 1024 + column * 128 + ((piece ^ column) << 4));
+        load_matrices(&b[t][4 * half], chunk + t * 1024 + column * 128 + ((piece ^ column) << 4));
       }
+    __syncwarp();
+    const int next_k = k_block + 1 == g.k_blocks ? 0 : k_block + 1;
+    if (block + 1 < end) copy_x<kColumnTiles>(g, column0, next_k, chunk, lane);
+    copy_async_commit();
     Ranks ranks;
     const uint16_t* fallbacks = nullptr;
     int64_t fallbacks_left = 0;
     if constexpr (!kRaw) {
       ranks.count(bits, lane);
+      bits.aim(g.source, min(block + 1, end - 1), lane);
       if (layout::kBlockSize - ranks.inside > kFullStaged) {
         const int64_t start = g.source.tile_offsets[block].y;
         fallbacks = g.source.full + start, fallbacks_left = g.source.full_len - start;
@@ -166,7 +169,7 @@ __global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) produc
     for (int band = 0; band < kBands; ++band) {
       if constexpr (!kRaw) {
         fill_plane(bits.b[band], ranks.before[band], band, exponent, stage, scratch, fallbacks, fallbacks_left, lane);
-        if (block + 1 < end) bits.load_band(g.source, block + 1, band, lane);
+        bits.load_band(band);
         __syncwarp();
       }
 #pragma unroll
@@ -185,7 +188,8 @@ __global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) produc
     }
     __syncwarp();
     copy(block + kStages);
-    if (++k_block == g.k_blocks) {
+    k_block = next_k;
+    if (next_k == 0) {
       if (whole) {
         sums.each_quad([&](int q, float4 v) {
           store_quad<kColumnTiles>(g.epilogue, g.m, g.n, row_block * layout::kBlock, column0, q, lane, v);
@@ -195,7 +199,7 @@ __global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) produc
         sums.each_quad([&](int q, float4 v) { part[q * 32 + lane] = v; });
       }
       sums.clear();
-      k_block = 0, whole = true;
+      whole = true;
       ++row_block;
     }
   }

@@ -33,6 +33,27 @@ __device__ __forceinline__ void store_16(uint32_t address, float4 v) {
   asm volatile("st.shared.v4.f32 [%0],{%1,%2,%3,%4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
+// (a & kMask) | (b & ~kMask) in one instruction; the compiler makes two of it.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t choose(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("lop3.b32 %0,%1,%2,%3,0xCA;" : "=r"(r) : "n"(kMask), "r"(a), "r"(b));
+  return r;
+}
+// a * kFactor + c, kept as one instruction too.
+template <uint32_t kFactor>
+__device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t c) {
+  uint32_t r;
+  asm volatile("mad.lo.u32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "n"(kFactor), "r"(c));
+  return r;
+}
+// The number of the highest bit of v != 0.
+__device__ __forceinline__ uint32_t highest_bit(uint32_t v) {
+  uint32_t r;
+  asm("bfind.u32 %0,%1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
 // Weights are read once: past L1, so that it keeps nothing.
 __device__ __forceinline__ uint32_t load_stream(const uint32_t* p) {
   uint32_t v;
