@@ -1,7 +1,7 @@
 // Decoding of TCA-TBE by one warp, a BlockTile at a time, into the A registers of mma.m16n8k16.
 //
 // A block's runs of sign_mantissa and full are contiguous and start on 16 bytes: they are copied to shared memory one or more
-// blocks ahead (Stage). Its bitmaps go to registers: lane `h` of a band holds half-FragTile h, 32 positions.
+// blocks ahead (Ring). Its bitmaps go to registers: lane `h` of a band holds half-FragTile h, 32 positions.
 //
 // A band is then decoded in two steps. First each lane turns its half-FragTile into 16 words, one a pair of positions, with
 // both exponents in place (the plane), and adds what the fallbacks need; then each lane reads its four words of a
@@ -22,13 +22,14 @@ constexpr uint32_t kSpreadMask = 0x807F807Fu;
 constexpr int kBands = layout::kBandsPerBlock;
 constexpr int kTiles = 4;                     // TensorCoreTiles a band
 constexpr int kFullStaged = 368;              // fallbacks of a block in shared memory, 9%; those past it are read from memory
+constexpr int kStages = 2;
 constexpr int kGuard = 16;                    // bytes before sign_mantissa: "rank - 1" of rank 0
 constexpr int kStageBytes = kGuard + layout::kBlockSize + 2 * kFullStaged;
 // The plane: word (tile t, half h, pair j, FragTile f) at 136 t + 68 h + 4 j + f, free of bank conflicts both ways.
 constexpr int kPlaneTile = 136 * 4, kPlaneHalf = 68 * 4;
 constexpr int kPlaneBytes = kTiles * kPlaneTile;
 constexpr int kRankBytes = 2 * 32 * 4;        // of the band: `any` words, then addresses, both [tile][half][FragTile]
-constexpr int kScratchBytes = kPlaneBytes + kRankBytes;
+constexpr int kScratchBytes = kPlaneBytes + kRankBytes + 16;  // and a barrier for each of two stages
 
 // A payload that was checked when it was built; offsets are clamped all the same, so that nothing is read out of bounds.
 struct Source {
@@ -59,21 +60,48 @@ struct Offsets {
   __device__ __forceinline__ bool holds(int block) const { return block + 1 - first < 32; }
 };
 
-// Starts the copies of a block's two runs to `stage`; the caller commits.
-__device__ __forceinline__ void copy_block(const Source& s, uint2 from, uint2 to, uint32_t stage, int lane) {
-  const int64_t low = from.x & ~15u, full = from.y & ~7u;
-  const int low_bytes = static_cast<int>(min(min(int64_t{layout::kBlockSize}, int64_t{to.x} - low), s.sign_mantissa_len - low));
-  const int full_bytes = 2 * static_cast<int>(min(min(int64_t{kFullStaged}, int64_t{to.y} - full), s.full_len - full));
-  const uint8_t* low_from = s.sign_mantissa + low + 16 * lane;
-  const uint32_t low_to = stage + kGuard + 16 * lane;
+// Stages and their barriers: stage `i` is filled for the `use`-th time.
+struct Ring {
+  uint32_t stages, barriers;
+  __device__ __forceinline__ Ring(uint32_t stages, uint32_t scratch, int lane)
+      : stages(stages), barriers(scratch + kPlaneBytes + kRankBytes) {
+#ifdef JAXZIP_BULK_COPIES
+    if (lane == 0)
+      for (int i = 0; i < kStages; ++i) barrier_init(barriers + 8 * i);
+    __syncwarp();
+#endif
+  }
+  __device__ __forceinline__ uint32_t stage(int block) const { return stages + block % kStages * kStageBytes; }
+
+  // Starts the copies of this warp's `block`-th block, whose runs begin at `from` and end at `to`.
+  __device__ __forceinline__ void copy(const Source& s, int block, uint2 from, uint2 to, int lane) const {
+    const int64_t low = from.x & ~15u, full = from.y & ~7u;
+    const int low_bytes = static_cast<int>(max(int64_t{0}, min(min(int64_t{layout::kBlockSize}, int64_t{to.x} - low), s.sign_mantissa_len - low))) & ~15;
+    const int full_bytes = 2 * static_cast<int>(max(int64_t{0}, min(min(int64_t{kFullStaged}, int64_t{to.y} - full), s.full_len - full))) & ~15;
+    const uint32_t low_to = stage(block) + kGuard, full_to = low_to + layout::kBlockSize;
+#ifdef JAXZIP_BULK_COPIES
+    if (lane == 0) {
+      const uint32_t barrier = barriers + block % kStages * 8;
+      barrier_expect(barrier, low_bytes + full_bytes);
+      if (low_bytes) bulk_copy(low_to, s.sign_mantissa + low, low_bytes, barrier);
+      if (full_bytes) bulk_copy(full_to, s.full + full, full_bytes, barrier);
+    }
+#else
 #pragma unroll
-  for (int i = 0; i < layout::kBlockSize / 512; ++i)
-    if (512 * i + 16 * lane + 16 <= low_bytes) copy_async_16(low_to + 512 * i, low_from + 512 * i);
+    for (int i = lane * 16; i < layout::kBlockSize; i += 512)
+      if (i < low_bytes) copy_async_16(low_to + i, s.sign_mantissa + low + i);
 #pragma unroll
-  for (int i = 0; i < (2 * kFullStaged + 511) / 512; ++i)
-    if (512 * i + 16 * lane + 16 <= full_bytes)
-      copy_async_16(stage + kGuard + layout::kBlockSize + 512 * i + 16 * lane, reinterpret_cast<const uint8_t*>(s.full + full) + 512 * i + 16 * lane);
-}
+    for (int i = lane * 16; i < 2 * kFullStaged; i += 512)
+      if (i < full_bytes) copy_async_16(full_to + i, reinterpret_cast<const uint8_t*>(s.full + full) + i);
+#endif
+  }
+  // Waits for it. Without bulk copies the caller's wait for its thread's copies does that.
+  __device__ __forceinline__ void wait(int block) const {
+#ifdef JAXZIP_BULK_COPIES
+    barrier_wait(barriers + block % kStages * 8, block / kStages & 1);
+#endif
+  }
+};
 
 // The bitmaps of a block, and where those of the next one are.
 struct Bitmaps {

@@ -10,7 +10,6 @@ namespace jaxzip::tca_tbe {
 namespace {
 
 constexpr int kMaxWarps = 16;
-constexpr int kStages = 2;
 constexpr int kRowBytes = 64 * 2 + 16;  // of a staged row: free of bank conflicts
 
 // Rows staged at once: those of a band, or, transposed, the 64 k of a block.
@@ -56,14 +55,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
   const uint32_t exponent = *g.source.start_exp * 0x00800080u;
   // Neighbours in the result are neighbours in this order.
   const auto block_at = [&](int i) { return kTransposed ? i % g.row_blocks * g.k_blocks + i / g.row_blocks : i; };
-  int stage_index = 0;
-  const auto copy = [&](int i) {
+  const Ring ring(own, scratch, lane);
+  const auto copy = [&](int turn) {
+    const int i = first + warp + turn * warps;
     if (i < last) {
       const int block = block_at(i);
-      copy_block(g.source, g.source.tile_offsets[block], g.source.tile_offsets[block + 1], own + stage_index * kStageBytes, lane);
+      ring.copy(g.source, turn, g.source.tile_offsets[block], g.source.tile_offsets[block + 1], lane);
     }
     copy_async_commit();
-    stage_index ^= 1;
   };
   Bitmaps bits;
   if (first + warp < last) {
@@ -71,15 +70,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
 #pragma unroll
     for (int band = 0; band < kBands; ++band) bits.load_band(band);
   }
-  copy(first + warp);
-  copy(first + warp + warps);
+  for (int i = 0; i < kStages; ++i) copy(i);
 
   const Reader read(scratch, lane);
   const uint32_t spot = staged + lane / 4 * kRowBytes + lane % 4 * 4;
-  for (int i = first + warp; i < last; i += warps) {
+  for (int turn = 0, i = first + warp; i < last; ++turn, i += warps) {
     const int block = block_at(i), row0 = block / g.k_blocks * layout::kBlock, k0 = block % g.k_blocks * layout::kBlock;
-    const uint32_t stage = own + stage_index * kStageBytes;
+    const uint32_t stage = ring.stage(turn);
     copy_async_wait<kStages - 1>();
+    ring.wait(turn);
     __syncwarp();
     Ranks ranks;
     ranks.count(bits, lane);
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
         __syncwarp();
       }
     }
-    copy(i + 2 * warps);
+    copy(turn + kStages);
     if (kTransposed) {
       store_rows<layout::kBlock>(g, staged, k0, row0, g.k, g.m, lane);
       __syncwarp();

@@ -13,7 +13,6 @@
 namespace jaxzip::tca_tbe {
 namespace {
 
-constexpr int kStages = 2;
 constexpr int kMaxWarps = 16;
 
 template <int kColumnTiles>
@@ -23,7 +22,7 @@ struct Shape {
   static constexpr int quads = kBands * kColumnTiles;                // float4 a lane and row block
   static constexpr int part_bytes = quads * 32 * 16;
   static constexpr int warp_bytes = kStages * kStageBytes + kScratchBytes + x_bytes;
-  static constexpr int max_warps = kColumnTiles == 4 ? 14 : kMaxWarps;  // registers: 144 and 128 a thread
+  static constexpr int max_warps = kColumnTiles == 4 ? 12 : kMaxWarps;  // registers: 168 and 128 a thread
   static_assert(part_bytes <= warp_bytes, "parts take the place of the ring");
 };
 
@@ -110,6 +109,7 @@ __global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) produc
   launch_dependents();
 
   const uint32_t exponent = kRaw ? 0 : *g.source.start_exp * 0x00800080u;
+  const Ring ring(own, scratch, lane);
   Offsets offsets;
   Bitmaps bits;
   int row_block = begin / g.k_blocks, k_block = begin - row_block * g.k_blocks;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) produc
     if (block < end) {
       if constexpr (!kRaw) {
         if (!offsets.holds(block)) offsets.load(g.source, block, blocks, lane);
-        copy_block(g.source, offsets.at(block), offsets.at(block + 1), own + (block - begin) % kStages * kStageBytes, lane);
+        ring.copy(g.source, block - begin, offsets.at(block), offsets.at(block + 1), lane);
       }
     }
     copy_async_commit();
@@ -139,8 +139,9 @@ __global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) produc
   const Reader read(scratch, lane);
   bool whole = k_block == 0;  // the sums' row block was begun by this warp
   for (int block = begin; block < end; ++block) {
-    const uint32_t stage = own + (block - begin) % kStages * kStageBytes;
+    const uint32_t stage = ring.stage(block - begin);
     copy_async_wait<kStages - 1>();
+    if constexpr (!kRaw) ring.wait(block - begin);
     __syncwarp();
     uint32_t b[kColumnTiles][8];
 #pragma unroll
