@@ -184,11 +184,18 @@ __device__ __forceinline__ void fill_plane(const uint32_t (&b)[3], uint32_t befo
   const int index = band * (layout::kBandRows * layout::kBlock) + lane * 32 - static_cast<int>(before) + count - 1;
   if (fallbacks == nullptr) {
     uint32_t value_at = stage + kGuard + layout::kBlockSize + 2 * index;
-    while (missing) {
-      const uint32_t p = highest_bit(missing);
-      place_fallback(plane, p, load_byte(bytes + p + (p & 1)), load_half(value_at));
-      missing ^= 1u << p;
-      value_at -= 2, ++bytes;
+    while (missing) {  // two at a time: what an iteration costs is the latency of its loads
+      const uint32_t p = highest_bit(missing), others = missing ^ (1u << p), q = highest_bit(others);
+      const uint32_t byte_p = load_byte(bytes + p + (p & 1)), value_p = load_half(value_at);
+      const uint32_t byte_q = load_byte(bytes + 1 + q + (q & 1)), value_q = load_half(value_at - 2);  // rubbish where no other is
+      place_fallback(plane, p, byte_p, value_p);
+      if (others) {
+        place_fallback(plane, q, byte_q, value_q);
+        missing = others ^ (1u << q);
+      } else {
+        missing = 0;
+      }
+      value_at -= 4, bytes += 2;
     }
   } else {
     for (int i = index; missing; --i, ++bytes) {

@@ -1,5 +1,5 @@
-// Decompression: the warps of a CTA take blocks of its range in turns, decodes it like the product does, and arranges what it
-// decoded in shared memory so that rows of the result leave in 128-byte runs.
+// Decompression: the warps of a CTA take blocks of its range in turns, decode them like the product does, and arrange what they
+// decoded in shared memory, a band (or, transposed, two) at a time, so that rows of the result leave in runs of 128 (64) bytes.
 #include "decompress.h"
 
 #include <algorithm>
@@ -9,14 +9,19 @@
 namespace jaxzip::tca_tbe {
 namespace {
 
-constexpr int kMaxWarps = 16;
-constexpr int kRowBytes = 64 * 2 + 16;  // of a staged row: free of bank conflicts
+constexpr int kMaxWarps = 20;
 
-// Rows staged at once: those of a band, or, transposed, the 64 k of a block.
+// What is staged: `rows` rows of `pieces` 16-byte pieces, padded so that they are free of bank conflicts.
 template <bool kTransposed>
-constexpr int kStagedRows = kTransposed ? layout::kBlock : layout::kBandRows;
-template <bool kTransposed>
-constexpr int kWarpBytes = kStages * kStageBytes + kScratchBytes + kStagedRows<kTransposed> * kRowBytes;
+struct Staged {
+  static constexpr int bands = kTransposed ? 2 : 1;
+  static constexpr int rows = kTransposed ? layout::kBlock : layout::kBandRows;
+  static constexpr int pieces = kTransposed ? 2 * 2 : 8;
+  static constexpr int pitch = pieces * 16 + 16;
+  // A band takes the place of the plane that it was read from.
+  static constexpr int warp_bytes = kStages * kStageBytes + kScratchBytes + (kTransposed ? rows * pitch : 0);
+  static_assert(kTransposed || rows * pitch <= kPlaneBytes + kRankBytes, "a band fits into the plane's place");
+};
 
 struct Arguments {
   Source source;
@@ -25,33 +30,37 @@ struct Arguments {
   bool aligned;  // rows of the result start on 16 bytes
 };
 
-// Stores `kRows` staged rows of 64 elements: result rows from row0 on, columns from column0 on, of a [rows, columns] result.
-template <int kRows>
+// Stores the staged rows: result rows from row0 on, columns from column0 on, of a [rows, columns] result.
+template <class S>
 __device__ __forceinline__ void store_rows(const Arguments& g, uint32_t staged, int row0, int column0, int rows, int columns, int lane) {
-  const int piece = lane % 8, column = column0 + piece * 8;
-#pragma unroll 4
-  for (int i = 0; i < kRows / 4; ++i) {
-    const int r = i * 4 + lane / 8, row = row0 + r;
+  constexpr int kAtOnce = 32 / S::pieces;
+  const int piece = lane % S::pieces, column = column0 + piece * 8;
+#pragma unroll
+  for (int i = 0; i < S::rows / kAtOnce; ++i) {
+    const int r = i * kAtOnce + lane / S::pieces, row = row0 + r;
     if (row >= rows || column >= columns) continue;
-    const uint4 v = load_16(staged + r * kRowBytes + piece * 16);
+    const uint4 v = load_16(staged + r * S::pitch + piece * 16);
     uint16_t* to = g.out + static_cast<int64_t>(row) * columns + column;
     if (g.aligned) {
       *reinterpret_cast<uint4*>(to) = v;  // columns are a multiple of 8
     } else {
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-      for (int e = 0; e < 8 && column + e < columns; ++e) to[e] = static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)));
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (column + e < columns) to[e] = static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)));
     }
   }
 }
 
 template <bool kTransposed>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_constant__ Arguments g) {
+  using S = Staged<kTransposed>;
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int cta = blockIdx.x;
   const int first = cta * g.share + min(cta, g.extra), last = first + g.share + (cta < g.extra);
-  const uint32_t own = shared_address(shared) + warp * kWarpBytes<kTransposed>, scratch = own + kStages * kStageBytes;
-  const uint32_t staged = scratch + kScratchBytes;
+  const uint32_t own = shared_address(shared) + warp * S::warp_bytes, scratch = own + kStages * kStageBytes;
+  const uint32_t staged = kTransposed ? scratch + kScratchBytes : scratch;
   const uint32_t exponent = *g.source.start_exp * 0x00800080u;
   // Neighbours in the result are neighbours in this order.
   const auto block_at = [&](int i) { return kTransposed ? i % g.row_blocks * g.k_blocks + i / g.row_blocks : i; };
@@ -73,7 +82,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
   for (int i = 0; i < kStages; ++i) copy(i);
 
   const Reader read(scratch, lane);
-  const uint32_t spot = staged + lane / 4 * kRowBytes + lane % 4 * 4;
+  const uint32_t spot = staged + lane / 4 * S::pitch + lane % 4 * 4;
   for (int turn = 0, i = first + warp; i < last; ++turn, i += warps) {
     const int block = block_at(i), row0 = block / g.k_blocks * layout::kBlock, k0 = block % g.k_blocks * layout::kBlock;
     const uint32_t stage = ring.stage(turn);
@@ -94,30 +103,32 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
       fill_plane(bits.b[band], ranks.before[band], band, exponent, stage, scratch, fallbacks, fallbacks_left, lane);
       bits.load_band(band);
       __syncwarp();
+      uint32_t a[kTiles][4];
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        uint32_t a[4];
-        read(tile, a);
+      for (int tile = 0; tile < kTiles; ++tile) read(tile, a[tile]);
+      if (!kTransposed) __syncwarp();
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (int f = 0; f < 4; ++f) {
           const int m8 = f & 1, k8 = tile * 2 + (f >> 1);
           if (kTransposed) {
-            store_word(spot + k8 * 8 * kRowBytes + (band * 2 + m8) * 16, transpose_matrix(a[f]));
+            store_word(spot + k8 * 8 * S::pitch + (band % S::bands * 2 + m8) * 16, transpose_matrix(a[tile][f]));
           } else {
-            store_word(spot + m8 * 8 * kRowBytes + k8 * 16, a[f]);
+            store_word(spot + m8 * 8 * S::pitch + k8 * 16, a[tile][f]);
           }
         }
-      }
       __syncwarp();
-      if (!kTransposed) {
-        store_rows<layout::kBandRows>(g, staged, row0 + band * layout::kBandRows, k0, g.m, g.k, lane);
+      if (band == kBands - 1) copy(turn + kStages);
+      if (band % S::bands == S::bands - 1) {
+        const int m0 = row0 + (band + 1 - S::bands) * layout::kBandRows;
+        if (kTransposed) {
+          store_rows<S>(g, staged, k0, m0, g.k, g.m, lane);
+        } else {
+          store_rows<S>(g, staged, m0, k0, g.m, g.k, lane);
+        }
         __syncwarp();
       }
-    }
-    copy(turn + kStages);
-    if (kTransposed) {
-      store_rows<layout::kBlock>(g, staged, k0, row0, g.k, g.m, lane);
-      __syncwarp();
     }
   }
   copy_async_wait<0>();
@@ -131,7 +142,7 @@ cudaError_t launch(Arguments& g, cudaStream_t stream) {
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
-  const int warps = std::min(kMaxWarps, limit / kWarpBytes<kTransposed>), bytes = warps * kWarpBytes<kTransposed>;
+  const int warps = std::min(kMaxWarps, limit / Staged<kTransposed>::warp_bytes), bytes = warps * Staged<kTransposed>::warp_bytes;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   const int64_t blocks = int64_t{g.row_blocks} * g.k_blocks;

@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) produc
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int first = cta_start(g, blockIdx.x), length = cta_start(g, blockIdx.x + 1) - first;
-  const auto warp_start = [&](int w) { return first + w * length / warps; };
+  const int warp_share = length / warps, warp_extra = length - warp_share * warps;
+  const auto warp_start = [&](int w) { return first + w * warp_share + min(w, warp_extra); };
   const int begin = warp_start(warp), end = warp_start(warp + 1), blocks = g.row_blocks * g.k_blocks;
   const int column0 = blockIdx.y * S::columns;
   const uint32_t own = shared_address(shared) + warp * S::warp_bytes, scratch = own + kStages * kStageBytes;

@@ -1,0 +1,87 @@
+"""The fused TCA-TBE matmul and the decoder on a real NVIDIA GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from weights import named_weights
+
+import jaxzip
+from jaxzip.compress import encode_as
+from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS
+from jaxzip.testing import all_bit_patterns, bits, gaussian_weights
+
+pytestmark = pytest.mark.gpu
+WEIGHTS = named_weights()
+SHAPES = [(64, 64), (1, 1), (330, 200), (1096, 65), (20000, 96), (4096, 1024)]
+
+
+@pytest.fixture(autouse=True)
+def on_gpu():
+    with jax.default_device(jax.devices("cuda")[0]):
+        yield
+
+
+def encoded(w, output_axis=KERNEL_AXIS):
+    return jax.tree.map(jnp.asarray, encode_as(w, "tca-tbe", output_axis))
+
+
+def fused(x, z):
+    return jaxzip.matmul(x, z, implementation="ffi")
+
+
+def rows(n, k):
+    return jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16)
+
+
+def relative_error(y, exact):
+    return np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 11, 16, 32, 33, 256, 300])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_is_right_and_repeats(shape, n):
+    w = gaussian_weights(shape)
+    x, z = rows(n, shape[0]), encoded(w)
+    y = fused(x, z)
+    assert relative_error(y, np.asarray(x, np.float64) @ w.astype(np.float64)) < 4e-3
+    assert np.array_equal(bits(y), bits(fused(x, z)))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_one_hot_rows_give_the_weights_themselves(name):
+    """x = e_k selects row k of the kernel: sums of one product and zeros, exact for every finite weight."""
+    w = WEIGHTS[name]
+    if w.ndim != 2:
+        pytest.skip("one matrix")
+    values = w.astype(np.float64)
+    if not np.isfinite(values).all():
+        pytest.skip("0 * inf is NaN in every other row")
+    k = min(w.shape[0], 64)
+    x = jnp.eye(k, w.shape[0], dtype=jnp.bfloat16)
+    # Tensor Cores take subnormals; only the sign of a zero is lost in a sum.
+    assert np.array_equal(np.asarray(fused(x, encoded(w)), np.float64), values[:k])
+
+
+def test_nan_and_infinity_arrive():
+    w = all_bit_patterns()
+    x = rows(8, w.shape[0])
+    y = np.asarray(fused(x, encoded(w)), np.float32)
+    dense = np.asarray(x.astype(jnp.float32) @ jnp.asarray(w).astype(jnp.float32))
+    assert np.isnan(y[np.isnan(dense)]).all()
+
+
+@pytest.mark.parametrize("output_axis", [KERNEL_AXIS, TABLE_AXIS])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decompress_of_ragged_shapes(shape, output_axis):
+    w = gaussian_weights(shape)
+    assert np.array_equal(bits(jaxzip.decompress(encoded(w, output_axis), implementation="ffi")), bits(w))
+
+
+def test_two_products_in_one_program():
+    """They share nothing, the workspaces included."""
+    a, b = (encoded(gaussian_weights((768, 512), seed=s)) for s in (1, 2))
+    x = rows(8, 768)
+    both = jax.jit(lambda x, a, b: (fused(x, a), fused(x, b)))(x, a, b)
+    assert np.array_equal(bits(both[0]), bits(fused(x, a)))
+    assert np.array_equal(bits(both[1]), bits(fused(x, b)))
