@@ -23,6 +23,7 @@ constexpr int kBands = layout::kBandsPerBlock;
 constexpr int kTiles = 4;                     // TensorCoreTiles a band
 constexpr int kFullStaged = 368;              // fallbacks of a block in shared memory, 9%; those past it are read from memory
 constexpr int kStages = 2;
+constexpr int kEarly = 2;  // fallbacks of a half-FragTile whose loads go out first
 constexpr int kGuard = 16;                    // bytes before sign_mantissa: "rank - 1" of rank 0
 constexpr int kStageBytes = kGuard + layout::kBlockSize + 2 * kFullStaged;
 // The plane: word (tile t, half h, pair j, FragTile f) at 136 t + 68 h + 4 j + f, free of bank conflicts both ways.
@@ -146,9 +147,20 @@ struct Ranks {
   }
 };
 
-__device__ __forceinline__ void place_fallback(uint32_t plane, uint32_t p, uint32_t byte, uint32_t value) {
-  store_half(plane + p * 8 - (p & 1) * 6, value ^ ((byte * 257) & 0x807F));
-}
+// The highest of `missing`, which loses it. Nothing is missing: `found` is false and `p` is 32.
+struct Fallback {
+  uint32_t p;
+  bool found;
+  __device__ __forceinline__ void next(uint32_t& missing) {
+    const uint32_t shift = highest_bit_shift(missing);
+    found = missing != 0;
+    p = 31 - shift;
+    missing ^= shift_right(0x80000000u, shift);
+  }
+  __device__ __forceinline__ void place(uint32_t plane, uint32_t byte, uint32_t value) const {
+    if (found) store_half(plane + p * 8 - (p & 1) * 6, value ^ ((byte * 257) & 0x807F));
+  }
+};
 
 // First step: this lane's half-FragTile to the plane. `exponent` is start_exp << 7 in both halves. `fallbacks` are the
 // block's in memory, null where all are staged.
@@ -160,6 +172,23 @@ __device__ __forceinline__ void fill_plane(const uint32_t (&b)[3], uint32_t befo
   const uint32_t rank_at = scratch + kPlaneBytes + 4 * (tile * 8 + half * 4 + frag);
   store_word(rank_at, any);
   store_word(rank_at + 128, low);
+
+  // Fallbacks, from the highest position down. In the window and before position p are p less the fallbacks before p. The first
+  // ones' loads go out now, their words are placed below, on top of the plane.
+  const bool staged = fallbacks == nullptr;
+  const int count = __popc(~any);
+  const int index = band * (layout::kBandRows * layout::kBlock) + lane * 32 - static_cast<int>(before) + count - 1;
+  uint32_t missing = staged ? ~any : 0;
+  uint32_t bytes = low - count;  // plus p + (p & 1): where an even position's byte is, one before the odd one's
+  uint32_t value_at = stage + kGuard + layout::kBlockSize + 2 * min(index, kFullStaged - 1);
+  Fallback early[kEarly];
+  uint32_t early_byte[kEarly], early_value[kEarly];
+#pragma unroll
+  for (int i = 0; i < kEarly; ++i) {
+    early[i].next(missing);
+    early_byte[i] = load_byte(bytes + i + early[i].p + (early[i].p & 1));
+    early_value[i] = load_half(value_at - 2 * i);
+  }
 
   // Codes as nibbles (the fourth bit is rubbish): word r holds the positions p with p % 4 == r, at bit 4 (p / 4).
   const uint32_t even = choose<0x55555555u>(b[0], b[1] << 1), odd = choose<0x55555555u>(b[0] >> 1, b[1]);
@@ -177,31 +206,19 @@ __device__ __forceinline__ void fill_plane(const uint32_t (&b)[3], uint32_t befo
     store_word(plane + 16 * j, e);
   }
 
-  // Fallbacks, from the highest position down. In the window and before position p are p less the fallbacks before p.
-  uint32_t missing = ~any;
-  const int count = __popc(missing);
-  uint32_t bytes = low - count;  // plus p + (p & 1): where an even position's byte is, one before the odd one's
-  const int index = band * (layout::kBandRows * layout::kBlock) + lane * 32 - static_cast<int>(before) + count - 1;
-  if (fallbacks == nullptr) {
-    uint32_t value_at = stage + kGuard + layout::kBlockSize + 2 * index;
-    while (missing) {  // two at a time: what an iteration costs is the latency of its loads
-      const uint32_t p = highest_bit(missing), others = missing ^ (1u << p), q = highest_bit(others);
-      const uint32_t byte_p = load_byte(bytes + p + (p & 1)), value_p = load_half(value_at);
-      const uint32_t byte_q = load_byte(bytes + 1 + q + (q & 1)), value_q = load_half(value_at - 2);  // rubbish where no other is
-      place_fallback(plane, p, byte_p, value_p);
-      if (others) {
-        place_fallback(plane, q, byte_q, value_q);
-        missing = others ^ (1u << q);
-      } else {
-        missing = 0;
-      }
-      value_at -= 4, bytes += 2;
-    }
-  } else {
+#pragma unroll
+  for (int i = 0; i < kEarly; ++i) early[i].place(plane, early_byte[i], early_value[i]);
+  Fallback one;
+  for (bytes += kEarly, value_at -= 2 * kEarly; missing; ++bytes, value_at -= 2) {
+    one.next(missing);
+    one.place(plane, load_byte(bytes + one.p + (one.p & 1)), load_half(value_at));
+  }
+  if (!staged) {
+    missing = ~any;
+    bytes = low - count;
     for (int i = index; missing; --i, ++bytes) {
-      const uint32_t p = highest_bit(missing);
-      place_fallback(plane, p, load_byte(bytes + p + (p & 1)), i < fallbacks_left ? fallbacks[i] : 0);
-      missing ^= 1u << p;
+      one.next(missing);
+      one.place(plane, load_byte(bytes + one.p + (one.p & 1)), i < fallbacks_left ? fallbacks[i] : 0);
     }
   }
 }

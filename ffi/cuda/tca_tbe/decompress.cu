@@ -65,13 +65,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
   // Neighbours in the result are neighbours in this order.
   const auto block_at = [&](int i) { return kTransposed ? i % g.row_blocks * g.k_blocks + i / g.row_blocks : i; };
   const Ring ring(own, scratch, lane);
-  const auto copy = [&](int turn) {
+  uint2 from = {}, to = {};  // of the next block to copy, loaded a turn ahead
+  const auto load_offsets = [&](int turn) {
     const int i = first + warp + turn * warps;
-    if (i < last) {
-      const int block = block_at(i);
-      ring.copy(g.source, turn, g.source.tile_offsets[block], g.source.tile_offsets[block + 1], lane);
-    }
+    if (i >= last) return;
+    const int block = block_at(i);
+    from = g.source.tile_offsets[block], to = g.source.tile_offsets[block + 1];
+  };
+  const auto copy = [&](int turn) {
+    if (first + warp + turn * warps < last) ring.copy(g.source, turn, from, to, lane);
     copy_async_commit();
+    load_offsets(turn + 1);
   };
   Bitmaps bits;
   if (first + warp < last) {
@@ -79,6 +83,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
 #pragma unroll
     for (int band = 0; band < kBands; ++band) bits.load_band(band);
   }
+  load_offsets(0);
   for (int i = 0; i < kStages; ++i) copy(i);
 
   const Reader read(scratch, lane);

@@ -47,10 +47,16 @@ __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t c) {
   asm volatile("mad.lo.u32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "n"(kFactor), "r"(c));
   return r;
 }
-// The number of the highest bit of v != 0.
-__device__ __forceinline__ uint32_t highest_bit(uint32_t v) {
+// How far the highest bit of v is from bit 31; all ones for v == 0.
+__device__ __forceinline__ uint32_t highest_bit_shift(uint32_t v) {
   uint32_t r;
-  asm("bfind.u32 %0,%1;" : "=r"(r) : "r"(v));
+  asm("bfind.shiftamt.u32 %0,%1;" : "=r"(r) : "r"(v));
+  return r;
+}
+// v >> shift, 0 for shifts past 31.
+__device__ __forceinline__ uint32_t shift_right(uint32_t v, uint32_t shift) {
+  uint32_t r;
+  asm("shr.u32 %0,%1,%2;" : "=r"(r) : "r"(v), "r"(shift));
   return r;
 }
 
