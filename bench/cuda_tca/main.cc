@@ -48,7 +48,10 @@ int check_decompression(const TcaProblem& p, cudaStream_t stream) {
       if (want[i] != got[transposed ? i % p.k * p.m + i / p.k : i]) {
         if (!wrong++) first = i;
       }
-    if (wrong) std::printf("WRONG decompression %s: %zu of %zu, first row %zu column %zu\n", transposed ? "[k, m]" : "[m, k]", wrong, size, first / p.k, first % p.k), ++failures;
+    if (!wrong) continue;
+    std::printf("WRONG decompression %s: %zu of %zu, first row %zu column %zu\n", transposed ? "[k, m]" : "[m, k]", wrong, size,
+                first / p.k, first % p.k);
+    ++failures;
   }
   return failures;
 }
@@ -73,8 +76,8 @@ int check_products(const TcaProblem& p, const std::string& weights, int n, cudaS
     const auto run = [&](bool fp32, bool add, bool raw, void* to) {
       CHECK(cudaMemset(y.get(), 0xFF, outputs * 4));
       CHECK(cudaMemset(workspace.get(), 0xFF, workspace_size * 4));
-      CHECK(launch_matmul(p.first, x, n, {y.get(), fp32, add ? bias.get() : nullptr, add ? residual.get() : nullptr}, workspace.get(), stream,
-                          options, raw ? p.ordered->get() : nullptr));
+      const Epilogue epilogue = {y.get(), fp32, add ? bias.get() : nullptr, add ? residual.get() : nullptr};
+      CHECK(launch_matmul(p.first, x, n, epilogue, workspace.get(), stream, options, raw ? p.ordered->get() : nullptr));
       CHECK(cudaStreamSynchronize(stream));
       CHECK(cudaMemcpy(to, y.get(), outputs * (fp32 ? 4 : 2), cudaMemcpyDeviceToHost));
     };
@@ -85,7 +88,8 @@ int check_products(const TcaProblem& p, const std::string& weights, int n, cudaS
     run(true, false, true, raw.data());
     run(false, false, false, rounded.data());
     run(false, true, false, added.data());
-    const bool repeats = !std::memcmp(got.data(), again.data(), outputs * 4), equal = !std::memcmp(got.data(), raw.data(), outputs * 4);
+    const bool repeats = !std::memcmp(got.data(), again.data(), outputs * 4);
+    const bool equal = !std::memcmp(got.data(), raw.data(), outputs * 4);
     double error = 0, norm = 0;
     size_t misrounded = 0, special = 0;
     for (size_t i = 0; i < outputs; ++i) {
@@ -105,8 +109,8 @@ int check_products(const TcaProblem& p, const std::string& weights, int n, cudaS
     if (judged && error > *worst) *worst = error;
     if (!repeats || !equal || (judged && !(error < 5e-6)) || misrounded || special) {
       ++failures;
-      std::printf("WRONG %s M%d K%d N%d: error %.2e, repeats %d, equals raw %d, misrounded %zu, special %zu\n", weights.c_str(), p.m, p.k, n, error,
-                  repeats, equal, misrounded, special);
+      std::printf("WRONG %s M%d K%d N%d: error %.2e, repeats %d, equals raw %d, misrounded %zu, special %zu\n", weights.c_str(),
+                  p.m, p.k, n, error, repeats, equal, misrounded, special);
     }
   }
   return failures;
@@ -118,25 +122,26 @@ int check(const ExponentClasses& classes, bool small, cudaStream_t stream) {
     const char* weights;
   };
   int failures = 0;
-  for (const Case& c : {Case{64, 64, "gaussian"}, Case{1, 1, "gaussian"}, Case{256, 256, "patterns"}, Case{65, 1096, "patterns"}, Case{200, 330, "real"},
-                        Case{130, 200, "escapes"}, Case{130, 200, "zeros"}, Case{1024, 4096, "real"}, Case{1000, 3000, "real"},
-                        Case{96, 20000, "gaussian"}, Case{4096, 2048, "gaussian"}, Case{6144, 4096, "real"}}) {
+  for (const Case& c : {Case{64, 64, "gaussian"}, Case{1, 1, "gaussian"}, Case{256, 256, "patterns"}, Case{65, 1096, "patterns"},
+                        Case{200, 330, "real"}, Case{130, 200, "escapes"}, Case{130, 200, "zeros"}, Case{1024, 4096, "real"},
+                        Case{1000, 3000, "real"}, Case{96, 20000, "gaussian"}, Case{4096, 2048, "gaussian"},
+                        Case{6144, 4096, "real"}}) {
     if (small && static_cast<int64_t>(c.m) * c.k > 100000) continue;
     const TcaProblem p = make_tca_problem(c.m, c.k, c.weights, classes, 0);
     int wrong = check_decompression(p, stream);
     double worst = 0;
     for (const int n : {1, 3, 8, 11, 16, 32, 33, 70, 256})
       if (c.m < 4096 || n == 8 || n == 32) wrong += check_products(p, c.weights, n, stream, &worst);
-    std::printf("check %-8s M%-5d K%-5d %.3f bits, fallbacks %.2f%%: worst error %.1e, %d wrong\n", c.weights, c.m, c.k, p.bits_per_weight,
-                100 * p.fallback_share, worst, wrong);
+    std::printf("check %-8s M%-5d K%-5d %.3f bits, fallbacks %.2f%%: worst error %.1e, %d wrong\n", c.weights, c.m, c.k,
+                p.bits_per_weight, 100 * p.fallback_share, worst, wrong);
     std::fflush(stdout);
     failures += wrong;
   }
   return failures;
 }
 
-void measure(const TcaProblem& p, const std::string& weights, int n, const std::vector<std::string>& warp_counts, cudaStream_t stream, CublasReference& cublas,
-             std::ostream& json) {
+void measure(const TcaProblem& p, const std::string& weights, int n, const std::vector<std::string>& warp_counts,
+             cudaStream_t stream, CublasReference& cublas, std::ostream& json) {
   DeviceArray<__nv_bfloat16> x(static_cast<size_t>(n) * p.k), y(static_cast<size_t>(n) * p.m);
   DeviceArray<float> workspace(matmul_workspace(p.m, n));
   fill_gaussian(reinterpret_cast<uint16_t*>(x.get()), x.size(), 1.0f, 0, 77);
@@ -157,14 +162,17 @@ void measure(const TcaProblem& p, const std::string& weights, int n, const std::
       us[overlap] = graph_microseconds(
           stream,
           [&](int i) {
-            CHECK(launch_matmul(p.copy(i), x.get(), n, {y.get(), false, nullptr, nullptr}, workspace.get(), stream, {std::stoi(warps), 0, overlap}));
+            CHECK(launch_matmul(p.copy(i), x.get(), n, {y.get(), false, nullptr, nullptr}, workspace.get(), stream,
+                                {std::stoi(warps), 0, overlap}));
           },
           std::max(p.copies, 30), 9);
-    std::printf("%6dx%-5d N%-3d %s %.2f bits w%s: cublas %6.2f (gemmEx %6.2f)  ours %6.2f ratio %.3f  overlapped %6.2f ratio %.3f  %.2f TB/s\n", p.m, p.k,
-                n, weights.c_str(), p.bits_per_weight, warps.c_str(), best, gemm_ex, us[0], best / us[0], us[1], best / us[1], bytes / us[1] / 1e6);
-    json << "{\"m\": " << p.m << ", \"k\": " << p.k << ", \"n\": " << n << ", \"weights\": \"" << weights << "\", \"bits\": " << p.bits_per_weight
-         << ", \"warps\": " << warps << ", \"cublas_us\": " << best << ", \"gemm_ex_us\": " << gemm_ex << ", \"us\": " << us[0] << ", \"overlapped_us\": " << us[1]
-         << ", \"ratio\": " << best / us[0] << ", \"overlapped_ratio\": " << best / us[1] << "},\n";
+    std::printf("%6dx%-5d N%-3d %s %.2f bits w%s: cublas %6.2f (gemmEx %6.2f)  ours %6.2f ratio %.3f  overlapped %6.2f ratio %.3f"
+                "  %.2f TB/s\n", p.m, p.k, n, weights.c_str(), p.bits_per_weight, warps.c_str(), best, gemm_ex, us[0], best / us[0],
+                us[1], best / us[1], bytes / us[1] / 1e6);
+    json << "{\"m\": " << p.m << ", \"k\": " << p.k << ", \"n\": " << n << ", \"weights\": \"" << weights << "\", \"bits\": "
+         << p.bits_per_weight << ", \"fallback_share\": " << p.fallback_share << ", \"warps\": " << warps << ", \"cublas_us\": " << best
+         << ", \"gemm_ex_us\": " << gemm_ex << ", \"us\": " << us[0] << ", \"overlapped_us\": " << us[1] << ", \"ratio\": "
+         << best / us[0] << ", \"overlapped_ratio\": " << best / us[1] << "},\n";
   }
   std::fflush(stdout);
 }
@@ -191,11 +199,14 @@ void measure_decompression(const TcaProblem& p, cudaStream_t stream, std::ostrea
   }
   for (const bool transposed : {false, true}) {
     const float us = graph_microseconds(
-        stream, [&](int i) { CHECK(launch_decompress(p.copy(i), p.dense->get() + size * (i % p.dense_copies), transposed, stream)); }, std::max(p.copies, 20), 5);
-    std::printf("%6dx%-5d decompress %s %.2f us, %.2f TB/s; copy of as many bytes %.2f us: %.1f%%\n", p.m, p.k, transposed ? "[k, m]" : "[m, k]", us,
+        stream,
+        [&](int i) { CHECK(launch_decompress(p.copy(i), p.dense->get() + size * (i % p.dense_copies), transposed, stream)); },
+        std::max(p.copies, 20), 5);
+    const char* order = transposed ? "[k, m]" : "[m, k]";
+    std::printf("%6dx%-5d decompress %s %.2f us, %.2f TB/s; copy of as many bytes %.2f us: %.1f%%\n", p.m, p.k, order, us,
                 bytes / us / 1e6, copy_us, 100 * copy_us / us);
-    json << "{\"m\": " << p.m << ", \"k\": " << p.k << ", \"decompress\": \"" << (transposed ? "km" : "mk") << "\", \"us\": " << us << ", \"copy_us\": " << copy_us
-         << "},\n";
+    json << "{\"m\": " << p.m << ", \"k\": " << p.k << ", \"fallback_share\": " << p.fallback_share << ", \"decompress\": \"" << order
+         << "\", \"us\": " << us << ", \"copy_us\": " << copy_us << "},\n";
   }
   std::fflush(stdout);
 }
@@ -219,10 +230,12 @@ int main(int argc, char** argv) {
     for (const std::string& shape : split(shapes)) {
       int m, k;
       if (std::sscanf(shape.c_str(), "%dx%d", &m, &k) != 2) std::exit(2);
-      for (const std::string& weights : split(option(argc, argv, "weights", "real"))) body(make_tca_problem(m, k, weights, classes, kColdBytes), weights);
+      for (const std::string& weights : split(option(argc, argv, "weights", "real")))
+        body(make_tca_problem(m, k, weights, classes, kColdBytes), weights);
     }
   };
-  each(option(argc, argv, "decompress", ""), [&](const TcaProblem& p, const std::string&) { measure_decompression(p, stream, json); });
+  each(option(argc, argv, "decompress", ""),
+       [&](const TcaProblem& p, const std::string&) { measure_decompression(p, stream, json); });
   each(option(argc, argv, "shapes", ""), [&](const TcaProblem& p, const std::string& weights) {
     for (const std::string& n : split(option(argc, argv, "n", "1,8,16,32")))
       measure(p, weights, std::stoi(n), split(option(argc, argv, "warps", "0")), stream, cublas, json);

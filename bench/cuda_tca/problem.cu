@@ -71,7 +71,9 @@ size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 Payload TcaProblem::copy(int i) const {
   Payload p = first;
   const size_t by = static_cast<size_t>(i % copies) * copy_bytes;
-  const auto move = [&](auto*& pointer) { pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(reinterpret_cast<const uint8_t*>(pointer) + by); };
+  const auto move = [&](auto*& pointer) {
+    pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(reinterpret_cast<const uint8_t*>(pointer) + by);
+  };
   for (auto& b : p.bitmap) move(b);
   move(p.start_exp), move(p.sign_mantissa), move(p.full), move(p.tile_offsets), move(p.band_offsets);
   return p;
@@ -91,7 +93,10 @@ TcaProblem make_tca_problem(int m, int k, const std::string& weights, const Expo
   } else {
     std::vector<uint16_t> host(size);
     for (size_t i = 0; i < size; ++i)
-      host[i] = weights == "zeros" ? (i % 7 ? 0 : 0x8000) : weights == "escapes" ? static_cast<uint16_t>(i % 3 << 15 | (64 + i % 4 * 32) << 7 | i % 128) : static_cast<uint16_t>(i * 40503u);
+      host[i] = weights == "zeros" ? (i % 7 ? 0 : 0x8000)
+                : weights == "escapes"
+                    ? static_cast<uint16_t>(i % 3 << 15 | (64 + i % 4 * 32) << 7 | i % 128)
+                    : static_cast<uint16_t>(i * 40503u);
     CHECK(cudaMemcpy(w, host.data(), size * 2, cudaMemcpyHostToDevice));
   }
   for (int i = 1; i < p.dense_copies; ++i) CHECK(cudaMemcpy(w + i * size, w, size * 2, cudaMemcpyDeviceToDevice));
@@ -135,7 +140,9 @@ TcaProblem make_tca_problem(int m, int k, const std::string& weights, const Expo
   CHECK(cudaMemset(s, 0, p.copy_bytes));
   for (int b = 0; b < 3; ++b)
     CHECK(cudaMemcpy(s + b * aligned(blocks * 512), to.bitmap[b], blocks * 512, cudaMemcpyDeviceToDevice));
-  to.sign_mantissa = s + at_low, to.full = reinterpret_cast<uint16_t*>(s + at_full), to.tile_offsets = reinterpret_cast<uint2*>(s + at_offsets);
+  to.sign_mantissa = s + at_low;
+  to.full = reinterpret_cast<uint16_t*>(s + at_full);
+  to.tile_offsets = reinterpret_cast<uint2*>(s + at_offsets);
   CHECK(cudaMemcpy(s + at_offsets, offsets.data(), offsets.size() * 8, cudaMemcpyHostToDevice));
   CHECK(cudaMemcpy(s + at_bands, bands.get(), blocks * 32, cudaMemcpyDeviceToDevice));
   const uint8_t start_byte = static_cast<uint8_t>(start);

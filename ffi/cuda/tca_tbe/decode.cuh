@@ -61,6 +61,10 @@ struct Offsets {
   __device__ __forceinline__ bool holds(int block) const { return block + 1 - first < 32; }
 };
 
+__device__ __forceinline__ int run_length(int64_t said, int64_t there_are, int64_t room) {
+  return static_cast<int>(max(int64_t{0}, min(min(said, there_are), room)));
+}
+
 // Stages and their barriers: stage `i` is filled for the `use`-th time.
 struct Ring {
   uint32_t stages, barriers;
@@ -77,8 +81,8 @@ struct Ring {
   // Starts the copies of this warp's `block`-th block, whose runs begin at `from` and end at `to`.
   __device__ __forceinline__ void copy(const Source& s, int block, uint2 from, uint2 to, int lane) const {
     const int64_t low = from.x & ~15u, full = from.y & ~7u;
-    const int low_bytes = static_cast<int>(max(int64_t{0}, min(min(int64_t{layout::kBlockSize}, int64_t{to.x} - low), s.sign_mantissa_len - low))) & ~15;
-    const int full_bytes = 2 * static_cast<int>(max(int64_t{0}, min(min(int64_t{kFullStaged}, int64_t{to.y} - full), s.full_len - full))) & ~15;
+    const int low_bytes = run_length(to.x - low, s.sign_mantissa_len - low, layout::kBlockSize) & ~15;
+    const int full_bytes = 2 * run_length(to.y - full, s.full_len - full, kFullStaged) & ~15;
     const uint32_t low_to = stage(block) + kGuard, full_to = low_to + layout::kBlockSize;
 #ifdef JAXZIP_BULK_COPIES
     if (lane == 0) {

@@ -64,7 +64,8 @@ __device__ __forceinline__ void copy_x(const Arguments& g, int column0, int k_bl
 
 template <int kColumnTiles>
 __device__ __forceinline__ float* closing_part(const Arguments& g, int row_block) {
-  return g.workspace + (static_cast<int64_t>(blockIdx.y) * (g.row_blocks + 2 * kMaxCtas) + row_block) * (Shape<kColumnTiles>::part_bytes / 4);
+  const int64_t parts = static_cast<int64_t>(blockIdx.y) * (g.row_blocks + 2 * kMaxCtas) + row_block;
+  return g.workspace + parts * (Shape<kColumnTiles>::part_bytes / 4);
 }
 // Of a CTA: 0 for the row block that an earlier CTA began, 1 for the one that it begins and does not end.
 template <int kColumnTiles>
