@@ -1,4 +1,4 @@
-// Decompression: the warps of a CTA take blocks of its range in turns, decode them like the product does, and arrange what they
+// Decompression: the warps take blocks in turns, decode them like the product does, and arrange what they
 // decoded in shared memory, a band (or, transposed, two) at a time, so that rows of the result leave in runs of 128 (64) bytes.
 #include "decompress.h"
 
@@ -10,6 +10,7 @@ namespace jaxzip::tca_tbe {
 namespace {
 
 constexpr int kMaxWarps = 12;  // more are slower: 16, 19 by 1-4%
+constexpr int kManyRounds = 6;
 
 // What is staged: `rows` rows of `pieces` 16-byte pieces, padded so that they are free of bank conflicts.
 template <bool kTransposed>
@@ -58,7 +59,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int cta = blockIdx.x;
-  const int first = cta * g.share + min(cta, g.extra), last = first + g.share + (cta < g.extra);
+  // All CTAs side by side, so that what is written at a time lies together in memory; where that makes few rounds, which an
+  // uneven last one would show in, a range a CTA.
+  const bool together = g.share >= kManyRounds * warps;
+  const int first = cta * g.share + min(cta, g.extra);
+  const int last = together ? g.k_blocks * g.row_blocks : first + g.share + (cta < g.extra);
+  const int mine = (together ? cta * warps : first) + warp, step = together ? static_cast<int>(gridDim.x) * warps : warps;
   const uint32_t own = shared_address(shared) + warp * S::warp_bytes, scratch = own + kStages * kStageBytes;
   const uint32_t staged = kTransposed ? scratch + kScratchBytes : scratch;
   const uint32_t exponent = *g.source.start_exp * 0x00800080u;
@@ -67,19 +73,19 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
   const Ring ring(own, scratch, lane);
   uint2 from = {}, to = {};  // of the next block to copy, loaded a turn ahead
   const auto load_offsets = [&](int turn) {
-    const int i = first + warp + turn * warps;
+    const int i = mine + turn * step;
     if (i >= last) return;
     const int block = block_at(i);
     from = g.source.tile_offsets[block], to = g.source.tile_offsets[block + 1];
   };
   const auto copy = [&](int turn) {
-    if (first + warp + turn * warps < last) ring.copy(g.source, turn, from, to, lane);
+    if (mine + turn * step < last) ring.copy(g.source, turn, from, to, lane);
     copy_async_commit();
     load_offsets(turn + 1);
   };
   Bitmaps bits;
-  if (first + warp < last) {
-    bits.aim(g.source, block_at(first + warp), lane);
+  if (mine < last) {
+    bits.aim(g.source, block_at(mine), lane);
 #pragma unroll
     for (int band = 0; band < kBands; ++band) bits.load_band(band);
   }
@@ -88,7 +94,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
 
   const Reader read(scratch, lane);
   const uint32_t spot = staged + lane / 4 * S::pitch + lane % 4 * 4;
-  for (int turn = 0, i = first + warp; i < last; ++turn, i += warps) {
+  for (int turn = 0, i = mine; i < last; ++turn, i += step) {
     const int block = block_at(i), row0 = block / g.k_blocks * layout::kBlock, k0 = block % g.k_blocks * layout::kBlock;
     const uint32_t stage = ring.stage(turn);
     copy_async_wait<kStages - 1>();
@@ -96,7 +102,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
     __syncwarp();
     Ranks ranks;
     ranks.count(bits, lane);
-    bits.aim(g.source, block_at(min(i + warps, last - 1)), lane);
+    bits.aim(g.source, block_at(min(i + step, last - 1)), lane);
     const uint16_t* fallbacks = nullptr;
     int64_t fallbacks_left = 0;
     if (layout::kBlockSize - ranks.inside > kFullStaged) {
