@@ -86,6 +86,34 @@ int check_products(const Problem& p, int n, int offset, const std::string& only,
   return failures;
 }
 
+// A batch-invariant configuration must give a column the same bits whatever the others are.
+int check_invariance(const Problem& p, cudaStream_t stream) {
+  constexpr int kAll = 64;
+  const WgmmaConfig c = choose_batch_invariant(p.encoded.matrix);
+  DeviceArray<__nv_bfloat16> x(static_cast<size_t>(kAll) * p.k);
+  fill_gaussian(reinterpret_cast<uint16_t*>(x.get()), x.size(), 1.0f, 0, 78);
+  DeviceArray<float> y(static_cast<size_t>(kAll) * p.m);
+  const auto run = [&](int first, int n) {
+    std::vector<float> got(static_cast<size_t>(n) * p.m);
+    CHECK(cudaMemset(y.get(), 0xFF, got.size() * 4));
+    const __nv_bfloat16* from = x.get() + static_cast<size_t>(first) * p.k;
+    CHECK(launch_matmul_wgmma(p.encoded.matrix, from, n, {y.get(), true, nullptr, nullptr}, c, stream));
+    CHECK(cudaStreamSynchronize(stream));
+    CHECK(cudaMemcpy(got.data(), y.get(), got.size() * 4, cudaMemcpyDeviceToHost));
+    return got;
+  };
+  const std::vector<float> all = run(0, kAll);
+  int wrong = 0;
+  for (const int n : {1, 2, 5, 8, 9, 16, 17, 31, 32, 33, 63})
+    for (const int first : {0, kAll - n}) {
+      const int even = first / 8 * 8;  // keeps x aligned for any k
+      const std::vector<float> got = run(even, std::min(n, kAll - even));
+      wrong += std::memcmp(got.data(), all.data() + static_cast<size_t>(even) * p.m, got.size() * 4) != 0;
+    }
+  if (wrong) std::printf("WRONG: bits depend on n in %d of 22 runs\n", wrong);
+  return wrong;
+}
+
 }  // namespace
 
 int check_payload(const char* path, cudaStream_t stream) {
@@ -138,6 +166,7 @@ int check_kernels(const ExponentClasses& classes, const std::string& only, cudaS
                         Case{65, 1096, "patterns"}, Case{1024, 4096, "real"}, Case{1000, 3000, "real"}, Case{4096, 2048, "gaussian"}, Case{6144, 4096, "real"}}) {
     const Problem p = make_problem(c.m, c.k, c.weights, classes, 0);
     int wrong = check_decompression(p, stream), checked = 0;
+    if (std::string(c.weights) != "patterns") wrong += check_invariance(p, stream);
     double worst = 0;
     for (const int n : {1, 3, 8, 11, 16, 32, 50, 64, 100, 128, 256})
       if (c.m < 4096 || n == 8 || n == 16 || n == 64) wrong += check_products(p, n, n == 3 ? 1 : 0, only, stream, &worst, &checked);

@@ -59,8 +59,7 @@ inline void add_wgmma_candidates(const jaxzip::lane_planar::Matrix& w, int n, st
   struct Shape {
     int groups, k_groups, ctas;
   };
-  for (const Shape s : {Shape{4, 1, 1}, {4, 2, 1}, {4, 4, 1}, {3, 1, 1}, {3, 3, 1}, {2, 1, 1}, {2, 2, 1}, {2, 1, 2}, {2, 2, 2}, {1, 1, 3},
-                        {1, 1, 4}})
+  for (const Shape s : {Shape{4, 1, 1}, {4, 2, 1}, {4, 4, 1}, {3, 1, 1}, {3, 3, 1}, {2, 1, 1}, {2, 2, 1}, {2, 1, 2}, {2, 2, 2}, {1, 1, 4}})
     for (int cluster = 1; cluster <= 8; ++cluster) {
       WgmmaConfig c = {s.groups, s.k_groups, s.ctas, cluster, w.m_blocks()};
       const int resident = std::min(wgmma_resident_clusters(w, n, c), w.m_blocks());

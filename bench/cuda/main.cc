@@ -4,6 +4,7 @@
 //   bench speed OUT.json [weights=real] [n=1,8,16] [shapes=4096x4096,...] [only=NAME] [variants=8]
 //   bench once - [same options]     one plain launch of each kernel, for profilers
 //
+// `timings=FILE` gets the time of every configuration.
 // `only` keeps the kernels whose name contains it, `variants` prints so many of the slower ones.
 #include <algorithm>
 #include <cstring>
@@ -21,6 +22,7 @@ namespace {
 
 constexpr size_t kColdBytes = 420u << 20;  // seven times the L2
 constexpr double kCopyBandwidth = 4.3e12;
+std::FILE* timings = nullptr;  // of every configuration: m k n cublas us name
 
 std::string option(int argc, char** argv, const std::string& name, const std::string& otherwise) {
   for (int i = 2; i < argc; ++i)
@@ -78,6 +80,8 @@ void measure(const Problem& p, const std::vector<Candidate>& kernels, int n, siz
        << p.encoded.bits_per_weight << ", \"cublas_us\": " << best_dense << ", \"gemm_ex_us\": " << gemm_ex << ", \"us\": " << us
        << ", \"chosen_us\": " << chosen_us << ", \"overlapped_us\": " << overlapped << ", \"ratio\": " << best_dense / us << ", \"floor_us\": " << floor_us << ", \"kernel\": \"" << best.name
        << "\"},\n";
+  if (timings)
+    for (const Timed& t : timed) std::fprintf(timings, "%d %d %d %.2f %.2f %s\n", p.m, p.k, n, best_dense, t.us, t.candidate.name.c_str());
   std::vector<std::string> seen;  // the best of each kernel and cluster size
   for (const Timed& t : timed) {
     const std::string kind = t.candidate.name.substr(0, t.candidate.name.find(" cl"));
@@ -122,7 +126,8 @@ int main(int argc, char** argv) {
   const bool once = !std::strcmp(argv[1], "once");
   std::unique_ptr<CublasReference> cublas;
   if (!once) cublas = std::make_unique<CublasReference>(stream);
-  const std::string only = option(argc, argv, "only", "");
+  const std::string only = option(argc, argv, "only", ""), log = option(argc, argv, "timings", "");
+  if (!log.empty()) timings = std::fopen(log.c_str(), "w");
   std::ofstream json(argc > 2 ? argv[2] : "/dev/null");
   json << "[\n";
   const std::string shapes = option(argc, argv, "shapes", "4096x4096,6144x4096,1024x4096,14336x4096,28672x4096,4096x14336,8192x8192");

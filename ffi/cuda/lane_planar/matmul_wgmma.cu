@@ -34,7 +34,7 @@ WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, const WgmmaConfig& c, i
   constexpr int kBytesInFlight = 72 * 1024;  // of an SM
   const int block = w.block_words * 4;
   const int enough = std::clamp(kBytesInFlight / (c.groups * c.ctas_per_sm * block) + 1, 3, kMaxRing);
-  const int fixed = 4 * c.groups * plane_bytes + c.groups / c.k_groups * p.received_bytes + kBarrierBytes;
+  const int fixed = 4 * c.groups * plane_bytes + c.groups / c.k_groups * p.received_bytes + kBarrierBytes + kUnusedBytes;
   for (p.ring = c.ring ? c.ring : enough; p.ring >= 2; --p.ring) {
     const int left = limit - fixed - c.groups * p.ring * block;
     const int room = left / (chunk * p.stage_chunks), needed = (chunks + p.stage_chunks - 1) / p.stage_chunks;
@@ -55,7 +55,8 @@ WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, const WgmmaConfig& c, i
   p.planes = p.blocks + c.groups * p.ring * block;
   p.received = p.planes + 4 * c.groups * plane_bytes;
   p.barriers = p.received + c.groups / c.k_groups * p.received_bytes;
-  p.bytes = p.barriers + kBarrierBytes;
+  p.unused = p.barriers + kBarrierBytes;
+  p.bytes = p.unused + kUnusedBytes;
   return p;
 }
 
@@ -69,15 +70,17 @@ struct Variant {
   const void* kernel;
 };
 
-template <class Weights, int kN, int kGroups>
+template <class Weights, int kN, int kGroups, bool kOverlap>
 Variant variant() {
-  return {kN, kGroups * 128, !Weights::kHasEscapes, reinterpret_cast<const void*>(&matmul_wgmma<Weights, kN, kGroups * 128>)};
+  return {kN, kGroups * 128, !Weights::kHasEscapes, reinterpret_cast<const void*>(&matmul_wgmma<Weights, kN, kGroups * 128, kOverlap>)};
 }
 
 const Variant* find_variant(int n, bool raw) {
   static const Variant variants[] = {
-      variant<LanePlanar, 8, 4>(), variant<LanePlanar, 16, 4>(), variant<LanePlanar, 32, 4>(), variant<LanePlanar, 64, 4>(),
-      variant<Raw, 8, 4>(),        variant<Raw, 16, 4>(),        variant<Raw, 32, 4>(),        variant<Raw, 64, 4>(),
+      variant<LanePlanar, 8, 4, true>(),  variant<LanePlanar, 16, 4, true>(),  variant<LanePlanar, 32, 4, false>(),
+      variant<LanePlanar, 64, 4, false>(), variant<LanePlanar, 128, 4, false>(), variant<LanePlanar, 256, 2, true>(),
+      variant<Raw, 8, 4, true>(),         variant<Raw, 16, 4, true>(),         variant<Raw, 32, 4, false>(),
+      variant<Raw, 64, 4, false>(),        variant<Raw, 128, 4, false>(),        variant<Raw, 256, 2, true>(),
   };
   for (const Variant& v : variants)
     if (v.raw == raw && n <= v.n) return &v;

@@ -73,7 +73,8 @@ __device__ __forceinline__ float4 transpose_rows(float4 v, int lane) {
   return v;
 }
 
-template <class Weights, int kN, int kMaxThreads>
+// `kOverlap`: a unit is decoded while the multiplications of the one before run, so that two have their operands in registers.
+template <class Weights, int kN, int kMaxThreads, bool kOverlap>
 __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_constant__ WgmmaArgs args) {
   constexpr int kChunkBytes = chunk_bytes(kN);
   constexpr int kColumnGroups = kN / 8;
@@ -99,7 +100,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
 
   const uint32_t full = shared + plan.barriers, empty = full + kMaxStages * 8;
   const uint32_t arrived = empty + kMaxStages * 8 + team * 8, may_send = arrived + kMaxGroups * 8;
-  const uint32_t ring_full = empty + (kMaxStages + 2 * kMaxGroups + group * kMaxRing) * 8, ring_empty = ring_full + kMaxGroups * kMaxRing * 8;
+  const uint32_t ring_full = ptx::keep(empty + (kMaxStages + 2 * kMaxGroups + group * kMaxRing) * 8);
+  const uint32_t ring_empty = ring_full + kMaxGroups * kMaxRing * 8;
   if (warp == 0) {
     if (lane == 0 && args.x_load != XLoad::kPlain) ptx::prefetch_tensor_map(&args.x_map);
 #pragma unroll 1
@@ -123,7 +125,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
 
   // The first warp of a group copies its blocks. The cursor of copies is `ring` - 1 units (a row block's chunk)
   // ahead of the arithmetic, so that a copy goes where the unit before was; all slots count as left at the start.
-  const uint32_t block_bytes = w.block_words * 4, ring = shared + plan.blocks + group * plan.ring * block_bytes;
+  const uint32_t block_bytes = w.block_words * 4;
+  const uint32_t ring = ptx::keep(shared + plan.blocks + group * plan.ring * block_bytes);
   int copy_left_in_pass = own_chunks, copy_pass = 0, to_copy = tile == 0 ? passes * own_chunks : 0, copy_slot = 0, copy_phase = 1;
   const auto first_block_of = [&](int pass) { return row_block_of(pass) * all_k_blocks + k_begin + k_group; };
   const auto block_at = [&](int block) { return reinterpret_cast<const char*>(w.blocks + static_cast<size_t>(block) * w.block_words); };
@@ -178,7 +181,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
     ptx::prefetch_l2(w.shift + (cluster + static_cast<size_t>(i) * plan.clusters) * kBlock);
   if (ranks > 1) ptx::cluster_arrive_relaxed();
 
-  Patches patches(shared + plan.planes + warp * Weights::kPlaneBytes, tile, lane);
+  Patches patches(shared + plan.planes + warp * Weights::kPlaneBytes, shared + plan.unused + warp * 4, tile, lane);
   if (Weights::kHasEscapes) patches.plane.fill();
   __syncthreads();
   if (ranks > 1) ptx::cluster_wait();  // the others have started
@@ -189,8 +192,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
   // The last stage of a pass may have no chunk for this warp group.
   const bool last_stage_empty = k_group >= chunks - (pass_stages - 1) * plan.stage_chunks;
 
-  const auto leave_stage = [&] {
-    if (!plan.resident && lane == 0) ptx::barrier_arrive(empty + slot * 8);
+  const auto leave_stage = [&](int which) {
+    if (!plan.resident && lane == 0) ptx::barrier_arrive(empty + which * 8);
+  };
+  const auto next_stage = [&] {
     if (++slot == plan.stages) {
       slot = 0;
       phase ^= !plan.resident;
@@ -268,7 +273,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
       __syncwarp();
       if (lane == 0) ptx::barrier_arrive(arrived);
     }
-    finish_in = max(1, pass_stages / 2);  // so before the next flush
+    finish_in = (pass_stages - last_stage_empty) / 2 + 1;  // so before the next flush
   };
 
   const TileWords<Weights> tile_words(tile, lane);
@@ -277,60 +282,77 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
   for (; pass < passes; ++pass) {
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) sums[i] = 0;
-#pragma unroll 1
-    for (int left_in_pass = own_chunks; left_in_pass > 0;) {
-      enter_stage();
-      uint32_t b = ptx::wgmma_descriptor(shared + (slot * plan.stage_chunks + k_group) * kChunkBytes);
-      int left = min(stage_units, left_in_pass);
-      left_in_pass -= left;
-      // A unit is decoded while the multiplications of the one before run, so that two have their operands in registers.
-      uint32_t a[2][4][4];
-      const auto unit = [&](uint32_t (&a)[4][4]) {
-        ptx::barrier_wait(ring_full + ring_slot * 8, ring_phase);
-        const uint32_t words_at = ring + ring_slot * block_bytes;
-        if constexpr (Weights::kHasEscapes) patches.put(words_at, w, [&] { return first_block_of(pass) + (own_chunks - left_in_pass - left) * k_groups; }, tile);
-        uint32_t words[Weights::kRegisters];
-        tile_words.read(words, words_at);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) Weights::decode(a[j], words, patches.plane.base + lane * 16, j);
-        ptx::wgmma_ready(a);
-        __syncwarp();
-        if (lane == 0) ptx::barrier_arrive(ring_empty + ring_slot * 8);
-        if constexpr (Weights::kHasEscapes) {
-          patches.take_back();
-          __syncwarp();
-        }
+    int left = own_chunks, left_in_stage = 0;
+    uint32_t b = 0;
+    uint32_t a[kOverlap ? 2 : 1][4][4] = {};
+    const auto unit = [&](uint32_t (&a)[4][4], uint32_t (&multiplying)[4][4]) {
+      ptx::barrier_wait(ring_full + ring_slot * 8, ring_phase);
+      const uint32_t words_at = ring + ring_slot * block_bytes;
+      if constexpr (Weights::kHasEscapes)
+        patches.put(words_at, w, [&] { return first_block_of(pass) + (own_chunks - left) * k_groups; }, tile);
+      uint32_t words[Weights::kRegisters];
+      if constexpr (kOverlap || Weights::kHasEscapes) tile_words.read(words, words_at);
+      if constexpr (!kOverlap) {
         ptx::wgmma_wait();
-        ptx::wgmma_fence();
+        ptx::wgmma_ready(multiplying);  // its registers are nobody else's before; raw words would be read right into them
+      }
+      if constexpr (!kOverlap && !Weights::kHasEscapes) tile_words.read(words, words_at);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) ptx::wgmma(sums, a[j], b + 2 * j);
-        ptx::wgmma_commit();
-
-        if (to_copy > 0) {
-          ptx::barrier_wait(ring_empty + copy_slot * 8, copy_phase);
-          copy_block();
+      for (int j = 0; j < 4; ++j) Weights::decode(a[j], words, patches.plane.base + lane * 16, j);
+      ptx::wgmma_ready(a);
+      __syncwarp();
+      if (lane == 0) ptx::barrier_arrive(ring_empty + ring_slot * 8);
+      if constexpr (Weights::kHasEscapes) {
+        patches.take_back();
+        __syncwarp();
+      }
+      const bool new_stage = left_in_stage == 0;
+      int stage_before = -1;
+      if (new_stage) {
+        if (left < own_chunks) {
+          stage_before = slot;
+          next_stage();
         }
-        if (++ring_slot == plan.ring) {
-          ring_slot = 0;
-          ring_phase ^= 1;
-        }
-        b += k_groups * (kChunkBytes >> 4);
-        return --left > 0;
-      };
-#pragma unroll 1
-      while (unit(a[0]) && unit(a[1])) {
+        enter_stage();
+        b = ptx::wgmma_descriptor(shared + (slot * plan.stage_chunks + k_group) * kChunkBytes);
+        left_in_stage = stage_units;
+        --finish_in;
       }
       ptx::wgmma_wait();
-      ptx::wgmma_done(sums);
-      leave_stage();
-      if (--finish_in == 0) finish(pass - 1);
+      if (kOverlap) ptx::wgmma_ready(multiplying);
+      if (stage_before >= 0) leave_stage(stage_before);
+      if (finish_in == 0) finish(pass - 1);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < 4; ++j) ptx::wgmma(sums, a[j], b + 2 * j);
+      ptx::wgmma_commit();
+
+      if (to_copy > 0) {
+        ptx::barrier_wait(ring_empty + copy_slot * 8, copy_phase);
+        copy_block();
+      }
+      if (++ring_slot == plan.ring) {
+        ring_slot = 0;
+        ring_phase ^= 1;
+      }
+      b += k_groups * (kChunkBytes >> 4);
+      --left_in_stage;
+      return --left > 0;
+    };
+#pragma unroll 1
+    while (unit(a[0], a[kOverlap]) && (!kOverlap || unit(a[kOverlap], a[0]))) {
     }
+    ptx::wgmma_wait();
+    ptx::wgmma_done(sums);
+    leave_stage(slot);
+    next_stage();
     flush();
     if (plan.resident) {
       slot = 0;
     } else if (last_stage_empty) {
       enter_stage();
-      leave_stage();
+      leave_stage(slot);
+      next_stage();
     }
   }
   if (sources > 1 && passes > 0) finish(passes - 1);
@@ -340,7 +362,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) matmul_wgmma(const __grid_cons
 #pragma unroll 1
   for (int i = (first_team_passes - passes) * pass_stages; i > 0; --i) {
     enter_stage();
-    leave_stage();
+    leave_stage(slot);
+    next_stage();
   }
 }
 

@@ -17,6 +17,12 @@ __device__ __forceinline__ void wgmma_done(float (&d)[kSize]) {
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Keeps a loop's constant in a register: where registers of the warp are scarce the compiler would compute it anew in every round.
+__device__ __forceinline__ uint32_t keep(uint32_t v) {
+  asm("" : "+r"(v));
+  return v;
+}
+
 // Keeps the compiler from computing operands after the fence.
 __device__ __forceinline__ void wgmma_ready(uint32_t (&a)[4][4]) {
 #pragma unroll

@@ -19,7 +19,7 @@ struct WgmmaPlan {
   int owned;       // of the rank with most
   int received_bytes;  // a team's
   int ring;        // encoded blocks that each warp group has room for
-  int blocks, planes, received, barriers, bytes;  // offsets in shared memory; x is at 0
+  int blocks, planes, received, barriers, unused, bytes;  // offsets in shared memory; x is at 0
 };
 
 // A kernel that divides by multiplying keeps its counters uniform. y <= 64.
@@ -28,12 +28,13 @@ constexpr int inverse(int y) { return 65536 / y + 1; }
 
 constexpr int kItemBytes = 512;
 constexpr int kMaxStages = 64;
-constexpr int kMinStages = 4;  // of x, where they are a ring
+constexpr int kMinStages = 3;  // of x, where they are a ring
 constexpr int kRefillLag = 2;  // a stage is filled anew so many stages after it was used
 constexpr int kMaxGroups = 4;
 constexpr int kMaxRing = 16;
 // full[kMaxStages], empty[kMaxStages], received[kMaxGroups], free[kMaxGroups], ring full[kMaxGroups][kMaxRing], ring empty[...]
 constexpr int kBarrierBytes = (2 * kMaxStages + 2 * kMaxGroups + 2 * kMaxGroups * kMaxRing) * 8;
+constexpr int kUnusedBytes = kMaxGroups * 4 * 4;  // a word a warp, where lanes without an escape store
 
 __host__ __device__ constexpr int chunk_bytes(int instruction_n) { return instruction_n * kBlock * 2; }
 

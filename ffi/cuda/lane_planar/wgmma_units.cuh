@@ -14,8 +14,9 @@ template <>
 struct TileWords<LanePlanar> {
   uint32_t sign_mantissa, codes, last_codes;
   __device__ __forceinline__ TileWords(int tile, int lane)
-      : sign_mantissa((tile * kSignMantissaWords + 4 * lane) * 4), codes((kCodeStart + tile * kCodeWords + 2 * lane) * 4),
-        last_codes((kCodeStart + tile * kCodeWords + 64 + lane) * 4) {}
+      : sign_mantissa(ptx::keep((tile * kSignMantissaWords + 4 * lane) * 4)),
+        codes(ptx::keep((kCodeStart + tile * kCodeWords + 2 * lane) * 4)),
+        last_codes(ptx::keep((kCodeStart + tile * kCodeWords + 64 + lane) * 4)) {}
   __device__ __forceinline__ void read(uint32_t (&w)[LanePlanar::kRegisters], uint32_t block) const {
     ptx::load_shared_words<4>(w, block + sign_mantissa);
     ptx::load_shared_words<4>(w + 4, block + sign_mantissa + 512);
@@ -41,17 +42,18 @@ struct Patches {
   uint32_t biased;             // the plane's address less the tile's positions
   uint32_t first_of, last_of;  // byte selectors: entries of the block before the tile's first, and up to its last
   uint32_t patched = 0;
-  bool active = false, rare = false;
+  uint32_t unused;  // an address that nobody reads, for lanes without an entry
+  bool rare = false;
 
-  __device__ __forceinline__ Patches(uint32_t base, int tile, int lane)
-      : plane{base, lane}, biased(base - tile * (2 * kTileElements)), first_of(0x4440 | (tile ? tile - 1 : 4)), last_of(0x4440 | tile) {}
+  __device__ __forceinline__ Patches(uint32_t base, uint32_t unused, int tile, int lane)
+      : plane{base, lane}, biased(ptx::keep(base - tile * (2 * kTileElements))),
+        first_of(ptx::keep(0x4440 | (tile ? tile - 1 : 4))), last_of(ptx::keep(0x4440 | tile)), unused(unused) {}
 
   __device__ __forceinline__ void scatter(uint32_t entries, uint32_t index, uint32_t last) {
     const uint32_t entry = ptx::load_shared_u16(entries + 2 * index);  // past the block's end where it is not active
     const uint32_t code = entry & 0xF000u;
-    patched = biased + 2 * (entry & 0xFFFu);
-    active = index < last;
-    if (active) ptx::store_shared_u16(patched, code ? (code + (kHighCodeBias << 12)) >> 2 : 0);
+    patched = index < last ? biased + 2 * (entry & 0xFFFu) : unused;
+    ptx::store_shared_u16(patched, code ? (code + (kHighCodeBias << 12)) >> 2 : 0);
   }
 
   // `words` is the block's shared address, `block()` the index that overflow entries give.
@@ -72,7 +74,7 @@ struct Patches {
   }
   // After every lane has read the plane.
   __device__ __forceinline__ void take_back() {
-    if (active) ptx::store_shared_u16(patched, kConstantHigh);
+    ptx::store_shared_u16(patched, kConstantHigh);
     if (rare) fill();
   }
   // A loop, so that it is a branch and not instructions without effect.
