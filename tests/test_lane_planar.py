@@ -67,10 +67,13 @@ def test_bimodal_rows_get_their_own_windows():
         ([0] * 9, 0),  # nothing normal
         ([255] * 9, 0),
         ([70] * 9, 0),  # would need 57, more than MAX_SHIFT
-        ([118] * 8 + [1], 9),
-        ([130] * 8 + [2], 0),  # -3 would make the smallest one subnormal
-        ([130] * 8 + [4], -3),
-        ([100] * 8 + [254], 0),  # 27 would overflow the largest one
+        ([118] * 8 + [64], 9),
+        (
+            [118] * 8 + [63],
+            0,
+        ),  # a sum of this row could become subnormal when shifted and not otherwise, or the reverse
+        ([130] * 8 + [190], -3),
+        ([130] * 8 + [191], 0),  # or overflow
     ],
 )
 def test_shifts(exponents, shift):

@@ -9,7 +9,7 @@ using namespace jaxzip::lane_planar;
 namespace {
 
 constexpr double kOverflowShare = 1.0 / 128;
-constexpr int kMaxShift = 40;
+constexpr int kMaxShift = 40, kMinShifted = 64, kMaxShifted = 190;
 constexpr uint16_t kPadding = 120 << 7;
 
 __device__ uint32_t hash(uint64_t x) {
@@ -62,7 +62,7 @@ __global__ void fragment_order(const uint16_t* w, int m, int k, uint32_t* out) {
   }
 }
 
-// The shift of a row moves its best window of 8 exponents to 120..127; 0 where that would leave the normal range.
+// The shift of a row moves its best window of 8 exponents to 120..127; 0 for rows of extreme weights.
 __global__ void choose_shifts(const uint16_t* w, int m, int k, int8_t* shifts) {
   __shared__ uint32_t histogram[256];
   __shared__ int has_subnormal;
@@ -87,7 +87,7 @@ __global__ void choose_shifts(const uint16_t* w, int m, int k, int8_t* shifts) {
   for (int e = 1; e < 255; ++e)
     if (histogram[e]) low = min(low, e), high = max(high, e);
   const int shift = 120 - start;
-  const bool safe = best > 0 && abs(shift) <= kMaxShift && !has_subnormal && low + shift >= 1 && high + shift <= 254;
+  const bool safe = best > 0 && abs(shift) <= kMaxShift && !has_subnormal && low >= kMinShifted && high <= kMaxShifted;
   shifts[row] = static_cast<int8_t>(safe ? shift : 0);
 }
 

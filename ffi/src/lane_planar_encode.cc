@@ -20,12 +20,12 @@ namespace {
 using lane_planar::kBlock;
 constexpr int kTileSize = kBlock * kBlock;
 constexpr int kExponents = 256;
-constexpr int kWindow = 8, kWindowStart = 120, kMaxShift = 40;
+constexpr int kWindow = 8, kWindowStart = 120, kMaxShift = 40, kMinShifted = 64, kMaxShifted = 190;
 constexpr uint16_t kPadding = kWindowStart << 7;
 constexpr int64_t kBlocksPerOverflow = 128;  // at most one block in so many may have more escapes than room
 
 // What to add to a row's exponents so that its best window of 8 becomes 120..127, the lowest among equals; 0 where that
-// is more than kMaxShift or would take a weight out of the normal range.
+// is more than kMaxShift or a weight lies outside of kMinShifted..kMaxShifted.
 int8_t ChooseShift(const uint32_t* count, bool has_subnormals) {
   int lowest = 1, highest = kExponents - 2;
   while (lowest <= highest && !count[lowest]) ++lowest;
@@ -44,7 +44,7 @@ int8_t ChooseShift(const uint32_t* count, bool has_subnormals) {
     covered -= count[start];
   }
   const int shift = kWindowStart - best;
-  const bool safe = std::abs(shift) <= kMaxShift && lowest + shift >= 1 && highest + shift <= kExponents - 2;
+  const bool safe = std::abs(shift) <= kMaxShift && lowest >= kMinShifted && highest <= kMaxShifted;
   return static_cast<int8_t>(safe ? shift : 0);
 }
 

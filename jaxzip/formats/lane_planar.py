@@ -30,6 +30,9 @@ WINDOW = 8
 #: First exponent of every row's window once it is shifted.
 WINDOW_START = 120
 MAX_SHIFT = 40
+#: Rows with a weight outside these exponents (2^-63 to 2^64) are not shifted: unless activations are as extreme, no sum
+#: then overflows or becomes subnormal that would not have done so unshifted.
+MIN_SHIFTED, MAX_SHIFTED = 64, 190
 CODE_START = 1024
 HEADER = 1408
 OVERFLOW_WORD = 1409
@@ -66,9 +69,8 @@ def room(width: int) -> int:
 def choose_shifts(bits: np.ndarray) -> np.ndarray:
     """int8 ``[M]``: what to add to the exponents of each row so that its best window of 8 becomes 120..127.
 
-    Ties go to the lowest window. 0 where the shift exceeds MAX_SHIFT or a nonzero weight of the row would leave the
-    normal range (a row with subnormals is never shifted): the kernel multiplies by the shifted weights and scales the
-    sums.
+    Ties go to the lowest window. 0 where the shift exceeds MAX_SHIFT or the row has a nonzero weight outside of
+    MIN_SHIFTED..MAX_SHIFTED (subnormals among them): the kernel multiplies by the shifted weights and scales the sums.
     """
     m = bits.shape[0]
     exponents = ((bits >> 7) & 0xFF).astype(np.int64) + np.arange(m)[:, None] * 256
@@ -82,7 +84,11 @@ def choose_shifts(bits: np.ndarray) -> np.ndarray:
     highest = 254 - normal[:, ::-1].argmax(1)
     subnormal = (((bits & 0x7F80) == 0) & ((bits & 0x7F) != 0)).any(1)
     safe = (
-        (covered.max(1) > 0) & (abs(shift) <= MAX_SHIFT) & (lowest + shift >= 1) & (highest + shift <= 254) & ~subnormal
+        (covered.max(1) > 0)
+        & (abs(shift) <= MAX_SHIFT)
+        & (lowest >= MIN_SHIFTED)
+        & (highest <= MAX_SHIFTED)
+        & ~subnormal
     )
     return np.where(safe, shift, 0).astype(np.int8)
 
