@@ -23,16 +23,19 @@ Epilogue from_row(const Epilogue& e, int m, int first) {
 
 cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue,
                           const MatmulOptions& options, cudaStream_t stream) {
+  // Encoded and raw blocks must get one configuration, and so must every width of a block.
+  Matrix shape = w;
+  shape.block_words = kMaxBlockWords;
   const int most = options.batch_invariant ? kInvariantMaxN : kWgmmaMaxN;
   for (int first = 0; first < n; first += most) {
     const int rows = std::min(n - first, most);
     const __nv_bfloat16* from = x + static_cast<size_t>(first) * w.k;
     const Epilogue to = from_row(epilogue, w.m, first);
-    const DirectConfig direct = rows <= kDirectRows && !options.batch_invariant ? choose_direct(w, rows) : DirectConfig{};
+    const DirectConfig direct = rows <= kDirectRows && !options.batch_invariant ? choose_direct(shape, rows) : DirectConfig{};
     const cudaError_t error =
         direct.clusters ? launch_matmul_direct(w, from, rows, to, direct, stream, options.raw)
                         : launch_matmul_wgmma(w, from, rows, to,
-                                              options.batch_invariant ? choose_batch_invariant(w) : choose_wgmma(w, rows), stream,
+                                              options.batch_invariant ? choose_batch_invariant(shape) : choose_wgmma(shape, rows), stream,
                                               options.raw);
     if (error != cudaSuccess) return error;
   }
