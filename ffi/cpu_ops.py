@@ -6,7 +6,7 @@ leading batch dimensions through `jax.vmap`, which handlers broadcast without co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,17 @@ Payload = Mapping[str, jax.Array]
 
 
 def call(name: str, shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array, **attributes) -> jax.Array:
+    """The custom call `name` with one result."""
+    return call_with_workspace(name, [jax.ShapeDtypeStruct(shape, dtype)], *operands, **attributes)
+
+
+def call_with_workspace(
+    name: str, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes
+) -> jax.Array:
+    """The first result of the custom call `name`; XLA allocates the others, which are scratch."""
     register()
     operands, varying = _same_manual_axes(operands)
-    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, dtype), vmap_method="expand_dims")
-    result = call(*operands, **attributes)
+    result = jax.ffi.ffi_call(name, list(results), vmap_method="expand_dims")(*operands, **attributes)[0]
     # ffi_call takes the result to be the same on every device, whatever its operands are.
     return jax.lax.pcast(result, varying, to="varying") if varying else result
 

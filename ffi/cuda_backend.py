@@ -19,8 +19,8 @@ LANE_PLANAR = "lane-planar"
 PRIORITY = 10
 #: The control must not be what a raw tensor gets by itself: XLA's dot on it is faster.
 CONTROL_PRIORITY = 0
-#: Rows of x beyond which decoding the weight once and XLA's dot are faster than the fused kernel.
-FUSED_ROWS = 256
+#: Rows of x beyond which decoding the weight once and XLA's dot are faster than the format's fused kernel.
+FUSED_ROWS = {LANE_PLANAR: 256, "raw": 256, TCA_TBE: 32}
 #: Where lane-planar's kernels run.
 HOPPER = (9, 0)
 
@@ -64,30 +64,38 @@ def _decompress(z: CompressedTensor) -> jax.Array:
     return one(dict(z.payload))
 
 
-def _check_operands(x, bias, residual, out_dtype, batch_invariant) -> None:
+def _check_operands(x, w, bias, residual, out_dtype, batch_invariant) -> None:
     for name, value in (("x", x), ("bias", bias), ("residual", residual)):
         if value is not None and value.dtype != jnp.bfloat16:
             raise NotImplementedError(f"the CUDA kernels take bfloat16, {name} is {value.dtype}")
     if out_dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the CUDA kernels return bfloat16 and float32, not {out_dtype}")
-    if x.shape[0] > FUSED_ROWS and not batch_invariant:
+    most = FUSED_ROWS[w.format]
+    if x.shape[0] > most and not batch_invariant:
         raise NotImplementedError(
-            f"x has {x.shape[0]} rows: above {FUSED_ROWS}, decoding the weight once and XLA's dot are faster"
+            f"x has {x.shape[0]} rows: above {most}, decoding a {w.format} weight once and XLA's dot are faster"
         )
 
 
 def _check_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> None:
-    if w.format != LANE_PLANAR:
+    if w.format not in (LANE_PLANAR, TCA_TBE):
         raise NotImplementedError(f"no fused CUDA kernel for format {w.format}")
     if w.output_axis != KERNEL_AXIS:
         raise NotImplementedError("the kernel contracts along K; this tensor's first axis is its output axis: use w.T")
-    _check_hopper()
-    _check_operands(x, bias, residual, out_dtype, batch_invariant)
+    if w.format == LANE_PLANAR:
+        _check_hopper()
+    elif batch_invariant:
+        raise NotImplementedError(
+            "the TCA-TBE kernel's order of accumulation depends on the rows of x; use lane-planar"
+        )
+    _check_operands(x, w, bias, residual, out_dtype, batch_invariant)
 
 
 def _matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
-    options = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
-    return cuda_ops.lane_planar_matmul(x, w.payload, *w.matrix_shape, **options)
+    options = {"bias": bias, "residual": residual, "out_dtype": out_dtype}
+    if w.format == TCA_TBE:
+        return cuda_ops.tca_tbe_matmul(x, w.payload, *w.matrix_shape, **options)
+    return cuda_ops.lane_planar_matmul(x, w.payload, *w.matrix_shape, **options, batch_invariant=batch_invariant)
 
 
 def _check_raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> None:
@@ -96,7 +104,7 @@ def _check_raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> No
     if w.dtype != jnp.bfloat16:
         raise NotImplementedError(f"the CUDA kernels multiply raw bfloat16 weights, this one is {w.dtype}")
     _check_hopper()
-    _check_operands(x, bias, residual, out_dtype, batch_invariant)
+    _check_operands(x, w, bias, residual, out_dtype, batch_invariant)
 
 
 def _raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxzip.ffi.cpu_ops import Payload, call, sizes
+from jaxzip.ffi.cpu_ops import PAYLOAD_FIELDS, Payload, call, call_with_workspace, sizes
 from jaxzip.ffi.lane_planar_ops import LANE_PLANAR_FIELDS
 
 _BLOCK = 64
@@ -63,18 +63,39 @@ def raw_matmul(x: jax.Array, w: jax.Array, rows_first: bool = False, **options) 
 
 
 def _matmul(x, weight, m, k, bias=None, residual=None, out_dtype=jnp.bfloat16, batch_invariant=False, *, raw):
+    addends, given = _addends(bias, residual)
+    shape, options = (x.shape[0], m), {"batch_invariant": bool(batch_invariant), "raw": raw}
+    return call("jaxzip_lane_planar_gemm", shape, out_dtype, x, *weight, *addends, **sizes(m, k), **given, **options)
+
+
+def _addends(bias, residual):
+    """Operands, empty where there is none, and the attributes that say so."""
     none = jnp.zeros(0, jnp.bfloat16)
-    return call(
-        "jaxzip_lane_planar_gemm",
-        (x.shape[0], m),
-        out_dtype,
-        x,
-        *weight,
-        none if bias is None else bias,
-        none if residual is None else residual,
-        **sizes(m, k),
-        has_bias=bias is not None,
-        has_residual=residual is not None,
-        batch_invariant=bool(batch_invariant),
-        raw=raw,
-    )
+    given = {"has_bias": bias is not None, "has_residual": residual is not None}
+    return [none if bias is None else bias, none if residual is None else residual], given
+
+
+#: Most rows of x in one launch of the TCA-TBE kernel, and the row blocks that its CTAs may have in part.
+_TCA_TBE_ROWS = 256
+_TCA_TBE_SHARED_BLOCKS = 512
+
+
+def tca_tbe_matmul(
+    x: jax.Array,
+    payload: Payload,
+    m: int,
+    k: int,
+    *,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: jnp.dtype = jnp.bfloat16,
+) -> jax.Array:
+    """As `lane_planar_matmul`, for a TCA-TBE payload (the arrays named by `PAYLOAD_FIELDS`)."""
+    n = x.shape[0]
+    columns = min(n, _TCA_TBE_ROWS)
+    padded = next((width for width in (8, 16) if columns <= width), -(-columns // 32) * 32)
+    workspace = (-(-m // _BLOCK) + _TCA_TBE_SHARED_BLOCKS) * _BLOCK * padded
+    results = [jax.ShapeDtypeStruct((n, m), out_dtype), jax.ShapeDtypeStruct((workspace,), jnp.float32)]
+    addends, given = _addends(bias, residual)
+    operands = [payload[name] for name in PAYLOAD_FIELDS]
+    return call_with_workspace("jaxzip_tca_tbe_matmul", results, x, *operands, *addends, **sizes(m, k), **given)

@@ -53,6 +53,7 @@ def target_names() -> tuple[str, ...]:
 
 _CUDA_HANDLERS = (
     "jaxzip_tca_tbe_decompress",
+    "jaxzip_tca_tbe_matmul",
     "jaxzip_lane_planar_decompress",
     "jaxzip_lane_planar_gemm",
     "jaxzip_lane_planar_take",

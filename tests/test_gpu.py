@@ -48,7 +48,7 @@ def test_decompress_of_a_large_matrix_and_of_a_stack():
 
 @pytest.mark.parametrize("n", [1, 8, 64])
 def test_matmul_of_the_decoded_weight(n):
-    """No fused kernel for tca-tbe yet: decode, then XLA's dot; the same product as that of the dense weight."""
+    """Fused for few rows, decoded and then XLA's dot for many: the same product as that of the dense weight."""
     w = gaussian_weights((512, 768))
     x = jax.random.normal(jax.random.key(0), (n, 512), jnp.bfloat16)
     y = jaxzip.matmul(x, encoded(w))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxzip.ffi import cuda_ops
 from weights import named_weights
 
 import jaxzip
@@ -27,7 +28,8 @@ def encoded(w, output_axis=KERNEL_AXIS):
 
 
 def fused(x, z):
-    return jaxzip.matmul(x, z, implementation="ffi")
+    """The kernel itself: jaxzip.matmul leaves more than 32 rows to the decoder and XLA's dot."""
+    return cuda_ops.tca_tbe_matmul(x, z.payload, *z.matrix_shape)
 
 
 def rows(n, k):
@@ -85,3 +87,13 @@ def test_two_products_in_one_program():
     both = jax.jit(lambda x, a, b: (fused(x, a), fused(x, b)))(x, a, b)
     assert np.array_equal(bits(both[0]), bits(fused(x, a)))
     assert np.array_equal(bits(both[1]), bits(fused(x, b)))
+
+
+def test_matmul_takes_this_kernel_for_few_rows():
+    z = encoded(gaussian_weights((768, 512)))
+    bias, x = rows(1, 512)[0], rows(8, 768)
+    assert np.array_equal(bits(jaxzip.matmul(x, z)), bits(fused(x, z)))
+    y = jaxzip.matmul(x, z, bias=bias, out_dtype=jnp.float32, implementation="ffi")
+    assert np.array_equal(y, cuda_ops.tca_tbe_matmul(x, z.payload, 512, 768, out_dtype=jnp.float32) + bias)
+    with pytest.raises(NotImplementedError, match="above 32"):
+        jaxzip.matmul(rows(33, 768), z, implementation="ffi")

@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 
+from jaxzip.ops.unavailable import unavailable
+
 ENTRY_POINT_GROUP = "jaxzip.backends"
 XLA = "xla"
 _PLATFORMS = ("cpu", "cuda")
@@ -84,7 +86,8 @@ def run(op: str, implementation: str | None, *args, **options):
 
     Raises:
       ValueError: ``implementation`` is not a known name; lists the known ones and why others are missing.
-      NotImplementedError: nothing can run these arguments; lists every reason.
+      NotImplementedError: nothing can run these arguments (or nothing on the platform for which the program is
+        compiled, which shows then); lists every reason.
     """
     names = implementations(op)
     if implementation is not None and implementation not in names:
@@ -107,12 +110,16 @@ def run(op: str, implementation: str | None, *args, **options):
         if chosen is not None:
             branches[platform] = chosen
     default = next((impl for impl in usable if impl.platforms is None), None)
+    missing = [f"{name}: {why}" for name, why in _missing.items()]
+    refusal = f"{op}: no implementation takes these arguments here: {'; '.join(reasons + missing)}"
     if not branches:
-        missing = [f"{name}: {why}" for name, why in _missing.items()]
-        raise NotImplementedError(f"{op}: no implementation takes these arguments: {'; '.join(reasons + missing)}")
+        raise NotImplementedError(refusal)
     if default is not None and all(impl is default for impl in branches.values()):
         return default.fn(*args, **options)
     calls = {platform: functools.partial(impl.fn, **options) for platform, impl in branches.items()}
     if default is not None:
         calls["default"] = functools.partial(default.fn, **options)
+    elif len(branches) < len(_PLATFORMS):
+        shapes = jax.eval_shape(next(iter(calls.values())), *args)
+        calls["default"] = lambda *_: unavailable(shapes, refusal)
     return jax.lax.platform_dependent(*args, **calls)

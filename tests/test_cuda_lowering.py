@@ -1,0 +1,94 @@
+"""What programs become on an NVIDIA GPU, lowered on a machine without one: the custom calls and their results."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxzip.ffi import cuda_backend
+
+import jaxzip
+from jaxzip.compress import encode_as
+from jaxzip.formats import auto
+from jaxzip.ops import registry
+from jaxzip.testing import gaussian_weights
+
+# Shapes that no other test uses: JAX keeps traces, and with them the choice of implementation, for the process.
+K, M = 267, 331
+
+
+@pytest.fixture(autouse=True)
+def with_cuda_backend(monkeypatch):
+    """The CUDA implementations, whether their library was built or not; gone after the test."""
+    registry.load_backends()
+    without = {op: [i for i in known if i.platforms != ("cuda",)] for op, known in registry._registry.items()}
+    monkeypatch.setattr(registry, "_registry", without)
+    monkeypatch.setattr(auto, "_preferences", [])
+    monkeypatch.setattr(cuda_backend, "register_cuda", lambda: None)
+    cuda_backend.register_cuda_backend()
+    yield
+    jax.clear_caches()
+
+
+def encoded(format, output_axis=-1):
+    w = gaussian_weights((K, M))
+    if format == "raw":
+        return jaxzip.compress(w, format="raw", output_axis=output_axis)
+    return jax.tree.map(jnp.asarray, encode_as(w, format, output_axis))
+
+
+def custom_calls(f, *arguments):
+    """Name and result types of every custom call of ours."""
+    text = jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(r"custom_call @(jaxzip_\w+)\(.*?-> (.*)", text)
+
+
+def rows(n):
+    return jnp.ones((n, K), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("n", [1, 200])
+def test_lane_planar_and_its_raw_control(n):
+    bias, residual = jnp.ones(M, jnp.bfloat16), jnp.ones((n, M), jnp.bfloat16)
+    want = [("jaxzip_lane_planar_gemm", f"tensor<{n}x{M}xf32>")]
+    for format, implementation in (("lane-planar", None), ("lane-planar", "ffi"), ("raw", "ffi")):
+        z = encoded(format)
+        options = {"implementation": implementation, "out_dtype": jnp.float32}
+        assert custom_calls(lambda x, z: jaxzip.matmul(x, z, **options), rows(n), z) == want
+        both = lambda x, z, b, r: jaxzip.matmul(x, z, bias=b, residual=r, **options)  # noqa: E731
+        assert custom_calls(both, rows(n), z, bias, residual) == want
+
+
+def test_tca_tbe_has_a_workspace():
+    z = encoded("tca-tbe")
+    assert custom_calls(jaxzip.matmul, rows(9), z) == [
+        ("jaxzip_tca_tbe_matmul", f"(tensor<9x{M}xbf16>, tensor<{(6 + 512) * 64 * 16}xf32>)")
+    ]
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), z)
+    assert custom_calls(jax.vmap(jaxzip.matmul), jnp.ones((2, 1, K), jnp.bfloat16), stack) == [
+        ("jaxzip_tca_tbe_matmul", f"(tensor<2x1x{M}xbf16>, tensor<2x{(6 + 512) * 64 * 8}xf32>)")
+    ]
+
+
+@pytest.mark.parametrize(("format", "n"), [("tca-tbe", 33), ("lane-planar", 257)])
+def test_many_rows_are_multiplied_by_xla(format, n):
+    name = format.replace("-", "_")
+    assert custom_calls(jaxzip.matmul, rows(n), encoded(format)) == [
+        (f"jaxzip_{name}_decompress", f"tensor<{K}x{M}xbf16>")
+    ]
+
+
+def test_raw_weights_are_multiplied_by_xla_unless_the_control_is_asked_for():
+    assert custom_calls(jaxzip.matmul, rows(3), encoded("raw")) == []
+
+
+def test_batch_invariance_takes_the_fused_kernel_at_any_n():
+    run = lambda x, z: jaxzip.matmul(x, z, batch_invariant=True)  # noqa: E731
+    assert custom_calls(run, rows(300), encoded("lane-planar"))[0][0] == "jaxzip_lane_planar_gemm"
+    with pytest.raises(NotImplementedError, match="depends on the rows of x"):
+        jax.jit(run).trace(rows(300), encoded("tca-tbe")).lower(lowering_platforms=("cuda",))
+
+
+def test_lookup_reads_rows_of_lane_planar_only():
+    table = encoded("lane-planar", -2)
+    assert custom_calls(jaxzip.take, table, jnp.arange(4)) == [("jaxzip_lane_planar_take", f"tensor<4x{M}xbf16>")]
