@@ -1,7 +1,7 @@
 """The fused GPU matmul as a user of jaxzip gets it, against XLA's bf16 dot, in the same run, with cold weights.
 
-One jitted program multiplies by copies of a weight that together exceed the L2 cache, one after another, so that XLA
-runs it as a CUDA graph; it is long enough for its wall time, dispatched back to back, to be the device's.
+A jitted loop, as one that generates tokens, multiplies in each step by copies of a weight that together exceed the L2
+cache, one after another. XLA runs its body as a CUDA graph, and it is long enough for its wall time to be the device's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SHAPES = (
 )  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COLD_BYTES = 420e6  # several times the L2 of an H200
-PROGRAM_US = 1000  # the least that one program should take
+PROGRAM_US = 40000  # what one program should take, about: its dispatch costs 1000
+STEP_LAUNCHES = 24
 LARGE = 50e6  # weights: where a matrix counts as large
 DENSE = "xla dot"
 
@@ -38,29 +39,43 @@ def copies_of(weight, count: int) -> list:
     return [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(count - 1))]
 
 
+def rounds_of(weights: list) -> int:
+    """How often one step of the loop goes through the weights: a step costs some 25 us of its own."""
+    return math.ceil(STEP_LAUNCHES / len(weights))
+
+
 def program(multiply):
-    """Every x times every weight, in turns."""
-    return jax.jit(lambda xs, weights: [multiply(x, w) for x in xs for w in weights])
+    """``steps`` times x times every weight, in turns; no product may leave the loop or be merged with another."""
+
+    def run(x, weights, steps):
+        def step(_, x):
+            for w in weights * rounds_of(weights):
+                # Every x stands behind the product before: the same bits, another value to XLA.
+                x, _ = jax.lax.optimization_barrier((x, multiply(x, w)))
+            return x
+
+        return jax.lax.fori_loop(0, steps, step, x)
+
+    return jax.jit(run, static_argnums=2)
 
 
 def median_us(compiled, arguments, launches: int, repeats: int) -> float:
-    """Median microseconds of one launch over ``repeats`` groups of three back-to-back programs."""
+    """Median microseconds of one of a program's ``launches``."""
     jax.block_until_ready(compiled(*arguments))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        for _ in range(3):
-            results = compiled(*arguments)
-        jax.block_until_ready(results)
-        times.append((time.perf_counter() - start) / 3 / launches * 1e6)
+        jax.block_until_ready(compiled(*arguments))
+        times.append((time.perf_counter() - start) / launches * 1e6)
     return statistics.median(times)
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written a second by a device copy of 1 GiB."""
-    source = jnp.zeros(1 << 29, jnp.uint16)
-    copy = jax.jit(lambda a: a + jnp.uint16(1))
-    return 2 * source.nbytes / (median_us(copy, (source,), 1, 9) * 1e-6)
+    """Bytes read and written a second by XLA's copies of 1 GiB."""
+    sources = [jnp.full(1 << 28, i, jnp.uint32) for i in range(2)]
+    copy = program(lambda x, w: w ^ x)
+    us = median_us(copy.lower(jnp.uint32(1), sources, 4).compile(), (jnp.uint32(1), sources), 4 * STEP_LAUNCHES, 5)
+    return 2 * sources[0].nbytes / (us * 1e-6)
 
 
 def measure(shape, kind: str, rows: list[int], formats: list[str], repeats: int, bandwidth: float) -> list[dict]:
@@ -72,12 +87,13 @@ def measure(shape, kind: str, rows: list[int], formats: list[str], repeats: int,
         candidates[name] = (lambda x, z: jaxzip.matmul(x, z, implementation="ffi"), jaxzip.compress(w, format=name))
     weights = {name: copies_of(weight, count) for name, (_, weight) in candidates.items()}
 
+    launches = count * rounds_of(weights[DENSE])
+    steps = max(2, math.ceil(PROGRAM_US / (launches * w.nbytes / bandwidth * 1e6)))
+
     def build(job):
         name, n = job
-        rounds = max(1, math.ceil(PROGRAM_US / (count * w.nbytes / bandwidth * 1e6)))
-        keys = jax.random.split(jax.random.key(n), rounds)
-        xs = [jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys]
-        return (xs, weights[name]), program(candidates[name][0]).lower(xs, weights[name]).compile()
+        x = jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16)
+        return (x, weights[name]), program(candidates[name][0]).lower(x, weights[name], steps).compile()
 
     jobs = [(name, n) for n in rows for name in candidates]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -87,7 +103,7 @@ def measure(shape, kind: str, rows: list[int], formats: list[str], repeats: int,
         us = {}
         for name in candidates:
             arguments, compiled = built[name, n]
-            us[name] = median_us(compiled, arguments, len(arguments[0]) * count, repeats)
+            us[name] = median_us(compiled, arguments, steps * launches, repeats)
         for name in formats:
             z = candidates[name][1]
             moved = z.nbytes + 2 * n * (m + k)
@@ -108,9 +124,11 @@ def measure_decompression(shape, kind: str, formats: list[str], repeats: int, ba
             w = synthetic.weights(kind, (k, m) if axis == -1 else (m, k))
             z = jaxzip.compress(w, format=name, output_axis=axis)
             count = min(16, max(1, math.ceil(COLD_BYTES / z.nbytes)))
-            decode = jax.jit(lambda zs: [jaxzip.decompress(z, implementation="ffi") for z in zs])
-            us = median_us(decode, (copies_of(z, count),), count, repeats)
-            moved = z.nbytes + w.nbytes
+            decode = program(lambda _, z: jaxzip.decompress(z, implementation="ffi"))
+            moved, zs, x = z.nbytes + w.nbytes, copies_of(z, count), jnp.zeros(())
+            launches = count * rounds_of(zs)
+            steps = max(2, math.ceil(PROGRAM_US / (launches * moved / bandwidth * 1e6)))
+            us = median_us(decode.lower(x, zs, steps).compile(), (x, zs), steps * launches, repeats)
             found.append(
                 {"M": m, "K": k, "weights": kind, "format": name, "order": order, "us": us}
                 | {"TB/s": moved / us / 1e6, "share of copy": moved / us * 1e6 / bandwidth}
@@ -180,7 +198,7 @@ def main() -> None:
                 "setup": {
                     "weights": {name: synthetic.ABOUT[name] for name in args.weights},
                     "cold": f"copies of {COLD_BYTES / 1e6:.0f} MB of dense weights or more, in turns",
-                    "times": "us a launch: wall time of back-to-back programs over launches, median",
+                    "times": "us a launch: wall time of a jitted loop over its launches, median",
                     "dense": "jnp.dot(x, w[K, M]) in bf16 by XLA, its autotuning on, same run",
                     "copy bandwidth TB/s": bandwidth / 1e12,
                     "floor": "bytes of payload, x and y over the copy bandwidth",

@@ -10,3 +10,5 @@
 int check_kernels(const ExponentClasses& classes, const std::string& only, cudaStream_t stream);
 // Compares the device encoder with a payload that jaxzip encoded (see payload.py) byte for byte, and decodes it.
 int check_payload(const char* path, cudaStream_t stream);
+// Matmuls on two streams at once, plain and in graphs, against the same alone.
+int check_streams(const ExponentClasses& classes);

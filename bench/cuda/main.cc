@@ -120,7 +120,8 @@ int main(int argc, char** argv) {
     int wrong = 0;
     for (int i = 2; i < argc; ++i)
       if (!std::strchr(argv[i], '=')) wrong += check_payload(argv[i], stream);
-    return wrong + check_kernels(classes, option(argc, argv, "only", ""), stream) != 0;
+    wrong += check_kernels(classes, option(argc, argv, "only", ""), stream);
+    return wrong + check_streams(classes) != 0;
   }
 
   const bool once = !std::strcmp(argv[1], "once");

@@ -9,7 +9,9 @@
 namespace jaxzip::lane_planar {
 namespace {
 
-constexpr int kDirectRows = 8;      // above, mma.sync needs more instructions than there is time
+// Up to so many rows the direct kernel is faster; above, mma.sync needs more instructions than there is time.
+constexpr int kDirectRows = 8, kDirectRowsSmall = 16;
+constexpr long long kSmall = 8000000;  // weights
 constexpr int kInvariantMaxN = 64;  // of choose_batch_invariant
 
 // The rows of x from `first` on, and where their results go.
@@ -31,7 +33,9 @@ cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const 
     const int rows = std::min(n - first, most);
     const __nv_bfloat16* from = x + static_cast<size_t>(first) * w.k;
     const Epilogue to = from_row(epilogue, w.m, first);
-    const DirectConfig direct = rows <= kDirectRows && !options.batch_invariant ? choose_direct(shape, rows) : DirectConfig{};
+    const bool small = static_cast<long long>(w.m) * w.k < kSmall;
+    const bool few = !options.batch_invariant && rows <= (small ? kDirectRowsSmall : kDirectRows);
+    const DirectConfig direct = few ? choose_direct(shape, rows) : DirectConfig{};
     const cudaError_t error =
         direct.clusters ? launch_matmul_direct(w, from, rows, to, direct, stream, options.raw)
                         : launch_matmul_wgmma(w, from, rows, to,
