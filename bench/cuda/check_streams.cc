@@ -8,6 +8,7 @@
 #include "matmul.h"
 #include "product.h"
 
+using jaxzip::Epilogue;
 using namespace jaxzip::lane_planar;
 
 namespace {

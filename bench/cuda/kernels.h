@@ -20,7 +20,7 @@ inline Candidate candidate(const std::string& name, const jaxzip::lane_planar::W
 
 inline cudaError_t run_candidate(const Candidate& c, const jaxzip::lane_planar::Matrix& w, const __nv_bfloat16* x, void* y,
                                  int n, bool fp32, cudaStream_t stream, bool raw, bool overlap) {
-  const jaxzip::lane_planar::Epilogue epilogue = {y, fp32, nullptr, nullptr};
+  const jaxzip::Epilogue epilogue = {y, fp32, nullptr, nullptr};
   return c.is_wgmma ? launch_matmul_wgmma(w, x, n, epilogue, c.wgmma, stream, raw, overlap)
                     : launch_matmul_direct(w, x, n, epilogue, c.direct, stream, raw, overlap);
 }

@@ -14,6 +14,7 @@
 #include "product.h"
 #include "timing.h"
 
+using jaxzip::Epilogue;
 using namespace jaxzip::tca_tbe;
 
 namespace {

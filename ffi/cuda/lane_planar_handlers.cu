@@ -3,12 +3,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <optional>
 
-#include "decompress.h"
-#include "handlers/common.h"
-#include "matmul.h"
-#include "take.h"
+#include "lane_planar/decompress.h"
+#include "lane_planar/matmul.h"
+#include "lane_planar/take.h"
+#include "operands.h"
 
 namespace jaxzip {
 namespace {
@@ -33,33 +32,21 @@ lp::Matrix ToMatrix(const LanePlanarPayload& p) {
           static_cast<int>(p.k)};
 }
 
-// An operand that may be missing: then it has no elements.
-std::optional<Operand<const __nv_bfloat16>> Optional(const char* name, const ffi::Buffer<ffi::BF16>& buffer, bool given,
-                                                     const Dims& core) {
-  if (!given) return std::nullopt;
-  Operand<const __nv_bfloat16> operand(name, buffer, core.size());
-  operand.ExpectCore(name, core);
-  return operand;
-}
-
 ffi::Error LanePlanarGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_LANE_PLANAR_PARAMS,
-                            ffi::Buffer<ffi::BF16> bias, ffi::Buffer<ffi::BF16> residual, ffi::Result<ffi::AnyBuffer> out, int64_t m, int64_t k, bool has_bias, bool has_residual,
-                  bool batch_invariant, bool raw) {
+                          ffi::Buffer<ffi::BF16> bias, ffi::Buffer<ffi::BF16> residual, ffi::Result<ffi::AnyBuffer> out,
+                          int64_t m, int64_t k, bool has_bias, bool has_residual, bool batch_invariant, bool raw) {
   return Guard("jaxzip_lane_planar_gemm", [&] {
     const LanePlanarOperands payload(m, k, JAXZIP_LANE_PLANAR_ARGS, raw);
-    const Operand<const __nv_bfloat16> rows("x", x, 2);
+    const Bf16Operand rows("x", x, 2);
     const Operand<char> result("result", *out, 2);
-    const auto dtype = out->element_type();
-    if (dtype != ffi::BF16 && dtype != ffi::F32) throw InvalidArgument("the result must be bf16 or f32");
+    const bool fp32 = IsFp32(*out);
     int64_t n = rows.core[0];
     rows.ExpectCore("x", {n, k});
     result.ExpectCore("result", {n, m});
-    const auto added_bias = Optional("bias", bias, has_bias, {m});
-    const auto added = Optional("residual", residual, has_residual, {n, m});
     payload.ExpectBatch(result.batch);
     rows.ExpectBatch("x", result.batch);
-    if (added_bias) added_bias->ExpectBatch("bias", result.batch);
-    if (added) added->ExpectBatch("residual", result.batch);
+    const auto added_bias = OptionalOperand("bias", bias, has_bias, {m}, result.batch);
+    const auto added = OptionalOperand("residual", residual, has_residual, {n, m}, result.batch);
 
     int64_t calls = Product(result.batch);
     const bool one_weight = payload.Unbatched() && rows.batch == result.batch &&
@@ -67,9 +54,8 @@ ffi::Error LanePlanarGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_
     if (one_weight) n *= calls, calls = std::min<int64_t>(calls, 1);  // a batch of rows is more rows
     if (n > INT32_MAX) throw InvalidArgument("x has more than 2^31 - 1 rows");
     if (n == 0) return;
-    const bool fp32 = dtype == ffi::F32;
     for (int64_t i = 0; i < calls; ++i) {
-      const lp::Epilogue epilogue = {
+      const Epilogue epilogue = {
           static_cast<char*>(result.data) + result.BatchIndex(i, result.batch) * result.core_size * (fp32 ? 4 : 2), fp32,
           added_bias ? added_bias->At(i, result.batch) : nullptr, added ? added->At(i, result.batch) : nullptr};
       Check(lp::launch_matmul(ToMatrix(payload.At(i, result.batch)), rows.At(i, result.batch), static_cast<int>(n), epilogue,

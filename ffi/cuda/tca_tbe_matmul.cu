@@ -6,26 +6,13 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <optional>
 
-#include "handlers/common.h"
+#include "operands.h"
 #include "tca_tbe/matmul.h"
 #include "tca_tbe/operands.h"
 
 namespace jaxzip {
 namespace {
-
-using Bf16Operand = Operand<const __nv_bfloat16>;
-
-// An operand that may be missing: then it has no elements.
-std::optional<Bf16Operand> Optional(const char* name, const ffi::Buffer<ffi::BF16>& buffer, bool given, const Dims& core,
-                                    const Dims& batch) {
-  if (!given) return std::nullopt;
-  Bf16Operand operand(name, buffer, core.size());
-  operand.ExpectCore(name, core);
-  operand.ExpectBatch(name, batch);
-  return operand;
-}
 
 ffi::Error TcaTbeMatmul(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_PAYLOAD_PARAMS, ffi::Buffer<ffi::BF16> bias,
                         ffi::Buffer<ffi::BF16> residual, ffi::Result<ffi::AnyBuffer> out,
@@ -35,16 +22,14 @@ ffi::Error TcaTbeMatmul(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_PA
     const PayloadOperands payload(m, k, JAXZIP_PAYLOAD_ARGS);
     const Bf16Operand rows("x", x, 2);
     const Operand<char> result("result", *out, 2);
-    const auto dtype = out->element_type();
-    if (dtype != ffi::BF16 && dtype != ffi::F32) throw InvalidArgument("the result must be bf16 or f32");
-    const bool fp32 = dtype == ffi::F32;
+    const bool fp32 = IsFp32(*out);
     const int64_t n = rows.core[0], calls = Product(result.batch);
     rows.ExpectCore("x", {n, k});
     result.ExpectCore("result", {n, m});
     payload.ExpectBatch(result.batch);
     rows.ExpectBatch("x", result.batch);
-    const auto added_bias = Optional("bias", bias, has_bias, {m}, result.batch);
-    const auto added = Optional("residual", residual, has_residual, {n, m}, result.batch);
+    const auto added_bias = OptionalOperand("bias", bias, has_bias, {m}, result.batch);
+    const auto added = OptionalOperand("residual", residual, has_residual, {n, m}, result.batch);
     const auto needed = tca_tbe::matmul_workspace(m, static_cast<int>(std::min<int64_t>(n, tca_tbe::kMaxColumns)));
     if (static_cast<int64_t>(workspace->element_count()) < needed)
       throw InvalidArgument("the workspace has " + std::to_string(workspace->element_count()) + " values, needs " +
@@ -56,7 +41,7 @@ ffi::Error TcaTbeMatmul(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_PA
       char* y = result.data + result.BatchIndex(i, result.batch) * result.core_size * (fp32 ? 4 : 2);
       for (int64_t first = 0; first < n; first += tca_tbe::kMaxColumns) {
         const int count = static_cast<int>(std::min<int64_t>(n - first, tca_tbe::kMaxColumns));
-        const tca_tbe::Epilogue epilogue = {y + first * m * (fp32 ? 4 : 2), fp32,
+        const Epilogue epilogue = {y + first * m * (fp32 ? 4 : 2), fp32,
                                             added_bias ? added_bias->At(i, result.batch) : nullptr,
                                             added ? added->At(i, result.batch) + first * m : nullptr};
         tca_tbe::RequireSuccess(tca_tbe::launch_matmul(weight, rows.At(i, result.batch) + first * k, count, epilogue,

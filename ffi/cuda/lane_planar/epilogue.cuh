@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "epilogue.h"
+#include "../epilogue.h"
 
 namespace jaxzip::lane_planar {
 

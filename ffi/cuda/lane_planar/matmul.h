@@ -2,7 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "epilogue.h"
+#include "../epilogue.h"
 #include "layout.h"
 
 namespace jaxzip::lane_planar {

@@ -3,7 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include "epilogue.h"
+#include "../epilogue.h"
 #include "layout.h"
 
 namespace jaxzip::lane_planar {

@@ -3,7 +3,7 @@
 #pragma once
 #include <cuda_bf16.h>
 
-#include "epilogue.h"
+#include "../epilogue.h"
 #include "wgmma.cuh"
 #include "wgmma_plan.h"
 

@@ -72,7 +72,7 @@ struct Ring {
       : stages(stages), barriers(scratch + kPlaneBytes + kRankBytes) {
 #ifdef JAXZIP_BULK_COPIES
     if (lane == 0)
-      for (int i = 0; i < kStages; ++i) barrier_init(barriers + 8 * i);
+      for (int i = 0; i < kStages; ++i) barrier_init(barriers + 8 * i, 1);
     __syncwarp();
 #endif
   }

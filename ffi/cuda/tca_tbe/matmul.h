@@ -9,18 +9,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../epilogue.h"
 #include "jaxzip/kernels.h"
 
 namespace jaxzip::tca_tbe {
-
-// Where results go: y[n, m], bf16 or fp32. `bias` [m] and `residual` [n, m] are bf16 or null; they are added in fp32, in this
-// order, before the one rounding.
-struct Epilogue {
-  void* y;
-  bool fp32_out;
-  const __nv_bfloat16* bias;
-  const __nv_bfloat16* residual;
-};
 
 constexpr int kMaxCtas = 256;     // of one launch; bounds the workspace
 constexpr int kMaxColumns = 256;  // n
