@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jaxzip.ffi
 import numpy as np
-from jaxzip.ffi import cpu_ops
+from jaxzip.ffi.format_ops import TCA_TBE
 
 from jaxzip.testing import gaussian_weights
 
@@ -30,7 +30,7 @@ def measure(k: int, m: int, batch_sizes: list[int], repeats: int) -> list[dict]:
         transposed.append(jnp.array(w))
     copies = len(payloads)
 
-    fused = jax.jit(lambda x, p: cpu_ops.matmul(x, p, m, k))
+    fused = jax.jit(lambda x, p: TCA_TBE.matmul(x, p, m, k))
     dot_km = jax.jit(lambda x, w: x @ w)
     dot_mk = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
     rows = []

@@ -1,8 +1,8 @@
 """C++ and CUDA kernels for XLA, and the thin Python that loads and calls them.
 
-    numpy arrays --encode_tca_tbe--> payload --check_tca_tbe--> trusted payload
-                                                                 |
-    jax arrays  --cpu_ops.{decompress, matmul, take}--> jax.ffi.ffi_call --> handlers in _cpu
+    numpy arrays --host_codecs: encode--> payload --check--> trusted payload
+                                                                |
+    jax arrays  --format_ops, cuda_ops--> jax.ffi.ffi_call --> handlers in _cpu and _jaxzip_cuda
 
 `include/jaxzip/layout.h` holds the layout, `src/isa/` the kernels (compiled once per instruction set),
 `src/handlers/` their XLA wrappers, `src/module.cc` the bindings, `cuda/` the CUDA handlers. Importing this package

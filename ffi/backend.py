@@ -6,17 +6,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxzip.ffi import cpu_ops
 from jaxzip.ffi.cuda_backend import register_cuda_backend
+from jaxzip.ffi.format_ops import BY_FORMAT, raw_matmul
 from jaxzip.ffi.host_codecs import register_host_codecs
-from jaxzip.ffi.lane_planar_cpu import register_lane_planar_cpu
 from jaxzip.ffi.libraries import cpu_available
 
 from jaxzip.ops import registry
 from jaxzip.ops.matmul import finish
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
-TCA_TBE = "tca-tbe"
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
 #: Ahead of the XLA reference.
 PRIORITY = 10
@@ -28,26 +26,21 @@ def register_backend() -> None:
     if not available:
         raise ImportError(available.reason)
     add = functools.partial(registry.register, name="ffi", platforms=("cpu",), priority=PRIORITY)
-    add("decompress", fn=_decompress, check=_check_decompress)
+    add("decompress", fn=_decompress, check=_check_format)
     add("matmul", fn=_matmul, check=_check_matmul)
     add("take", fn=_take, check=_check_take)
     register_host_codecs()
-    register_lane_planar_cpu()
     register_cuda_backend()
 
 
 def _check_format(z: CompressedTensor) -> None:
-    if z.format != TCA_TBE:
+    if z.format not in BY_FORMAT:
         raise NotImplementedError(f"no CPU kernel for format {z.format}")
-
-
-def _check_decompress(z: CompressedTensor) -> None:
-    _check_format(z)
 
 
 def _decompress(z: CompressedTensor) -> jax.Array:
     m, k = z.matrix_shape
-    one = functools.partial(cpu_ops.decompress, m=m, k=k, transposed=z.output_axis == KERNEL_AXIS)
+    one = functools.partial(BY_FORMAT[z.format].decompress, m=m, k=k, transposed=z.output_axis == KERNEL_AXIS)
     for _ in z.batch_shape:
         one = jax.vmap(one)
     return one(dict(z.payload))
@@ -71,9 +64,9 @@ def _matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invarian
     alone = bias is None and residual is None
     dtype = out_dtype if alone else jnp.float32
     if w.format == "raw":
-        y = cpu_ops.raw_matmul(x, w.payload["values"], rows_first=w.raw_transposed, out_dtype=dtype)
+        y = raw_matmul(x, w.payload["values"], rows_first=w.raw_transposed, out_dtype=dtype)
     else:
-        y = cpu_ops.matmul(x, w.payload, *w.matrix_shape, out_dtype=dtype)
+        y = BY_FORMAT[w.format].matmul(x, w.payload, *w.matrix_shape, out_dtype=dtype)
     return y if alone else finish(y, bias, residual, out_dtype)
 
 
@@ -84,4 +77,4 @@ def _check_take(table: CompressedTensor, ids: jax.Array) -> None:
 
 
 def _take(table: CompressedTensor, ids: jax.Array) -> jax.Array:
-    return cpu_ops.take(ids, table.payload, *table.matrix_shape)
+    return BY_FORMAT[table.format].take(ids, table.payload, *table.matrix_shape)

@@ -6,7 +6,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxzip.ffi import cpu_ops, cuda_ops, lane_planar_ops
+from jaxzip.ffi import cuda_ops
+from jaxzip.ffi.format_ops import BY_FORMAT
 from jaxzip.ffi.libraries import compute_capabilities, register_cuda
 
 from jaxzip.formats import auto
@@ -57,8 +58,7 @@ def _check_decompress(z: CompressedTensor) -> None:
 
 def _decompress(z: CompressedTensor) -> jax.Array:
     m, k = z.matrix_shape
-    decode = lane_planar_ops.decompress if z.format == LANE_PLANAR else cpu_ops.decompress
-    one = functools.partial(decode, m=m, k=k, transposed=z.output_axis == KERNEL_AXIS)
+    one = functools.partial(BY_FORMAT[z.format].decompress, m=m, k=k, transposed=z.output_axis == KERNEL_AXIS)
     for _ in z.batch_shape:
         one = jax.vmap(one)
     return one(dict(z.payload))
@@ -121,4 +121,4 @@ def _check_take(table: CompressedTensor, ids: jax.Array) -> None:
 
 
 def _take(table: CompressedTensor, ids: jax.Array) -> jax.Array:
-    return lane_planar_ops.take(ids, table.payload, *table.matrix_shape)
+    return BY_FORMAT[table.format].take(ids, table.payload, *table.matrix_shape)

@@ -1,14 +1,14 @@
 """Typed wrappers around the FFI handlers that only CUDA has, for code that is being traced by JAX.
 
-As in `cpu_ops`, they check nothing that the handlers check again, and every operand may carry leading batch dimensions.
+As in `format_ops`, they check nothing that the handlers check again, and operands may carry leading batch dimensions.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxzip.ffi.cpu_ops import PAYLOAD_FIELDS, Payload, call, call_with_workspace, sizes
-from jaxzip.ffi.lane_planar_ops import LANE_PLANAR_FIELDS
+from jaxzip.ffi.custom_call import Payload, call, call_with_workspace, sizes
+from jaxzip.ffi.format_ops import LANE_PLANAR, TCA_TBE
 
 _BLOCK = 64
 # [M, K] reshaped to (row block, tile, r & 1, g, k block, j, r >> 1, t, h) and permuted is in fragment order.
@@ -41,7 +41,7 @@ def lane_planar_matmul(
     Returns:
       [N, M] of `out_dtype`.
     """
-    operands = [payload[name] for name in LANE_PLANAR_FIELDS]
+    operands = LANE_PLANAR.operands(payload)
     return _matmul(x, operands, m, k, bias, residual, out_dtype, batch_invariant, raw=False)
 
 
@@ -90,12 +90,12 @@ def tca_tbe_matmul(
     residual: jax.Array | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
 ) -> jax.Array:
-    """As `lane_planar_matmul`, for a TCA-TBE payload (the arrays named by `PAYLOAD_FIELDS`)."""
+    """As `lane_planar_matmul`, for a TCA-TBE payload ."""
     n = x.shape[0]
     columns = min(n, _TCA_TBE_ROWS)
     padded = next((width for width in (8, 16) if columns <= width), -(-columns // 32) * 32)
     workspace = (-(-m // _BLOCK) + _TCA_TBE_SHARED_BLOCKS) * _BLOCK * padded
     results = [jax.ShapeDtypeStruct((n, m), out_dtype), jax.ShapeDtypeStruct((workspace,), jnp.float32)]
     addends, given = _addends(bias, residual)
-    operands = [payload[name] for name in PAYLOAD_FIELDS]
+    operands = TCA_TBE.operands(payload)
     return call_with_workspace("jaxzip_tca_tbe_matmul", results, x, *operands, *addends, **sizes(m, k), **given)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxzip.ffi.cpu_ops import PAYLOAD_FIELDS
-from jaxzip.ffi.lane_planar_ops import LANE_PLANAR_FIELDS
+from jaxzip.ffi.format_ops import BY_FORMAT
 from jaxzip.ffi.libraries import cpu_module
 
 from jaxzip import formats
@@ -66,11 +65,11 @@ class _Corrupt:
 
 
 def _tca_tbe(payload: Payload) -> list[np.ndarray]:
-    return [payload[name] for name in PAYLOAD_FIELDS]
+    return [payload[name] for name in BY_FORMAT[TCA_TBE].fields]
 
 
 def _lane_planar(payload: Payload) -> list[np.ndarray]:
-    return [payload[name] for name in LANE_PLANAR_FIELDS]
+    return [payload[name] for name in BY_FORMAT[LANE_PLANAR].fields]
 
 
 def _decoder(decode: Callable[..., None], arrays: Callable) -> Callable[[Payload, np.ndarray], None]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jaxzip.ffi
 import numpy as np
 import pytest
-from jaxzip.ffi import cpu_ops
+from jaxzip.ffi.format_ops import TCA_TBE, raw_matmul
 
 from jaxzip.formats import tca_tbe
 
@@ -94,7 +94,7 @@ def stack(payloads):
             ]
         )
 
-    return to_jax({name: pad(name) for name in cpu_ops.PAYLOAD_FIELDS})
+    return to_jax({name: pad(name) for name in TCA_TBE.fields})
 
 
 def bits(array):
@@ -210,7 +210,7 @@ def test_level_from_environment():
 
 def test_import_loads_no_library_and_no_backend():
     # A platform that does not exist fails as soon as JAX initialises a backend.
-    code = "import jaxzip.ffi, jaxzip.ffi.cpu_ops, sys; sys.exit('jaxzip.ffi._cpu' in sys.modules)"
+    code = "import jaxzip.ffi, jaxzip.ffi.format_ops, sys; sys.exit('jaxzip.ffi._cpu' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "none_such"}, check=True)
 
 
@@ -218,7 +218,7 @@ def test_import_loads_no_library_and_no_backend():
 def test_cuda_handler_registers_and_lowers_without_a_gpu():
     jaxzip.ffi.register_cuda()
     payload = encode(gaussian((64, 64)))
-    traced = jax.jit(lambda p: cpu_ops.decompress(p, 64, 64)).trace(payload)
+    traced = jax.jit(lambda p: TCA_TBE.decompress(p, 64, 64)).trace(payload)
     assert "@jaxzip_tca_tbe_decompress" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -230,8 +230,8 @@ def test_decompress(isa, name):
     weights = SPECIAL[name]
     m, k = weights.shape
     payload = to_jax(encode(weights))
-    assert_same(cpu_ops.decompress(payload, m, k), weights.T)
-    assert_same(jax.jit(lambda p: cpu_ops.decompress(p, m, k, transposed=False))(payload), weights)
+    assert_same(TCA_TBE.decompress(payload, m, k), weights.T)
+    assert_same(jax.jit(lambda p: TCA_TBE.decompress(p, m, k, transposed=False))(payload), weights)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -245,7 +245,7 @@ def test_matmul_is_close_to_float64(isa, shape, dtype):
         x = jnp.asarray(np.random.default_rng(n).standard_normal((n, k)), dtype)
         expected = np.asarray(x, np.float64) @ w64.T
         bound = np.abs(np.asarray(x, np.float64)) @ np.abs(w64.T) * k * 2.0**-24
-        y = np.asarray(cpu_ops.matmul(x, payload, m, k, out_dtype=jnp.float32), np.float64)
+        y = np.asarray(TCA_TBE.matmul(x, payload, m, k, out_dtype=jnp.float32), np.float64)
         assert (np.abs(y - expected) <= bound).all()
 
 
@@ -259,10 +259,10 @@ def test_matmul_equals_raw_bit_for_bit(isa, n):
     w = jnp.asarray(weights.view(BF16))
     for x_dtype in (jnp.bfloat16, jnp.float32):
         for out_dtype in (jnp.bfloat16, jnp.float32):
-            y = cpu_ops.matmul(x.astype(x_dtype), payload, m, k, out_dtype)
+            y = TCA_TBE.matmul(x.astype(x_dtype), payload, m, k, out_dtype)
             assert y.dtype == out_dtype
-            assert_same(y, cpu_ops.raw_matmul(x.astype(x_dtype), w, True, out_dtype))
-            assert_same(y, cpu_ops.raw_matmul(x.astype(x_dtype), w.T, False, out_dtype))
+            assert_same(y, raw_matmul(x.astype(x_dtype), w, True, out_dtype))
+            assert_same(y, raw_matmul(x.astype(x_dtype), w.T, False, out_dtype))
             nan = np.isnan(np.asarray(y, np.float32)).all(axis=0)
             assert nan[3] and nan[9] and nan.sum() == 2
 
@@ -271,17 +271,17 @@ def test_matmul_rows_do_not_depend_on_each_other(isa):
     m, k = 130, 190
     payload = to_jax(encode(gaussian((m, k))))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((140, k)), jnp.bfloat16)
-    whole = cpu_ops.matmul(x, payload, m, k, jnp.float32)
+    whole = TCA_TBE.matmul(x, payload, m, k, jnp.float32)
     for n in (1, 2, 3, 8, 11, 139):
-        assert_same(cpu_ops.matmul(x[:n], payload, m, k, jnp.float32), whole[:n])
+        assert_same(TCA_TBE.matmul(x[:n], payload, m, k, jnp.float32), whole[:n])
 
 
 def test_matmul_takes_any_leading_shape():
     payload = to_jax(encode(gaussian((64, 64))))
     x = jnp.ones((2, 3, 64), jnp.bfloat16)
-    assert cpu_ops.matmul(x, payload, 64, 64).shape == (2, 3, 64)
-    assert cpu_ops.matmul(x[0, 0], payload, 64, 64).shape == (64,)
-    assert cpu_ops.matmul(x[:0], payload, 64, 64).shape == (0, 3, 64)
+    assert TCA_TBE.matmul(x, payload, 64, 64).shape == (2, 3, 64)
+    assert TCA_TBE.matmul(x[0, 0], payload, 64, 64).shape == (64,)
+    assert TCA_TBE.matmul(x[:0], payload, 64, 64).shape == (0, 3, 64)
 
 
 def test_matmul_rounds_once_to_nearest_even():
@@ -292,7 +292,7 @@ def test_matmul_rounds_once_to_nearest_even():
     weights[1, :2] = 1 + 2.0**-7, 2.0**-8
     weights[2, :3] = 1, 2.0**-8, 2.0**-20
     weights = weights.astype(BF16)
-    y = cpu_ops.matmul(jnp.ones((1, k), jnp.bfloat16), to_jax(encode(weights.view(np.uint16))), 64, k)
+    y = TCA_TBE.matmul(jnp.ones((1, k), jnp.bfloat16), to_jax(encode(weights.view(np.uint16))), 64, k)
     assert np.asarray(y, np.float32)[0, :3].tolist() == [1, 1 + 2.0**-6, 1 + 2.0**-7]
 
 
@@ -303,16 +303,14 @@ def test_vmap_over_stacked_payloads_and_over_x(isa):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, k)), jnp.bfloat16)
 
     def multiply(x, p):
-        return cpu_ops.matmul(x, p, m, k, jnp.float32)
+        return TCA_TBE.matmul(x, p, m, k, jnp.float32)
 
     singles = [to_jax(encode(w)) for w in weights]
     both = jax.jit(jax.vmap(multiply))(x, payloads)
     one_x = jax.vmap(multiply, in_axes=(None, 0))(x[0], payloads)
     one_w = jax.vmap(multiply, in_axes=(0, None))(x, singles[1])
     crossed = jax.vmap(jax.vmap(multiply, in_axes=(None, 0)), in_axes=(0, None))(x, payloads)
-    raw = jax.vmap(lambda x, w: cpu_ops.raw_matmul(x, w, True, jnp.float32))(
-        x, jnp.asarray(np.stack(weights).view(BF16))
-    )
+    raw = jax.vmap(lambda x, w: raw_matmul(x, w, True, jnp.float32))(x, jnp.asarray(np.stack(weights).view(BF16)))
     assert_same(both, raw)
     for i in range(3):
         assert_same(both[i], multiply(x[i], singles[i]))
@@ -320,8 +318,8 @@ def test_vmap_over_stacked_payloads_and_over_x(isa):
         assert_same(one_w[i], multiply(x[i], singles[1]))
         for j in range(3):
             assert_same(crossed[i, j], multiply(x[i], singles[j]))
-    dense = jax.vmap(lambda p: cpu_ops.decompress(p, m, k, transposed=False))(payloads)
-    rows = jax.vmap(lambda p: cpu_ops.take(jnp.arange(5), p, m, k))(payloads)
+    dense = jax.vmap(lambda p: TCA_TBE.decompress(p, m, k, transposed=False))(payloads)
+    rows = jax.vmap(lambda p: TCA_TBE.take(jnp.arange(5), p, m, k))(payloads)
     for i in range(3):
         assert_same(dense[i], weights[i])
         assert_same(rows[i], weights[i][:5])
@@ -333,8 +331,8 @@ def test_take(isa, name):
     m, k = weights.shape
     ids = np.random.default_rng(0).integers(0, m, (3, 11)).astype(np.int32)
     payload = to_jax(encode(weights))
-    assert_same(cpu_ops.take(jnp.asarray(ids), payload, m, k), weights[ids])
-    outside = cpu_ops.take(jnp.asarray([-1, 0, m, 2**31 - 1]), payload, m, k)
+    assert_same(TCA_TBE.take(jnp.asarray(ids), payload, m, k), weights[ids])
+    outside = TCA_TBE.take(jnp.asarray([-1, 0, m, 2**31 - 1]), payload, m, k)
     assert_same(outside[1], weights[0])
     np.testing.assert_array_equal(bits(outside)[[0, 2, 3]], 0x7FC0)
 
@@ -385,7 +383,7 @@ def test_wrong_lengths_are_refused(field):
     with pytest.raises(ValueError, match=rf"{field}: expected shape"):
         jaxzip.ffi.cpu_module().check_tca_tbe(**short, m=128, k=192)
     with pytest.raises(jax.errors.JaxRuntimeError, match=rf"{field} has shape \[\d+, 2\], expected \[\d+, 2\]"):
-        cpu_ops.decompress(to_jax(short), 128, 192).block_until_ready()
+        TCA_TBE.decompress(to_jax(short), 128, 192).block_until_ready()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -397,11 +395,11 @@ def test_kernels_survive_corrupt_payloads(isa):
         with pytest.raises(ValueError):
             decode(corrupt, (128, 192))
         with pytest.raises(jax.errors.JaxRuntimeError, match="corrupt payload"):
-            cpu_ops.decompress(arrays, 128, 192).block_until_ready()
+            TCA_TBE.decompress(arrays, 128, 192).block_until_ready()
         with pytest.raises(jax.errors.JaxRuntimeError, match="corrupt payload"):
-            cpu_ops.matmul(x, arrays, 128, 192).block_until_ready()
+            TCA_TBE.matmul(x, arrays, 128, 192).block_until_ready()
         try:  # a row may lie outside what is corrupt: it must not crash, and may be right
-            cpu_ops.take(jnp.arange(128), arrays, 128, 192).block_until_ready()
+            TCA_TBE.take(jnp.arange(128), arrays, 128, 192).block_until_ready()
         except jax.errors.JaxRuntimeError as e:
             assert "corrupt payload" in str(e)
 
@@ -411,7 +409,7 @@ def test_random_corruption_never_crashes(isa):
     payload = encode(gaussian((128, 128)))
     for _ in range(100):
         corrupt = {name: array.copy() for name, array in payload.items()}
-        name = rng.choice([f for f in cpu_ops.PAYLOAD_FIELDS if f not in ("sign_mantissa", "full")])
+        name = rng.choice([f for f in TCA_TBE.fields if f not in ("sign_mantissa", "full")])
         raw = corrupt[name].reshape(-1).view(np.uint8)
         raw[rng.integers(raw.size)] ^= 1 << rng.integers(8)
         try:
@@ -423,6 +421,6 @@ def test_random_corruption_never_crashes(isa):
 def test_wrong_sizes_are_refused():
     payload = to_jax(encode(gaussian((64, 64))))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"expected"):
-        cpu_ops.decompress(payload, 128, 64).block_until_ready()
+        TCA_TBE.decompress(payload, 128, 64).block_until_ready()
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"bfloat16 or float32"):
-        cpu_ops.matmul(jnp.ones((1, 64), jnp.float16), payload, 64, 64).block_until_ready()
+        TCA_TBE.matmul(jnp.ones((1, 64), jnp.float16), payload, 64, 64).block_until_ready()

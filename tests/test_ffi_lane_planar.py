@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxzip.ffi import cpu_ops, lane_planar_ops
+from jaxzip.ffi.format_ops import LANE_PLANAR, raw_matmul
 from test_lane_planar import CORRUPTIONS, corruptible_payload
 from weights import named_weights
 
@@ -201,8 +201,8 @@ def test_decompress(isa, name):
     matrix = MATRICES[name]
     m, k = matrix.shape
     payload = to_jax(REFERENCE[name])
-    assert_same(lane_planar_ops.decompress(payload, m, k), matrix.T)
-    assert_same(jax.jit(lambda p: lane_planar_ops.decompress(p, m, k, transposed=False))(payload), matrix)
+    assert_same(LANE_PLANAR.decompress(payload, m, k), matrix.T)
+    assert_same(jax.jit(lambda p: LANE_PLANAR.decompress(p, m, k, transposed=False))(payload), matrix)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 17, 40])
@@ -215,9 +215,9 @@ def test_matmul_equals_raw_bit_for_bit(isa, n):
     w = jnp.asarray(matrix.view(BF16))
     for x_dtype in (jnp.bfloat16, jnp.float32):
         for out_dtype in (jnp.bfloat16, jnp.float32):
-            y = lane_planar_ops.matmul(x.astype(x_dtype), payload, m, k, out_dtype)
+            y = LANE_PLANAR.matmul(x.astype(x_dtype), payload, m, k, out_dtype)
             assert y.dtype == out_dtype
-            assert_same(y, cpu_ops.raw_matmul(x.astype(x_dtype), w, True, out_dtype))
+            assert_same(y, raw_matmul(x.astype(x_dtype), w, True, out_dtype))
 
 
 @pytest.mark.parametrize("name", ["gaussian 200x77", "all bit patterns", "all NaN", "gaussian 1x64"])
@@ -226,8 +226,8 @@ def test_take(isa, name):
     m, k = matrix.shape
     ids = np.random.default_rng(0).integers(0, m, (3, 11)).astype(np.int32)
     payload = to_jax(REFERENCE[name])
-    assert_same(lane_planar_ops.take(jnp.asarray(ids), payload, m, k), matrix[ids])
-    outside = lane_planar_ops.take(jnp.asarray([-1, 0, m, 2**31 - 1]), payload, m, k)
+    assert_same(LANE_PLANAR.take(jnp.asarray(ids), payload, m, k), matrix[ids])
+    outside = LANE_PLANAR.take(jnp.asarray([-1, 0, m, 2**31 - 1]), payload, m, k)
     assert_same(outside[1], matrix[0])
     np.testing.assert_array_equal(bits(outside)[[0, 2, 3]], 0x7FC0)
 
@@ -237,12 +237,12 @@ def test_vmap_over_stacked_payloads():
     z = encode_as(w, "lane-planar", -1)
     payload = to_jax(z.payload)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, 70)), jnp.bfloat16)
-    dense = jax.vmap(lambda p: lane_planar_ops.decompress(p, 100, 70))(payload)
+    dense = jax.vmap(lambda p: LANE_PLANAR.decompress(p, 100, 70))(payload)
     assert_same(dense, w)
-    rows = jax.vmap(lambda p: lane_planar_ops.take(jnp.arange(5), p, 100, 70))(payload)
+    rows = jax.vmap(lambda p: LANE_PLANAR.take(jnp.arange(5), p, 100, 70))(payload)
     assert_same(rows, w.swapaxes(1, 2)[:, :5])
-    y = jax.jit(jax.vmap(lambda x, p: lane_planar_ops.matmul(x, p, 100, 70, jnp.float32)))(x, payload)
-    raw = jax.vmap(lambda x, w: cpu_ops.raw_matmul(x, w, False, jnp.float32))(x, jnp.asarray(w))
+    y = jax.jit(jax.vmap(lambda x, p: LANE_PLANAR.matmul(x, p, 100, 70, jnp.float32)))(x, payload)
+    raw = jax.vmap(lambda x, w: raw_matmul(x, w, False, jnp.float32))(x, jnp.asarray(w))
     assert_same(y, raw)
 
 
@@ -268,9 +268,9 @@ def test_handlers_survive_corrupt_payloads(isa):
     for changed in (blocks, overflow):
         arrays = to_jax(payload | {"blocks": changed})
         for call in (
-            lambda: lane_planar_ops.decompress(arrays, m, k),
-            lambda: lane_planar_ops.matmul(x, arrays, m, k),
-            lambda: lane_planar_ops.take(jnp.arange(m), arrays, m, k),
+            lambda: LANE_PLANAR.decompress(arrays, m, k),
+            lambda: LANE_PLANAR.matmul(x, arrays, m, k),
+            lambda: LANE_PLANAR.take(jnp.arange(m), arrays, m, k),
         ):
             with pytest.raises(jax.errors.JaxRuntimeError, match="corrupt payload: blocks"):
                 call().block_until_ready()
@@ -283,4 +283,4 @@ def test_wrong_shapes_are_refused(field, cut):
     with pytest.raises(ValueError, match=field):
         cpu().check_lane_planar(**short, m=m, k=k)
     with pytest.raises(jax.errors.JaxRuntimeError, match=field):
-        lane_planar_ops.decompress(to_jax(short), m, k).block_until_ready()
+        LANE_PLANAR.decompress(to_jax(short), m, k).block_until_ready()

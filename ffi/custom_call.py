@@ -1,0 +1,43 @@
+"""Custom calls in traced programs: batch dimensions, axes of `jax.shard_map`, workspaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxzip.ffi.libraries import register
+
+Payload = Mapping[str, jax.Array]
+
+
+def call(name: str, shape: tuple[int, ...], dtype: jnp.dtype, *operands: jax.Array, **attributes) -> jax.Array:
+    """The custom call `name` with one result."""
+    return call_with_workspace(name, [jax.ShapeDtypeStruct(shape, dtype)], *operands, **attributes)
+
+
+def call_with_workspace(
+    name: str, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes
+) -> jax.Array:
+    """The first result of the custom call `name`; XLA allocates the others, which are scratch."""
+    register()
+    operands, varying = _same_manual_axes(operands)
+    result = jax.ffi.ffi_call(name, list(results), vmap_method="expand_dims")(*operands, **attributes)[0]
+    # ffi_call takes the result to be the same on every device, whatever its operands are.
+    return jax.lax.pcast(result, varying, to="varying") if varying else result
+
+
+def _same_manual_axes(operands):
+    """Inside `jax.shard_map`, marks operands as varying over the mesh axes that any of them varies over."""
+    types = [jax.typeof(operand).manual_axis_type for operand in operands]
+    varying = frozenset().union(*(t.varying for t in types))
+    cast = [
+        jax.lax.pcast(o, tuple(sorted(varying - t.varying)), to="varying") if varying - t.varying else o
+        for o, t in zip(operands, types)
+    ]
+    return cast, tuple(sorted(varying))
+
+
+def sizes(m: int, k: int) -> dict[str, np.int64]:
+    return {"m": np.int64(m), "k": np.int64(k)}
