@@ -36,3 +36,21 @@ def on_cpu_unless_marked(request):
 
     with jax.default_device(jax.devices("cpu")[0]):
         yield
+
+
+@pytest.fixture
+def on_gpu():
+    """Computes on the first CUDA device."""
+    import jax
+
+    with jax.default_device(jax.devices("cuda")[0]):
+        yield
+
+
+@pytest.fixture
+def on_hopper(on_gpu):
+    """Computes on the first CUDA device, which is a Hopper GPU."""
+    from jaxzip.ffi.libraries import compute_capabilities
+
+    if compute_capabilities() != {(9, 0)}:
+        pytest.skip("needs compute capability 9.0")

@@ -12,14 +12,8 @@ from jaxzip.compress import encode_as
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS
 from jaxzip.testing import bits, gaussian_weights
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 WEIGHTS = named_weights()
-
-
-@pytest.fixture(autouse=True)
-def on_gpu():
-    with jax.default_device(jax.devices("cuda")[0]):
-        yield
 
 
 def encoded(w, output_axis=KERNEL_AXIS):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxzip.ffi.libraries import compute_capabilities
 from weights import named_weights
 
 import jaxzip
@@ -14,7 +13,7 @@ from jaxzip.compress import encode_as
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS
 from jaxzip.testing import all_bit_patterns, bits, gaussian_weights
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 WEIGHTS = named_weights()
 FORMAT = "lane-planar"
 #: (M, K) of the projections of Llama 3.1 8B, Qwen3 14B and Llama 3.1 70B, and ragged ones.
@@ -24,14 +23,6 @@ MODEL_SHAPES = [
     (10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672),
 ]  # fmt: skip
 RAGGED_SHAPES = [(1000, 3000), (4097, 1023), (65, 8200), (6141, 4093), (14335, 4100), (5119, 5121)]
-
-
-@pytest.fixture(autouse=True)
-def on_hopper():
-    if compute_capabilities() != {(9, 0)}:
-        pytest.skip("needs compute capability 9.0")
-    with jax.default_device(jax.devices("cuda")[0]):
-        yield
 
 
 def encoded(w, output_axis=KERNEL_AXIS):

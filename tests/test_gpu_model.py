@@ -6,25 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxzip.ffi.libraries import compute_capabilities
 from jaxzip.models import Llama, LlamaConfig, generate, random_params
 
 import jaxzip
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 CONFIG = LlamaConfig(
     vocab_size=500, hidden_size=256, intermediate_size=640, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=32,
     max_position_embeddings=256, dtype="bfloat16",
 )  # fmt: skip
 TOKENS = [[5, 17, 3, 88, 41, 2, 60], [400, 1, 2, 3, 4, 5, 6]]
-
-
-@pytest.fixture(autouse=True)
-def on_hopper():
-    if compute_capabilities() != {(9, 0)}:
-        pytest.skip("needs compute capability 9.0")
-    with jax.default_device(jax.devices("cuda")[0]):
-        yield
 
 
 def model(config, params, format):

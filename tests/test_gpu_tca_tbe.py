@@ -12,15 +12,9 @@ from jaxzip.compress import encode_as
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS
 from jaxzip.testing import all_bit_patterns, bits, gaussian_weights
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 WEIGHTS = named_weights()
 SHAPES = [(64, 64), (1, 1), (330, 200), (1096, 65), (20000, 96), (4096, 1024)]
-
-
-@pytest.fixture(autouse=True)
-def on_gpu():
-    with jax.default_device(jax.devices("cuda")[0]):
-        yield
 
 
 def encoded(w, output_axis=KERNEL_AXIS):
