@@ -9,18 +9,14 @@
 namespace jaxzip {
 namespace {
 
-ffi::Error Decompress(cudaStream_t stream, JAXZIP_PAYLOAD_PARAMS, ffi::Result<ffi::Buffer<ffi::BF16>> out, int64_t m,
-                      int64_t k, bool transposed) {
+ffi::Error Decompress(cudaStream_t stream, JAXZIP_PAYLOAD_PARAMS, Bf16Result out, int64_t m, int64_t k, bool transposed) {
   return Guard("jaxzip_tca_tbe_decompress", [&] {
     const PayloadOperands payload(m, k, JAXZIP_PAYLOAD_ARGS);
-    const Operand<uint16_t> result("result", *out, 2);
-    result.ExpectCore("result", transposed ? Dims{k, m} : Dims{m, k});
-    payload.ExpectBatch(result.batch);
-    for (int64_t i = 0; i < Product(result.batch); ++i) {
-      const Payload p = payload.At(i, result.batch);
+    DecompressEach(payload, out, m, k, transposed, [&](int64_t i, const Dims& batch, uint16_t* to) {
+      const Payload p = payload.At(i, batch);
       tca_tbe::ExpectAligned(p);
-      tca_tbe::RequireSuccess(tca_tbe::launch_decompress(p, result.At(i, result.batch), transposed, stream));
-    }
+      tca_tbe::RequireSuccess(tca_tbe::launch_decompress(p, to, transposed, stream));
+    });
   });
 }
 

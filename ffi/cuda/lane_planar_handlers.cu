@@ -64,31 +64,24 @@ ffi::Error LanePlanarGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_
   });
 }
 
-ffi::Error LanePlanarCudaTake(cudaStream_t stream, ffi::Buffer<ffi::S32> ids, JAXZIP_LANE_PLANAR_PARAMS,
-                              ffi::Result<ffi::Buffer<ffi::BF16>> out, int64_t m, int64_t k) {
+ffi::Error LanePlanarTake(cudaStream_t stream, ffi::Buffer<ffi::S32> ids, JAXZIP_LANE_PLANAR_PARAMS, Bf16Result out,
+                          int64_t m, int64_t k) {
   return Guard("jaxzip_lane_planar_take", [&] {
     const LanePlanarOperands payload(m, k, JAXZIP_LANE_PLANAR_ARGS);
-    const Operand<const int32_t> rows("ids", ids, 1);
-    const Operand<uint16_t> result("result", *out, 2);
-    result.ExpectCore("result", {rows.core[0], k});
-    payload.ExpectBatch(result.batch);
-    rows.ExpectBatch("ids", result.batch);
-    if (rows.core[0] > INT32_MAX) throw InvalidArgument("more than 2^31 - 1 ids");
-    for (int64_t i = 0; i < Product(result.batch); ++i)
-      Check(lp::launch_take(ToMatrix(payload.At(i, result.batch)), rows.At(i, result.batch),
-                            static_cast<int>(rows.core[0]), result.At(i, result.batch), stream));
+    TakeEach(payload, ids, out, k, [&](int64_t i, const Dims& batch, const int32_t* rows, int64_t count, uint16_t* to) {
+      if (count > INT32_MAX) throw InvalidArgument("more than 2^31 - 1 ids");
+      Check(lp::launch_take(ToMatrix(payload.At(i, batch)), rows, static_cast<int>(count), to, stream));
+    });
   });
 }
 
-ffi::Error LanePlanarDecompress(cudaStream_t stream, JAXZIP_LANE_PLANAR_PARAMS, ffi::Result<ffi::Buffer<ffi::BF16>> out, int64_t m, int64_t k,
-                      bool transposed) {
+ffi::Error LanePlanarDecompress(cudaStream_t stream, JAXZIP_LANE_PLANAR_PARAMS, Bf16Result out, int64_t m, int64_t k,
+                                bool transposed) {
   return Guard("jaxzip_lane_planar_decompress", [&] {
     const LanePlanarOperands payload(m, k, JAXZIP_LANE_PLANAR_ARGS);
-    const Operand<uint16_t> result("result", *out, 2);
-    result.ExpectCore("result", transposed ? Dims{k, m} : Dims{m, k});
-    payload.ExpectBatch(result.batch);
-    for (int64_t i = 0; i < Product(result.batch); ++i)
-      Check(lp::launch_decompress(ToMatrix(payload.At(i, result.batch)), result.At(i, result.batch), transposed, stream));
+    DecompressEach(payload, out, m, k, transposed, [&](int64_t i, const Dims& batch, uint16_t* to) {
+      Check(lp::launch_decompress(ToMatrix(payload.At(i, batch)), to, transposed, stream));
+    });
   });
 }
 
@@ -109,7 +102,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_lane_planar_gemm, LanePlanarGemm,
                                   .Attr<bool>("raw"),
                               {ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_lane_planar_take, LanePlanarCudaTake,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_lane_planar_take, LanePlanarTake,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

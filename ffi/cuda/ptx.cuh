@@ -22,6 +22,8 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 
 #if __CUDA_ARCH__ >= 900
 #define JAXZIP_BULK_COPIES 1
+#endif
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // the host's compiler wants to see them, too
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(barrier), "r"(arrivals) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

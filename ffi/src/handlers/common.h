@@ -215,6 +215,29 @@ inline For PoolFor(ffi::ThreadPool pool) {
   };
 }
 
+using Bf16Result = ffi::Result<ffi::Buffer<ffi::BF16>>;
+
+// What every decompress handler does: `one(i, batch, out)` decodes weight i of the batch.
+template <typename Operands, typename One>
+void DecompressEach(const Operands& payload, Bf16Result& out, int64_t m, int64_t k, bool transposed, One&& one) {
+  const Operand<uint16_t> result("result", *out, 2);
+  result.ExpectCore("result", transposed ? Dims{k, m} : Dims{m, k});
+  payload.ExpectBatch(result.batch);
+  for (int64_t i = 0; i < Product(result.batch); ++i) one(i, result.batch, result.At(i, result.batch));
+}
+
+// What every take handler does: `one(i, batch, ids, count, out)` decodes rows of weight i of the batch.
+template <typename Operands, typename One>
+void TakeEach(const Operands& payload, const ffi::Buffer<ffi::S32>& ids, Bf16Result& out, int64_t k, One&& one) {
+  const Operand<const int32_t> rows("ids", ids, 1);
+  const Operand<uint16_t> result("result", *out, 2);
+  result.ExpectCore("result", {rows.core[0], k});
+  payload.ExpectBatch(result.batch);
+  rows.ExpectBatch("ids", result.batch);
+  for (int64_t i = 0; i < Product(result.batch); ++i)
+    one(i, result.batch, rows.At(i, result.batch), rows.core[0], result.At(i, result.batch));
+}
+
 #define JAXZIP_PAYLOAD_PARAMS                                                                            \
   ffi::Buffer<ffi::U8> start_exp, ffi::Buffer<ffi::U32> bitmap1, ffi::Buffer<ffi::U32> bitmap2,          \
       ffi::Buffer<ffi::U32> bitmap3, ffi::Buffer<ffi::U8> sign_mantissa, ffi::Buffer<ffi::U16> full,     \

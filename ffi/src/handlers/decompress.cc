@@ -4,33 +4,24 @@
 namespace jaxzip {
 namespace {
 
-ffi::Error Decompress(ffi::ThreadPool pool, JAXZIP_PAYLOAD_PARAMS, ffi::Result<ffi::Buffer<ffi::BF16>> out, int64_t m,
-                      int64_t k, bool transposed) {
+ffi::Error Decompress(ffi::ThreadPool pool, JAXZIP_PAYLOAD_PARAMS, Bf16Result out, int64_t m, int64_t k, bool transposed) {
   return Guard("jaxzip_tca_tbe_decompress", [&] {
     const PayloadOperands payload(m, k, JAXZIP_PAYLOAD_ARGS);
-    const Operand<uint16_t> result("result", *out, 2);
-    result.ExpectCore("result", transposed ? Dims{k, m} : Dims{m, k});
-    payload.ExpectBatch(result.batch);
     const For parallel_for = PoolFor(pool);
-    for (int64_t i = 0; i < Product(result.batch); ++i) {
-      Require(DecompressTcaTbe(payload.CheckedAt(i, result.batch), result.At(i, result.batch), transposed ? 1 : k,
-                               transposed ? m : 1, parallel_for));
-    }
+    DecompressEach(payload, out, m, k, transposed, [&](int64_t i, const Dims& batch, uint16_t* to) {
+      Require(DecompressTcaTbe(payload.CheckedAt(i, batch), to, transposed ? 1 : k, transposed ? m : 1, parallel_for));
+    });
   });
 }
 
-ffi::Error LanePlanarDecompress(ffi::ThreadPool pool, JAXZIP_LANE_PLANAR_PARAMS,
-                                ffi::Result<ffi::Buffer<ffi::BF16>> out, int64_t m, int64_t k, bool transposed) {
+ffi::Error LanePlanarDecompress(ffi::ThreadPool pool, JAXZIP_LANE_PLANAR_PARAMS, Bf16Result out, int64_t m, int64_t k,
+                                bool transposed) {
   return Guard("jaxzip_lane_planar_decompress", [&] {
     const LanePlanarOperands payload(m, k, JAXZIP_LANE_PLANAR_ARGS);
-    const Operand<uint16_t> result("result", *out, 2);
-    result.ExpectCore("result", transposed ? Dims{k, m} : Dims{m, k});
-    payload.ExpectBatch(result.batch);
     const For parallel_for = PoolFor(pool);
-    for (int64_t i = 0; i < Product(result.batch); ++i) {
-      Require(DecompressLanePlanar(payload.At(i, result.batch), result.At(i, result.batch), transposed ? 1 : k,
-                                   transposed ? m : 1, parallel_for));
-    }
+    DecompressEach(payload, out, m, k, transposed, [&](int64_t i, const Dims& batch, uint16_t* to) {
+      Require(DecompressLanePlanar(payload.At(i, batch), to, transposed ? 1 : k, transposed ? m : 1, parallel_for));
+    });
   });
 }
 

@@ -4,37 +4,25 @@
 namespace jaxzip {
 namespace {
 
-ffi::Error Take(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, JAXZIP_PAYLOAD_PARAMS,
-                ffi::Result<ffi::Buffer<ffi::BF16>> out, int64_t m, int64_t k) {
+ffi::Error Take(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, JAXZIP_PAYLOAD_PARAMS, Bf16Result out, int64_t m,
+                int64_t k) {
   return Guard("jaxzip_tca_tbe_take", [&] {
     const PayloadOperands payload(m, k, JAXZIP_PAYLOAD_ARGS);
-    const Operand<const int32_t> rows("ids", ids, 1);
-    const Operand<uint16_t> result("result", *out, 2);
-    result.ExpectCore("result", {rows.core[0], k});
-    payload.ExpectBatch(result.batch);
-    rows.ExpectBatch("ids", result.batch);
     const For parallel_for = PoolFor(pool);
-    for (int64_t i = 0; i < Product(result.batch); ++i) {
-      Require(TakeTcaTbe(payload.CheckedAt(i, result.batch), rows.At(i, result.batch), rows.core[0],
-                         result.At(i, result.batch), parallel_for));
-    }
+    TakeEach(payload, ids, out, k, [&](int64_t i, const Dims& batch, const int32_t* rows, int64_t count, uint16_t* to) {
+      Require(TakeTcaTbe(payload.CheckedAt(i, batch), rows, count, to, parallel_for));
+    });
   });
 }
 
-ffi::Error LanePlanarTake(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, JAXZIP_LANE_PLANAR_PARAMS,
-                          ffi::Result<ffi::Buffer<ffi::BF16>> out, int64_t m, int64_t k) {
+ffi::Error LanePlanarTake(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> ids, JAXZIP_LANE_PLANAR_PARAMS, Bf16Result out,
+                          int64_t m, int64_t k) {
   return Guard("jaxzip_lane_planar_take", [&] {
     const LanePlanarOperands payload(m, k, JAXZIP_LANE_PLANAR_ARGS);
-    const Operand<const int32_t> rows("ids", ids, 1);
-    const Operand<uint16_t> result("result", *out, 2);
-    result.ExpectCore("result", {rows.core[0], k});
-    payload.ExpectBatch(result.batch);
-    rows.ExpectBatch("ids", result.batch);
     const For parallel_for = PoolFor(pool);
-    for (int64_t i = 0; i < Product(result.batch); ++i) {
-      Require(TakeLanePlanar(payload.At(i, result.batch), rows.At(i, result.batch), rows.core[0],
-                             result.At(i, result.batch), parallel_for));
-    }
+    TakeEach(payload, ids, out, k, [&](int64_t i, const Dims& batch, const int32_t* rows, int64_t count, uint16_t* to) {
+      Require(TakeLanePlanar(payload.At(i, batch), rows, count, to, parallel_for));
+    });
   });
 }
 
