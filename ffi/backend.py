@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxzip.ffi import format_ops
 from jaxzip.ffi.cuda_backend import register_cuda_backend
 from jaxzip.ffi.format_ops import BY_FORMAT, raw_matmul
 from jaxzip.ffi.host_codecs import register_host_codecs
@@ -26,9 +27,9 @@ def register_backend() -> None:
     if not available:
         raise ImportError(available.reason)
     add = functools.partial(registry.register, name="ffi", platforms=("cpu",), priority=PRIORITY)
-    add("decompress", fn=_decompress, check=_check_format)
+    add("decompress", fn=format_ops.decompress, check=_check_format)
     add("matmul", fn=_matmul, check=_check_matmul)
-    add("take", fn=_take, check=_check_take)
+    add("take", fn=format_ops.take, check=_check_take)
     register_host_codecs()
     register_cuda_backend()
 
@@ -36,14 +37,6 @@ def register_backend() -> None:
 def _check_format(z: CompressedTensor) -> None:
     if z.format not in BY_FORMAT:
         raise NotImplementedError(f"no CPU kernel for format {z.format}")
-
-
-def _decompress(z: CompressedTensor) -> jax.Array:
-    m, k = z.matrix_shape
-    one = functools.partial(BY_FORMAT[z.format].decompress, m=m, k=k, transposed=z.output_axis == KERNEL_AXIS)
-    for _ in z.batch_shape:
-        one = jax.vmap(one)
-    return one(dict(z.payload))
 
 
 def _check_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> None:
@@ -74,7 +67,3 @@ def _check_take(table: CompressedTensor, ids: jax.Array) -> None:
     _check_format(table)
     if table.output_axis != TABLE_AXIS:
         raise NotImplementedError("the kernel takes rows of a table [M, K]; compress it with output_axis=-2")
-
-
-def _take(table: CompressedTensor, ids: jax.Array) -> jax.Array:
-    return BY_FORMAT[table.format].take(ids, table.payload, *table.matrix_shape)

@@ -6,8 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxzip.ffi import cuda_ops
-from jaxzip.ffi.format_ops import BY_FORMAT
+from jaxzip.ffi import cuda_ops, format_ops
 from jaxzip.ffi.libraries import compute_capabilities, register_cuda
 
 from jaxzip.formats import auto
@@ -34,10 +33,10 @@ def register_cuda_backend() -> None:
         registry.report_missing("ffi", f"on CUDA: {error}")
         return
     add = functools.partial(registry.register, name="ffi", platforms=("cuda",))
-    add("decompress", fn=_decompress, check=_check_decompress, priority=PRIORITY)
+    add("decompress", fn=format_ops.decompress, check=_check_decompress, priority=PRIORITY)
     add("matmul", fn=_matmul, check=_check_matmul, priority=PRIORITY)
     add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY)
-    add("take", fn=_take, check=_check_take, priority=PRIORITY)
+    add("take", fn=format_ops.take, check=_check_take, priority=PRIORITY)
     auto.prefer(LANE_PLANAR, platform="cuda", compute_capability=HOPPER)
 
 
@@ -54,14 +53,6 @@ def _check_decompress(z: CompressedTensor) -> None:
         _check_hopper()
     elif z.format != TCA_TBE:
         raise NotImplementedError(f"no CUDA kernel for format {z.format}")
-
-
-def _decompress(z: CompressedTensor) -> jax.Array:
-    m, k = z.matrix_shape
-    one = functools.partial(BY_FORMAT[z.format].decompress, m=m, k=k, transposed=z.output_axis == KERNEL_AXIS)
-    for _ in z.batch_shape:
-        one = jax.vmap(one)
-    return one(dict(z.payload))
 
 
 def _check_operands(x, w, bias, residual, out_dtype, batch_invariant) -> None:
@@ -118,7 +109,3 @@ def _check_take(table: CompressedTensor, ids: jax.Array) -> None:
     if table.output_axis != TABLE_AXIS:
         raise NotImplementedError("the kernel takes rows of a table [M, K]; compress it with output_axis=-2")
     _check_hopper()
-
-
-def _take(table: CompressedTensor, ids: jax.Array) -> jax.Array:
-    return BY_FORMAT[table.format].take(ids, table.payload, *table.matrix_shape)

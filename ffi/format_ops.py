@@ -7,10 +7,13 @@ leading batch dimensions through `jax.vmap`, which handlers broadcast without co
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxzip.ffi.custom_call import Payload, call, sizes
+
+from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,20 @@ TCA_TBE = FormatOps(
 LANE_PLANAR = FormatOps("jaxzip_lane_planar", ("shift", "blocks", "overflow"))
 #: By the names in `jaxzip.formats`.
 BY_FORMAT = {"tca-tbe": TCA_TBE, "lane-planar": LANE_PLANAR}
+
+
+def decompress(z: CompressedTensor) -> jax.Array:
+    """The dense array of a tensor or a stack in one of `BY_FORMAT`'s formats."""
+    m, k = z.matrix_shape
+    one = functools.partial(BY_FORMAT[z.format].decompress, m=m, k=k, transposed=z.output_axis == KERNEL_AXIS)
+    for _ in z.batch_shape:
+        one = jax.vmap(one)
+    return one(dict(z.payload))
+
+
+def take(table: CompressedTensor, ids: jax.Array) -> jax.Array:
+    """Rows `ids` of a table [M, K] in one of `BY_FORMAT`'s formats."""
+    return BY_FORMAT[table.format].take(ids, table.payload, *table.matrix_shape)
 
 
 def raw_matmul(x: jax.Array, w: jax.Array, rows_first: bool = False, out_dtype: jnp.dtype | None = None) -> jax.Array:

@@ -2,12 +2,10 @@
 #include <algorithm>
 
 #include "matmul_wgmma.h"
+#include "resident.h"
 
 namespace jaxzip::lane_planar {
 namespace {
-
-// Clusters of 1..8 CTAs that an H200 runs at once, with one and with two CTAs an SM (GPCs have 16 or 18 SMs, some fewer).
-constexpr int kResident[2][8] = {{132, 66, 39, 30, 22, 17, 15, 15}, {264, 132, 79, 62, 47, 39, 32, 30}};
 
 // The fastest of every configuration of `lane_planar_bench speed`, at 11.44 bits, where the model takes one that is over 1% slower.
 struct Measured {
