@@ -1,1 +1,4 @@
-"""Pallas kernels, one a file; each registers itself as implementation `"pallas"`."""
+"""Pallas kernels of jaxzip's operations, implementation ``"pallas"``.
+
+`backend` registers them; `lane_planar_portable` uses public Pallas only (interpreted on the CPU, Triton on a GPU).
+"""

@@ -1,0 +1,190 @@
+"""Lane-planar by public Pallas only, on the CPU by interpretation and on a GPU through Triton: any machine's fallback.
+
+One program decodes blocks of 64x64 by index arithmetic: every weight finds its byte and its code by its row and column,
+and its escape by comparing its position with every entry of the block. That is slow and needs nothing but loads, shifts
+and comparisons of 32-bit integers; `lane_planar_mosaic` is the fast path and must agree with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from jaxzip.formats import lane_planar as layout
+
+_CONSTANT_HIGH = 15
+_SMALLEST_DOT = 16  # rows that a Triton dot takes
+_LARGEST_ROWS = 64
+_WARPS = 4
+_BY_K = (((1,), (1,)), ((), ()))
+
+
+def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: bool, interpret: bool) -> jax.Array:
+    """The weight of a payload, bf16 ``[K, M]`` (``transposed``) or ``[M, K]``; ``interpret``: on the CPU."""
+    rows, columns = layout.block_grid(m, k)
+
+    def kernel(shift_ref, blocks_ref, overflow_ref, out_ref):
+        block = pl.program_id(0) * columns + pl.program_id(1)
+        bits = _shift_exponents(
+            _decode(lambda word: blocks_ref[word], overflow_ref, block), shift_ref[...].astype(jnp.int32)[:, None]
+        )
+        out_ref[...] = (bits.T if transposed else bits).astype(jnp.uint16)
+
+    shape = (columns, rows) if transposed else (rows, columns)
+    out = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(tuple(layout.BLOCK * side for side in shape), jnp.uint16),
+        grid=(rows, columns),
+        in_specs=[
+            pl.BlockSpec((layout.BLOCK,), lambda i, j: (i,)),
+            pl.BlockSpec((None, None, payload["blocks"].shape[2]), lambda i, j: (i, j, 0)),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=pl.BlockSpec(
+            (layout.BLOCK, layout.BLOCK), (lambda i, j: (j, i)) if transposed else (lambda i, j: (i, j))
+        ),
+        **_options("jaxzip_lane_planar_decompress", interpret),
+    )(payload["shift"], payload["blocks"], _never_empty(payload["overflow"]))
+    out = out[:k, :m] if transposed else out[:m, :k]
+    return lax.bitcast_convert_type(out, jnp.bfloat16)
+
+
+def matmul(x: jax.Array, payload: Mapping[str, jax.Array], m: int, k: int, *, interpret: bool) -> jax.Array:
+    """fp32 sums ``[N, M]`` of ``x[N, K] @ W.T`` for the weight of a payload, scaled back; x is bf16 or fp32."""
+    columns = layout.block_grid(m, k)[1]
+    scale = lax.bitcast_convert_type((127 - payload["shift"].astype(jnp.int32)) << 23, jnp.float32)
+    overflow = _never_empty(payload["overflow"])
+
+    def weights(blocks_ref, overflow_ref, i, j):
+        return _decode(lambda word: blocks_ref[j, word], overflow_ref, i * columns + j)
+
+    blocks = pl.BlockSpec((None, columns, payload["blocks"].shape[2]), lambda _, i: (i, 0, 0))
+    return _matmul(x, scale, payload["blocks"], overflow, blocks, weights, m, k, interpret)
+
+
+def raw_matmul(x: jax.Array, w: jax.Array, *, rows_first: bool, interpret: bool) -> jax.Array:
+    """The same sums by the same kernel over a dense bf16 weight, ``[K, M]`` or ``[M, K]``: the control of `matmul`."""
+    bits = lax.bitcast_convert_type(w if rows_first else w.T, jnp.uint16)
+    m, k = bits.shape
+    rows, columns = layout.block_grid(m, k)
+    padded = jnp.pad(bits, ((0, rows * layout.BLOCK - m), (0, columns * layout.BLOCK - k)))
+
+    def weights(w_ref, _, i, j):
+        return w_ref[:, pl.ds(j * layout.BLOCK, layout.BLOCK)].astype(jnp.uint32)
+
+    blocks = pl.BlockSpec((layout.BLOCK, columns * layout.BLOCK), lambda _, i: (i, 0))
+    scale = jnp.ones(rows * layout.BLOCK, jnp.float32)
+    return _matmul(x, scale, padded, jnp.zeros(2, jnp.uint32), blocks, weights, m, k, interpret)
+
+
+def _matmul(x, scale, w, overflow, w_spec, weights: Callable, m: int, k: int, interpret: bool) -> jax.Array:
+    n = x.shape[0]
+    if n == 0:
+        return jnp.zeros((0, m), jnp.float32)
+    rows, columns = layout.block_grid(m, k)
+    step = min(_LARGEST_ROWS, max(_SMALLEST_DOT, pl.next_power_of_2(n)))
+    padded_n = pl.cdiv(n, step) * step
+    x = jnp.pad(x, ((0, padded_n - n), (0, columns * layout.BLOCK - k)))
+
+    def kernel(x_ref, scale_ref, w_ref, overflow_ref, y_ref):
+        row_block = pl.program_id(1)
+
+        def add(j, sums):
+            bits = weights(w_ref, overflow_ref, row_block, j)
+            part = x_ref[:, pl.ds(j * layout.BLOCK, layout.BLOCK)]
+            values = lax.bitcast_convert_type(bits << 16, jnp.float32).astype(part.dtype)
+            return sums + lax.dot_general(part, values, _BY_K, lax.Precision.HIGHEST, jnp.float32)
+
+        sums = lax.fori_loop(0, columns, add, jnp.zeros((step, layout.BLOCK), jnp.float32))
+        y_ref[...] = sums * scale_ref[...][None, :]
+
+    y = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((padded_n, rows * layout.BLOCK), jnp.float32),
+        grid=(padded_n // step, rows),
+        in_specs=[
+            pl.BlockSpec((step, columns * layout.BLOCK), lambda i, j: (i, 0)),
+            pl.BlockSpec((layout.BLOCK,), lambda i, j: (j,)),
+            w_spec,
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=pl.BlockSpec((step, layout.BLOCK), lambda i, j: (i, j)),
+        **_options("jaxzip_lane_planar_matmul", interpret),
+    )(x, scale, w, overflow)
+    return y[:n, :m]
+
+
+def _options(name: str, interpret: bool) -> dict:
+    # On a GPU the compiler parameters are what chooses Triton.
+    params = None if interpret else triton.CompilerParams(num_warps=_WARPS, num_stages=1)
+    return {"name": name, "interpret": interpret, "compiler_params": params}
+
+
+def _never_empty(overflow: jax.Array) -> jax.Array:
+    return overflow if overflow.shape[0] else jnp.zeros(2, jnp.uint32)
+
+
+def _shift_exponents(bits: jax.Array, shift: jax.Array) -> jax.Array:
+    """Takes the shift back; zeros, subnormals, infinities and NaN keep their exponents."""
+    exponent = (bits >> 7) & 0xFF
+    moved = (exponent - shift.astype(jnp.uint32)) & 0xFF
+    return (bits & 0x807F) | jnp.where((exponent == 0) | (exponent == 255), exponent, moved) << 7
+
+
+def _decode(read: Callable, overflow_ref, block) -> jax.Array:
+    """uint32 ``[64, 64]``: the shifted bf16 bits of one block, whose number is ``block``; ``read(i)`` gives its words."""
+    row = lax.broadcasted_iota(jnp.int32, (layout.BLOCK, layout.BLOCK), 0)
+    column = lax.broadcasted_iota(jnp.int32, (layout.BLOCK, layout.BLOCK), 1)
+    tile, j, half = row >> 4, column >> 4, column & 1
+    lane = (row & 7) << 2 | (column >> 1 & 3)
+    r = (row >> 3 & 1) | (column >> 3 & 1) << 1
+    register = 4 * j + r
+    position = tile << 10 | j << 8 | lane << 3 | r << 1 | half
+    in_half = (half << 4).astype(jnp.uint32)
+
+    word = tile * 256 + (register >> 3) * 128 + lane * 4 + (register >> 1 & 3)
+    packed = read(word) >> in_half & 0xFFFF
+    swapped = (packed << 8 | packed >> 8) & 0xFFFF
+    sign_mantissa = jnp.where((register & 1) == 1, swapped, packed) & 0x807F
+
+    codes = layout.CODE_START + tile * 96
+    words = [read(codes + at) >> in_half for at in (2 * lane, 2 * lane + 1, lane + 64)]
+    field = lax.rem(register, 5)
+    bit = functools.reduce(
+        lambda found, i: jnp.where(field == i, layout.CODE_BITS[i], found), range(1, 5), layout.CODE_BITS[0] + 0 * field
+    )
+    own = jnp.where(register < 5, words[0], jnp.where(register < 10, words[1], words[2]))
+    last = (words[0] & 1) | (words[1] & 1) << 1 | (words[2] & 1) << 2
+    code = jnp.where(register == 15, last, own >> bit.astype(jnp.uint32) & 7)
+
+    def entry(i, high):
+        both = read(layout.ENTRY_START + (i >> 1))
+        one = both >> ((i & 1) << 4).astype(jnp.uint32) & 0xFFFF
+        value = jnp.where(one < 1 << 12, 0, (one >> 12) + layout.HIGH_BIAS)
+        return jnp.where(position == (one & 0xFFF).astype(jnp.int32), value, high)
+
+    count = (read(layout.HEADER) >> 24).astype(jnp.int32)
+    high = jnp.full((layout.BLOCK, layout.BLOCK), _CONSTANT_HIGH, jnp.uint32)
+    high = lax.fori_loop(0, count, entry, high)
+
+    length = overflow_ref.shape[0] // 2
+    owner = (block + 1).astype(jnp.uint32)
+
+    def owned(i):
+        return overflow_ref[2 * jnp.minimum(i, length - 1)] == owner
+
+    def spilled(state):
+        i, high = state
+        one = overflow_ref[2 * i + 1]
+        return i + 1, jnp.where(position == (one & 0xFFF).astype(jnp.int32), one >> 12, high)
+
+    first = read(layout.OVERFLOW_WORD).astype(jnp.int32)
+    start = jnp.where(first == 0, length, first - 1)
+    _, high = lax.while_loop(lambda state: (state[0] < length) & owned(state[0]), spilled, (start, high))
+    return sign_mantissa | (high << 3 | code) << 7
