@@ -1,8 +1,10 @@
 """Flax transformers whose weights may be dense or compressed, generation, and tokenizers.
 
-    config      LlamaConfig: what a checkpoint's metadata stores
+    config      LlamaConfig: what a checkpoint's metadata stores        execution   how operations are to be computed
     layers      Linear, Embedding, RMSNorm: the only places that touch weights
     rope, attention, llama                one block of the network each; llama.Llama is the model
+    decode_attention                      its kernel for single queries on a GPU
+    fuse        q, k and v, and gate and up, as one weight each
     params      plain nested dicts in and out of a model      init  random weights for tests and benchmarks
     cache       KVCache, static shapes      sampling  logits to a token      generate  the loop under one jit
     loading     a model and its tokenizer from a compressed checkpoint
@@ -20,6 +22,7 @@ Example::
 
 from jaxzip.models.cache import KVCache
 from jaxzip.models.config import Llama3RopeScaling, LlamaConfig, UnsupportedConfigError
+from jaxzip.models.fuse import fuse_projections
 from jaxzip.models.generate import Generation, generate, stream
 from jaxzip.models.init import random_params
 from jaxzip.models.llama import Llama
@@ -38,6 +41,7 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "UnsupportedConfigError",
+    "fuse_projections",
     "generate",
     "load_model",
     "random_params",

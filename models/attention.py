@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxzip.models import decode_attention
 from jaxzip.models.config import LlamaConfig
+from jaxzip.models.execution import DEFAULT, Execution
 from jaxzip.models.layers import Linear
 from jaxzip.models.rope import rotate
 
@@ -16,50 +19,118 @@ QUERY_BLOCK = 256
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al., 2023) with rotary positions."""
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions.
 
-    def __init__(self, config: LlamaConfig):
+    ``fused``: queries, keys and values come from one weight ``qkv_proj``, see ``jaxzip.models.fuse``.
+    """
+
+    def __init__(self, config: LlamaConfig, *, fused: bool = False):
         self.config = config
         hidden, width = config.hidden_size, config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(hidden, width, dtype=config.dtype)
-        self.k_proj = Linear(hidden, kv_width, dtype=config.dtype)
-        self.v_proj = Linear(hidden, kv_width, dtype=config.dtype)
+        if fused:
+            self.qkv_proj = Linear(hidden, width + 2 * kv_width, dtype=config.dtype)
+        else:
+            self.q_proj = Linear(hidden, width, dtype=config.dtype)
+            self.k_proj = Linear(hidden, kv_width, dtype=config.dtype)
+            self.v_proj = Linear(hidden, kv_width, dtype=config.dtype)
         self.o_proj = Linear(width, hidden, dtype=config.dtype)
 
     def __call__(
         self,
         x: jax.Array,
+        residual: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         keys: jax.Array,
         values: jax.Array,
         start: jax.Array,
         end: jax.Array,
         *,
-        implementation: str | None = None,
+        execution: Execution = DEFAULT,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Appends ``S`` tokens to the cache of one layer and attends to all that it holds.
 
         Args:
           x: ``[B, S, hidden]``.
+          residual: ``[B, S, hidden]``, added to the output.
           rotation: cosines and sines of the new tokens, ``[B, S, head_dim // 2]``.
           keys, values: the layer's cache ``[B, num_kv_heads, T, head_dim]``.
           start, end: as in ``KVCache``, before the new tokens.
-          implementation: of the projections' matmul.
+          execution: of the projections.
 
         Returns:
           The output ``[B, S, hidden]`` and the updated keys and values.
         """
-        batch, length, _ = x.shape
+        config = self.config
+        if hasattr(self, "qkv_proj"):
+            qkv = self.qkv_proj(x, execution=execution)
+        else:
+            parts = (self.q_proj, self.k_proj, self.v_proj)
+            qkv = jnp.concatenate([part(x, execution=execution) for part in parts], axis=-1)
+        xla = functools.partial(_append_and_attend, num_heads=config.num_heads)
+        operands = (qkv, *rotation, keys, values, start, end)
+        single = x.shape[1] == 1
+        if (single or execution.batch_invariant) and _has_kernel(config.head_dim, config.dtype):
+            kernel = _kernel_for_one if single else functools.partial(_kernel_for_each, num_heads=config.num_heads)
+            out, keys, values = jax.lax.platform_dependent(*operands, cuda=kernel, default=xla)
+        else:
+            out, keys, values = xla(*operands)
+        return self.o_proj(out, residual=residual, execution=execution), keys, values
 
-        def heads(projection: Linear) -> jax.Array:
-            return projection(x, implementation=implementation).reshape(batch, length, -1, self.config.head_dim)
 
-        q, k, v = rotate(heads(self.q_proj), *rotation), rotate(heads(self.k_proj), *rotation), heads(self.v_proj)
-        keys = jax.lax.dynamic_update_slice(keys, k.swapaxes(1, 2), (0, 0, end, 0))
-        values = jax.lax.dynamic_update_slice(values, v.swapaxes(1, 2), (0, 0, end, 0))
-        out = attend(q, keys, values, start, end)
-        return self.o_proj(out.reshape(batch, length, -1), implementation=implementation), keys, values
+def _has_kernel(head_dim: int, dtype: str) -> bool:
+    # Lowering a kernel needs to know the GPU: a program lowered for one that is not here gets XLA's attention.
+    return decode_attention.supported(head_dim, dtype) and _has_gpu()
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+def _append_and_attend(qkv, cos, sin, keys, values, start, end, *, num_heads):
+    """``[B, S, (H + 2 KVH) * D]`` to ``[B, S, H * D]`` and the updated cache."""
+    q, k, v = _heads(qkv, num_heads, keys)
+    keys, values = _append(rotate(k, cos, sin), v, keys, values, end)
+    out = attend(rotate(q, cos, sin), keys, values, start, end)
+    return out.reshape(*qkv.shape[:2], -1), keys, values
+
+
+def _heads(qkv, num_heads, keys):
+    """Queries, keys and values, each ``[B, S, heads, D]``."""
+    split = qkv.reshape(*qkv.shape[:2], -1, keys.shape[-1])
+    return jnp.split(split, [num_heads, num_heads + keys.shape[1]], axis=2)
+
+
+def _append(k, v, keys, values, end):
+    keys = jax.lax.dynamic_update_slice(keys, k.swapaxes(1, 2), (0, 0, end, 0))
+    return keys, jax.lax.dynamic_update_slice(values, v.swapaxes(1, 2), (0, 0, end, 0))
+
+
+def _kernel_for_one(qkv, cos, sin, keys, values, start, end):
+    out, keys, values = decode_attention.decode_attention(
+        qkv[:, 0], cos[:, 0], sin[:, 0], keys, values, start, end[None], append=True
+    )
+    return out[:, None], keys, values
+
+
+def _kernel_for_each(qkv, cos, sin, keys, values, start, end, *, num_heads, interpret=False):
+    """Every query for itself, in the order of sums that decoding has, whatever the batch and the padding."""
+    batch, length, _ = qkv.shape
+    _, k, v = _heads(qkv, num_heads, keys)
+    keys, values = _append(rotate(k, cos, sin), v, keys, values, end)
+
+    def block(qkv, cos, sin, first):
+        rows = [a.reshape(-1, a.shape[-1]) for a in (qkv, cos, sin)]
+        own = first + jnp.arange(qkv.shape[1], dtype=jnp.int32)
+        options = {"append": False, "interpret": interpret}
+        out, *_ = decode_attention.decode_attention(*rows, keys, values, start, own, **options)
+        return out.reshape(batch, qkv.shape[1], -1)
+
+    return _in_blocks(block, (qkv, cos, sin), end), keys, values
 
 
 def attend(q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
@@ -76,25 +147,30 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, e
     Returns:
       ``[B, S, H, head_dim]`` in ``q.dtype``. Queries in the padding (slot below ``start``) give finite nonsense.
     """
-    batch, length, num_heads, head_dim = q.shape
+    batch, length, _, head_dim = q.shape
     grouped = q.reshape(batch, length, keys.shape[1], -1, head_dim)
 
     def block(queries, first):
         return _attend_block(queries, keys, values, start, first)
 
-    if length > QUERY_BLOCK and length % QUERY_BLOCK == 0:
-        count = length // QUERY_BLOCK
-        blocks = grouped.reshape(batch, count, QUERY_BLOCK, *grouped.shape[2:]).swapaxes(0, 1)
-        firsts = end + QUERY_BLOCK * jnp.arange(count, dtype=jnp.int32)
-        out = jax.lax.map(lambda args: block(*args), (blocks, firsts)).swapaxes(0, 1)
-    else:
-        out = block(grouped, end)
-    return out.reshape(batch, length, num_heads, head_dim)
+    return _in_blocks(block, (grouped,), end).reshape(q.shape)
+
+
+def _in_blocks(block, arrays, end):
+    """``block(*arrays, first slot)`` of arrays ``[B, S, ...]``, in turns of QUERY_BLOCK of their second axis."""
+    batch, length = arrays[0].shape[:2]
+    if length <= QUERY_BLOCK or length % QUERY_BLOCK:
+        return block(*arrays, end)
+    count = length // QUERY_BLOCK
+    blocks = [a.reshape(batch, count, QUERY_BLOCK, *a.shape[2:]).swapaxes(0, 1) for a in arrays]
+    firsts = end + QUERY_BLOCK * jnp.arange(count, dtype=jnp.int32)
+    out = jax.lax.map(lambda args: block(*args), (*blocks, firsts)).swapaxes(0, 1)
+    return out.reshape(batch, length, *out.shape[3:])
 
 
 def _attend_block(q, keys, values, start, first):
     with jax.named_scope("attend"):
-        scores = _einsum("bskgd,bktd->bkgst", q, keys)
+        scores = _einsum("bskgd,bktd->bkgst", q, keys, jnp.float32)
         scores = scores / math.sqrt(q.shape[-1])
         slots = jnp.arange(keys.shape[2], dtype=jnp.int32)
         own = first + jnp.arange(q.shape[1], dtype=jnp.int32)
@@ -102,17 +178,17 @@ def _attend_block(q, keys, values, start, first):
         # Finite, not -inf: a query in the padding sees nothing, and NaN there would reach the cache of later layers.
         scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        return _einsum("bkgst,bktd->bskgd", weights, values).astype(q.dtype)
+        return _einsum("bkgst,bktd->bskgd", weights, values, q.dtype)
 
 
-def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Products with fp32 accumulation and an fp32 result."""
+def _einsum(spec: str, a: jax.Array, b: jax.Array, dtype) -> jax.Array:
+    """Products with fp32 accumulation, rounded once to ``dtype``."""
 
     def narrow(a, b):
-        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+        return jnp.einsum(spec, a, b, preferred_element_type=dtype)
 
     def wide(a, b):
         # XLA's CPU backend has no batched 16-bit dot with an fp32 result.
-        return jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32))
+        return jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32)).astype(dtype)
 
     return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)

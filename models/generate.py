@@ -15,6 +15,12 @@ from jaxzip.models.cache import KVCache
 from jaxzip.models.llama import Llama
 from jaxzip.models.sampling import GREEDY, Sampling, sample
 
+from jaxzip.formats.auto import default_device
+
+#: Decode steps on a GPU between two looks at whether every row has ended: the host waits for the device to look, and
+#: then starts the next step late.
+LOOK_EVERY = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -46,6 +52,7 @@ def generate(
     eos: Sequence[int] | None = None,
     pad: int = 0,
     return_logits: bool = False,
+    batch_invariant: bool = False,
 ) -> Generation:
     """Continues each prompt by up to ``max_new_tokens`` tokens.
 
@@ -53,19 +60,24 @@ def generate(
     number of prompts and the kind of sampling; weights are its arguments. It ends early when every row has ended.
 
     Args:
-      prompts: token ids, of different lengths; a row's result depends on the others only by rounding.
+      prompts: token ids, of different lengths; a row's result depends on the others only by rounding, and with
+        ``batch_invariant`` not at all.
       sampling: how tokens are drawn.
       key: typed PRNG key (``jax.random.key(seed)``); needed unless greedy. A row's draws depend on the key, the row's
         index and the step only.
       eos: token ids that end a row; default: the config's. ``()`` never ends.
       pad: what fills ``tokens`` after a row's end.
       return_logits: keep the logits of every step (``4 * B * max_new_tokens * vocab_size`` bytes).
+      batch_invariant: weights are compressed, and every product and sum of a row is computed in the same order whatever
+        else is in the batch: the same sequence gets the same tokens. Prefill then decodes weights in the fused kernel
+        however long the prompts are, and takes longer.
 
     Raises:
+      NotImplementedError: ``batch_invariant`` and a weight is dense or in a format without such a kernel.
       PromptError: no prompt, an empty one, an id outside the vocabulary, or a prompt too long for the context.
       ValueError: ``max_new_tokens`` is below 1, or sampling without a key.
     """
-    setup = _Setup.of(model, prompts, max_new_tokens, sampling, key, eos, pad)
+    setup = _Setup.of(model, prompts, max_new_tokens, sampling, key, eos, pad, batch_invariant)
     run = _generate(setup.static, return_logits, setup.weights, setup.inputs)
     n = max_new_tokens
     logits = np.asarray(run.logits)[:, :n] if return_logits else None
@@ -81,6 +93,7 @@ def stream(
     key: jax.Array | None = None,
     eos: Sequence[int] | None = None,
     chunk: int = 1,
+    batch_invariant: bool = False,
 ) -> Iterator[int]:
     """Yields the tokens that :func:`generate` gives for ``[prompt]``, as they come.
 
@@ -93,7 +106,7 @@ def stream(
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, expected 1 or more")
-    setup = _Setup.of(model, [prompt], max_new_tokens, sampling, key, eos, pad=0)
+    setup = _Setup.of(model, [prompt], max_new_tokens, sampling, key, eos, 0, batch_invariant)
     return _stream(setup, chunk)
 
 
@@ -116,6 +129,8 @@ class _Static:
     graphdef: nnx.GraphDef
     capacity: int
     kind: str
+    batch_invariant: bool
+    look_every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +140,7 @@ class _Setup:
     inputs: dict[str, jax.Array | np.ndarray]
 
     @classmethod
-    def of(cls, model, prompts, max_new_tokens, sampling, key, eos, pad) -> _Setup:
+    def of(cls, model, prompts, max_new_tokens, sampling, key, eos, pad, batch_invariant=False) -> _Setup:
         tokens, start = pad_prompts(model.config, prompts, max_new_tokens)
         if key is None:
             if sampling.kind != "greedy":
@@ -141,7 +156,10 @@ class _Setup:
             "key": key,
             "sampling": sampling.values(),
         }
-        return cls(_Static(graphdef, bucket(max_new_tokens), sampling.kind), weights, inputs)
+        look_every = LOOK_EVERY if default_device().platform == "gpu" else 1
+        # Steps between two looks may go past the end.
+        capacity = bucket(max_new_tokens) + look_every - 1
+        return cls(_Static(graphdef, capacity, sampling.kind, batch_invariant, look_every), weights, inputs)
 
 
 @jax.tree_util.register_dataclass
@@ -160,7 +178,8 @@ class _Run:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(static: _Static, keep_logits: bool, weights: nnx.State, inputs) -> _Run:
-    run = _loop(static, weights, inputs, _prefill(static, keep_logits, weights, inputs), inputs["limit"])
+    run = _prefill(static, keep_logits, weights, inputs)
+    run = _loop(static, weights, inputs, run, inputs["limit"], static.look_every)
     return dataclasses.replace(run, cache=None)
 
 
@@ -169,9 +188,9 @@ def _start(static: _Static, keep_logits: bool, weights: nnx.State, inputs) -> _R
     return _prefill(static, keep_logits, weights, inputs)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _advance(static: _Static, weights: nnx.State, inputs, run: _Run, until: jax.Array) -> _Run:
-    return _loop(static, weights, inputs, run, until)
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=3)
+def _advance(static: _Static, weights: nnx.State, inputs, run: _Run, until: jax.Array, look_every: int = 1) -> _Run:
+    return _loop(static, weights, inputs, run, until, look_every)
 
 
 def _prefill(static: _Static, keep_logits: bool, weights: nnx.State, inputs) -> _Run:
@@ -179,8 +198,8 @@ def _prefill(static: _Static, keep_logits: bool, weights: nnx.State, inputs) -> 
     rows, width = inputs["tokens"].shape
     with jax.named_scope("prefill"):
         cache = KVCache.empty(model.config, inputs["start"], width + static.capacity)
-        hidden, cache = model.hidden(inputs["tokens"], cache)
-        logits = model.logits(hidden[:, -1])
+        hidden, cache = model.hidden(inputs["tokens"], cache, batch_invariant=static.batch_invariant)
+        logits = model.logits(hidden[:, -1], batch_invariant=static.batch_invariant)
     run = _Run(
         step=jnp.int32(0),
         last=jnp.zeros(rows, jnp.int32),
@@ -193,22 +212,28 @@ def _prefill(static: _Static, keep_logits: bool, weights: nnx.State, inputs) -> 
     return _record(static, inputs, run, logits)
 
 
-def _loop(static: _Static, weights: nnx.State, inputs, run: _Run, until: jax.Array) -> _Run:
+def _loop(static: _Static, weights: nnx.State, inputs, run: _Run, until: jax.Array, look_every: int) -> _Run:
     def unfinished(run: _Run):
         return (run.step < until) & ~jnp.all(run.done)
 
     def decode(run: _Run) -> _Run:
         model = nnx.merge(static.graphdef, weights)
         with jax.named_scope("decode"):
-            hidden, cache = model.hidden(run.last[:, None], run.cache)
-            logits = model.logits(hidden[:, -1])
+            hidden, cache = model.hidden(run.last[:, None], run.cache, batch_invariant=static.batch_invariant)
+            logits = model.logits(hidden[:, -1], batch_invariant=static.batch_invariant)
         return _record(static, inputs, dataclasses.replace(run, cache=cache), logits)
 
-    return jax.lax.while_loop(unfinished, decode, run)
+    def decode_some(run: _Run) -> _Run:
+        return decode(run) if look_every == 1 else jax.lax.fori_loop(0, look_every, lambda _, run: decode(run), run)
+
+    return jax.lax.while_loop(unfinished, decode_some, run)
 
 
 def _record(static: _Static, inputs, run: _Run, logits: jax.Array) -> _Run:
-    """Draws the next token of each row from ``logits[B, V]`` and writes it down; finished rows get padding."""
+    """Draws the next token of each row from ``logits[B, V]`` and writes it down; finished rows get padding.
+
+    Tokens past the limit are written too, and do not count.
+    """
     with jax.named_scope("sample"):
         drawn = sample(logits, inputs["key"], run.step, static.kind, inputs["sampling"])
     ends = jnp.any(drawn[:, None] == inputs["eos"][None, :], axis=1)
@@ -221,7 +246,7 @@ def _record(static: _Static, inputs, run: _Run, logits: jax.Array) -> _Run:
         step=run.step + 1,
         last=drawn,
         done=run.done | ends,
-        lengths=run.lengths + ~run.done,
+        lengths=run.lengths + (~run.done & (run.step < inputs["limit"])),
         tokens=jax.lax.dynamic_update_slice(run.tokens, shown[:, None], (0, run.step)),
         logits=kept,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxzip.models.execution import DEFAULT, Execution
 
 import jaxzip
 from jaxzip import ops
@@ -21,7 +22,7 @@ def _abstract(*shape: int, dtype: str) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
 
 
-def _operands(x: jax.Array, weight: Any, op: str, implementation: str | None) -> tuple[jax.Array, Any, str | None]:
+def _operands(x: jax.Array, weight: Any, op: str, execution: Execution) -> tuple[jax.Array, Any, str | None]:
     """The activations, the weight and the implementation to call ``op`` with.
 
     Dense weights are XLA's, and so is a compressed weight that is to run by ``"xla"``: behind a barrier XLA cannot tell
@@ -32,12 +33,40 @@ def _operands(x: jax.Array, weight: Any, op: str, implementation: str | None) ->
     # Activations and weight go through one barrier, dense or not: what XLA fuses into the activations is then the same
     # for both, and nothing that is done to a weight (decoding, widening) is moved out of the decode loop.
     x, weight = jax.lax.optimization_barrier((x, weight))
+    implementation = execution.implementation
     if not isinstance(weight, CompressedTensor):
         return x, weight, None
     if implementation == registry.XLA and op == "matmul":
         return x, jax.lax.optimization_barrier(jaxzip.decompress(weight, implementation=registry.XLA)), None
     known = implementation in ops.implementations(op) or implementation not in ops.implementations("matmul")
     return x, weight, implementation if known else None
+
+
+def _matmul(
+    x: jax.Array,
+    weight: Any,
+    out_dtype: str,
+    execution: Execution,
+    *,
+    residual: jax.Array | None = None,
+    transposed: bool = False,
+) -> jax.Array:
+    """``x @ weight + residual`` in ``out_dtype``; ``transposed``: ``weight`` is a table ``[M, K]``."""
+
+    def general(x, weight, residual):
+        x, weight, implementation = _operands(x, weight, "matmul", execution)
+        options = {"batch_invariant": execution.batch_invariant, "implementation": implementation}
+        weight = weight.T if transposed else weight
+        return jaxzip.matmul(x, weight, residual=residual, out_dtype=out_dtype, **options)
+
+    def dense_on_gpu(x, weight, residual):
+        # As cuBLAS has it: fp32 sums inside, a result in the output's dtype. An fp32 result would be written whole.
+        y = jnp.dot(x, weight.T if transposed else weight, preferred_element_type=jnp.dtype(out_dtype))
+        return y if residual is None else y + residual
+
+    if isinstance(weight, CompressedTensor) or execution.batch_invariant or x.dtype != weight.dtype:
+        return general(x, weight, residual)
+    return jax.lax.platform_dependent(x, weight, residual, cuda=dense_on_gpu, default=general)
 
 
 class Linear(nnx.Module):
@@ -47,10 +76,16 @@ class Linear(nnx.Module):
         self.dtype = dtype
         self.kernel = _abstract(in_features, out_features, dtype=dtype)
 
-    def __call__(self, x: jax.Array, *, out_dtype: str | None = None, implementation: str | None = None) -> jax.Array:
-        """``x[..., K]`` to ``[..., M]`` in ``out_dtype`` (default: the layer's dtype), rounded once from fp32."""
-        x, kernel, implementation = _operands(x, self.kernel.get_value(), "matmul", implementation)
-        return jaxzip.matmul(x, kernel, out_dtype=out_dtype or self.dtype, implementation=implementation)
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        residual: jax.Array | None = None,
+        out_dtype: str | None = None,
+        execution: Execution = DEFAULT,
+    ) -> jax.Array:
+        """``x[..., K]`` (plus ``residual[..., M]``) to ``[..., M]`` in ``out_dtype``, by default the layer's."""
+        return _matmul(x, self.kernel.get_value(), out_dtype or self.dtype, execution, residual=residual)
 
 
 class Embedding(nnx.Module):
@@ -60,15 +95,14 @@ class Embedding(nnx.Module):
         self.dtype = dtype
         self.embedding = _abstract(vocab_size, features, dtype=dtype)
 
-    def __call__(self, ids: jax.Array, *, implementation: str | None = None) -> jax.Array:
+    def __call__(self, ids: jax.Array, *, execution: Execution = DEFAULT) -> jax.Array:
         """Rows of the table: int32 ``ids[...]`` to ``[..., D]`` in the layer's dtype."""
-        ids, table, implementation = _operands(ids, self.embedding.get_value(), "take", implementation)
+        ids, table, implementation = _operands(ids, self.embedding.get_value(), "take", execution)
         return jaxzip.take(table, ids, implementation=implementation).astype(self.dtype)
 
-    def attend(self, x: jax.Array, *, implementation: str | None = None) -> jax.Array:
+    def attend(self, x: jax.Array, *, execution: Execution = DEFAULT) -> jax.Array:
         """Logits of a tied head: ``x[..., D]`` to fp32 ``[..., V]``, through the same fused matmul as any kernel."""
-        x, table, implementation = _operands(x, self.embedding.get_value(), "matmul", implementation)
-        return jaxzip.matmul(x, table.T, out_dtype=jnp.float32, implementation=implementation)
+        return _matmul(x, self.embedding.get_value(), "float32", execution, transposed=True)
 
 
 class RMSNorm(nnx.Module):

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxzip.models.config import LlamaConfig
+from jaxzip.models.fuse import fuse_projections
 from jaxzip.models.llama import Llama
 from jaxzip.models.tokenizer import Tokenizer
 
 from jaxzip.checkpoint import Checkpoint, open_checkpoint
 from jaxzip.errors import CheckpointError
+from jaxzip.formats.auto import default_device
 
 
 def load_model(
@@ -20,6 +22,7 @@ def load_model(
     implementation: str | None = None,
     format: str | None = "auto",
     transform: Callable[[Any], Any] | None = None,
+    fuse: bool | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """Loads a model and its tokenizer.
 
@@ -29,6 +32,8 @@ def load_model(
       format: what compressed weights are changed to on the way in; ``"auto"``: what runs fastest on this process's
         devices. ``None``: as they are stored.
       transform: applied to the tree of parameters before the model gets it, for instance to decompress it.
+      fuse: whether projections of the same input become one weight, see :func:`jaxzip.models.fuse_projections`;
+        ``None``: on a GPU. They are put together on the host, which then holds all weights.
 
     Raises:
       CheckpointError: the checkpoint has no model configuration or no tokenizer.
@@ -37,8 +42,12 @@ def load_model(
     """
     checkpoint = open_checkpoint(path)
     config = read_config(checkpoint, path)
-    params = checkpoint.load_tree(format=format)
-    model = Llama.from_params(config, transform(params) if transform else params, implementation=implementation)
+    if fuse is None:
+        fuse = default_device().platform == "gpu"
+    params = checkpoint.load_tree(format=format, on_host=fuse)
+    if transform:
+        params = transform(params)
+    model = Llama.from_params(config, fuse_projections(params) if fuse else params, implementation=implementation)
     return model, read_tokenizer(checkpoint, config, path)
 
 

@@ -1,0 +1,191 @@
+"""``fuse_projections``: queries, keys and values as one weight, gate and up as one, without decoding them.
+
+A layer then launches four matrix products instead of seven, and the larger ones run nearer to the memory's speed.
+Lane-planar weights are rows of 64x64 blocks and each row of the matrix has its own shift, so weights with whole
+row blocks stand one below the other; only block numbers and the places of overflow entries move on:
+
+    q_proj  blocks [Rq, C, W]   overflow (block, entry) ...     qkv_proj  blocks [Rq + Rk + Rv, C, max W]
+    k_proj  blocks [Rk, C, W']  overflow ...               ->             overflow of q, k + Rq C, v + (Rq + Rk) C
+    v_proj  blocks [Rv, C, W"]  overflow ...
+
+What cannot be put together so (a window for each tensor, rows that do not fill their blocks) is encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxzip
+from jaxzip import formats
+from jaxzip.errors import JaxzipError
+from jaxzip.formats import lane_planar
+from jaxzip.ops import host
+from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
+
+#: Name of the fused weight and of its parts, in the order of its outputs, by block of a layer.
+GROUPS = {
+    "attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    "mlp": ("gate_up_proj", ("gate_proj", "up_proj")),
+}
+
+
+def is_fused(params: Mapping[str, Any]) -> bool:
+    """Whether a model's parameters have fused projections."""
+    layer = next(iter(params.get("layers", {}).values()), {})
+    return any(name in layer.get(block, {}) for block, (name, _) in GROUPS.items())
+
+
+def fuse_projections(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a Llama with ``attn/qkv_proj`` and ``mlp/gate_up_proj`` in place of their parts.
+
+    Leaves stay where they are, host or device. Weights of one name get overflow lists of one length, in all layers, so
+    that these share traces. Everything else, and a tree that is fused already, is passed on as it is.
+
+    Args:
+      params: see :meth:`jaxzip.models.Llama.from_params`. Parts of one weight have one format; others are encoded in
+        the first one's.
+    """
+    layers = {i: _fuse_layer(layer) for i, layer in params["layers"].items()}
+    holders: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for layer in layers.values():
+        for block in GROUPS:
+            for name, holder in layer.get(block, {}).items():
+                holders.setdefault((block, name), []).append(holder)
+    for alike in holders.values():
+        for holder, kernel in zip(alike, same_lengths([holder["kernel"] for holder in alike])):
+            holder["kernel"] = kernel
+    return {**params, "layers": layers}
+
+
+def _fuse_layer(layer: Mapping[str, Any]) -> dict[str, Any]:
+    fused = dict(layer)
+    for block, (name, parts) in GROUPS.items():
+        projections = {key: dict(value) for key, value in layer.get(block, {}).items()}
+        if parts[0] in projections:
+            weights = [projections.pop(part)["kernel"] for part in parts]
+            projections = {name: {"kernel": concatenate_outputs(weights)}, **projections}
+        fused[block] = projections
+    return fused
+
+
+def concatenate_outputs(weights: Sequence[Any]) -> Any:
+    """``jnp.concatenate(weights, axis=1)`` of kernels ``[K, M]``, dense or compressed, bit for bit.
+
+    Raises:
+      ValueError: weights that are not matrices of one number of rows, or tables.
+    """
+    first = weights[0]
+    if any(w.ndim != 2 or w.shape[0] != first.shape[0] for w in weights):
+        raise ValueError(f"kernels [K, M] of one K are needed, got {[w.shape for w in weights]}")
+    if not any(isinstance(w, CompressedTensor) for w in weights):
+        return _like(weights)(weights, axis=1)
+    if any(isinstance(w, CompressedTensor) and w.output_axis != KERNEL_AXIS for w in weights):
+        raise ValueError("a compressed table is no kernel; take its .T")
+    formats_found = {w.format if isinstance(w, CompressedTensor) else "raw" for w in weights}
+    if formats_found == {"raw"}:
+        return _raw(_like(_arrays(weights))(_arrays(weights), axis=1))
+    if formats_found == {"lane-planar"} and all(w.shape[1] % lane_planar.BLOCK == 0 for w in weights[:-1]):
+        return _lane_planar(weights)
+    return _encoded_again(weights)
+
+
+def _arrays(weights) -> list[Any]:
+    return [_values(w) if isinstance(w, CompressedTensor) else w for w in weights]
+
+
+def _values(z: CompressedTensor) -> Any:
+    return z.payload["values"].T if z.raw_transposed else z.payload["values"]
+
+
+def _raw(values) -> CompressedTensor:
+    return CompressedTensor({"values": values}, tuple(values.shape), np.dtype(values.dtype), "raw", KERNEL_AXIS)
+
+
+def _like(arrays):
+    """NumPy's concatenate on the host, JAX's elsewhere."""
+    return np.concatenate if all(isinstance(a, np.ndarray) for a in arrays) else jnp.concatenate
+
+
+def _encoded_again(weights) -> CompressedTensor:
+    """In the format of the first compressed part, where that is smaller."""
+    encoded = next(w for w in weights if isinstance(w, CompressedTensor) and w.format != "raw")
+    dense = np.concatenate([host.dense(w) if isinstance(w, CompressedTensor) else np.asarray(w) for w in weights], 1)
+    on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(list(weights)))
+    return jaxzip.compress(dense, format=encoded.format, on_host=on_host)
+
+
+def _lane_planar(weights: Sequence[CompressedTensor]) -> CompressedTensor:
+    concatenate = _like([w.payload["blocks"] for w in weights])
+    width = max(w.payload["blocks"].shape[-1] for w in weights)
+    blocks, overflow, before, entries = [], [], 0, 0
+    for w in weights:
+        listed = np.asarray(w.payload["overflow"])
+        listed = listed[: 2 * np.count_nonzero(listed[0::2])].copy()  # zeros at the end are padding
+        listed[0::2] += np.uint32(before)
+        part = _with_width(w.payload["blocks"], width)
+        blocks.append(_move_overflow(part, entries) if entries else part)
+        overflow.append(listed)
+        before += part.shape[0] * part.shape[1]
+        entries += listed.size // 2
+    if before > np.iinfo(np.uint32).max:
+        raise JaxzipError(f"a fused weight of {before} blocks is more than lane-planar can number")
+    payload = {
+        "shift": concatenate([w.payload["shift"] for w in weights]),
+        "blocks": concatenate(blocks),
+        "overflow": np.concatenate(overflow),
+    }
+    shape = (weights[0].shape[0], sum(w.shape[1] for w in weights))
+    z = CompressedTensor(payload, shape, weights[0].dtype, "lane-planar", KERNEL_AXIS, weights[0].layout_version)
+    return _with_lengths(z, _lengths(z))
+
+
+def _with_width(blocks, width: int):
+    """Blocks of ``width`` words: room for more entries, which are there at the end of a block."""
+    extra = width - blocks.shape[-1]
+    return blocks if not extra else _library(blocks).pad(blocks, ((0, 0), (0, 0), (0, extra)))
+
+
+def _move_overflow(blocks, entries: int):
+    """Blocks that point ``entries`` further into the list of overflow entries; 0 stays 0: none."""
+    word = blocks[..., lane_planar.OVERFLOW_WORD]
+    moved = _library(blocks).where(word == 0, word, word + np.uint32(entries))
+    if isinstance(blocks, np.ndarray):
+        blocks = blocks.copy()
+        blocks[..., lane_planar.OVERFLOW_WORD] = moved
+        return blocks
+    return blocks.at[..., lane_planar.OVERFLOW_WORD].set(moved)
+
+
+def _library(array):
+    return np if isinstance(array, np.ndarray) else jnp
+
+
+def _lengths(z: CompressedTensor) -> dict[str, int]:
+    return formats.get(z.format).bucket_lengths(z.payload, *z.matrix_shape)
+
+
+def _with_lengths(z: CompressedTensor, lengths: Mapping[str, int]) -> CompressedTensor:
+    payload = dict(z.payload)
+    for name, length in lengths.items():
+        if payload[name].shape[-1] < length:
+            padding = [(0, 0)] * (payload[name].ndim - 1) + [(0, length - payload[name].shape[-1])]
+            payload[name] = _library(payload[name]).pad(payload[name], padding)
+    on_host = isinstance(payload["blocks"], np.ndarray)
+    payload = {name: a if on_host else jnp.asarray(a) for name, a in payload.items()}
+    return CompressedTensor(payload, z.core_shape, z.dtype, z.format, z.output_axis, z.layout_version)
+
+
+def same_lengths(weights: Sequence[Any]) -> list[Any]:
+    """The weights; lane-planar ones get overflow lists of one length, and keep their blocks' width, one of five."""
+    lengths = [_lengths(w)["overflow"] for w in weights if _is_lane_planar(w)]
+    common = {"overflow": max(lengths, default=0)}
+    return [_with_lengths(w, common) if _is_lane_planar(w) else w for w in weights]
+
+
+def _is_lane_planar(w) -> bool:
+    return isinstance(w, CompressedTensor) and w.format == "lane-planar"

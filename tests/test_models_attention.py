@@ -1,0 +1,75 @@
+"""The GPU's attention kernel in interpret mode against XLA's attention, and what it does not depend on."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxzip.models.attention import QUERY_BLOCK, _append_and_attend, _kernel_for_each
+from jaxzip.models.decode_attention import CHUNK, GATHER, decode_attention, supported
+
+from jaxzip.testing import bits
+
+pytestmark = pytest.mark.skipif(not supported(64, "bfloat16"), reason="this JAX has no Pallas Triton backend")
+
+
+def case(batch, heads, kv_heads, head_dim, slots, length=1, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)  # noqa: E731
+    angles = rng.standard_normal((batch, length, head_dim // 2)).astype(np.float32)
+    cache = [draw(batch, kv_heads, slots, head_dim) for _ in range(2)]
+    return draw(batch, length, (heads + 2 * kv_heads) * head_dim), jnp.cos(angles), jnp.sin(angles), *cache
+
+
+def one(qkv, cos, sin, keys, values, start, end):
+    out, *cache = decode_attention(
+        qkv[:, 0], cos[:, 0], sin[:, 0], keys, values, start, end[None], append=True, interpret=True
+    )
+    return out[:, None], *cache
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "head_dim", "slots", "start", "end"),
+    [
+        (2, 8, 2, 32, 300, [0, 37], 290),
+        (1, 4, 4, 64, CHUNK, [0], 0),
+        (3, 10, 2, 64, 2 * CHUNK, [0, 150, 127], 150),
+        (1, 8, 1, 128, CHUNK * (GATHER + 3), [3], CHUNK * (GATHER + 2) + 5),
+        (2, 2, 1, 64, CHUNK + 1, [0, 1], CHUNK),
+    ],
+)
+def test_one_query_a_row(batch, heads, kv_heads, head_dim, slots, start, end):
+    arguments = (*case(batch, heads, kv_heads, head_dim, slots), jnp.array(start, jnp.int32), jnp.int32(end))
+    out, keys, values = one(*arguments)
+    expected, *cache = jax.jit(functools.partial(_append_and_attend, num_heads=heads))(*arguments)
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=0.01)
+    assert np.array_equal(bits(values), bits(cache[1]))
+    # The rotated key is rounded once; contracted multiply-adds may round the other way.
+    np.testing.assert_allclose(np.asarray(keys, np.float32), np.asarray(cache[0], np.float32), rtol=0.01, atol=1e-6)
+    untouched = np.arange(slots) != end
+    assert np.array_equal(bits(keys)[:, :, untouched], bits(arguments[3])[:, :, untouched])
+
+
+def test_every_query_for_itself():
+    length, heads, slots = 2 * QUERY_BLOCK, 2, 2 * QUERY_BLOCK + 40
+    arguments = (*case(2, heads, 1, 32, slots, length), jnp.array([0, 300], jnp.int32), jnp.int32(17))
+    out, keys, values = _kernel_for_each(*arguments, num_heads=heads, interpret=True)
+    expected, *cache = _append_and_attend(*arguments, num_heads=heads)
+    seen = np.arange(length) + 17 >= np.array([[0], [300]])
+    np.testing.assert_allclose(np.asarray(out, np.float32)[seen], np.asarray(expected, np.float32)[seen], atol=0.02)
+    assert np.array_equal(bits(keys), bits(cache[0])) and np.array_equal(bits(values), bits(cache[1]))
+
+
+def test_a_row_depends_on_neither_batch_nor_padding_nor_the_length_of_the_cache():
+    qkv, cos, sin, keys, values = case(3, 8, 2, 64, 400)
+    alone = one(qkv[1:2], cos[1:2], sin[1:2], keys[1:2], values[1:2], jnp.array([0]), jnp.int32(300))[0]
+    # The same sequence, 57 slots later, between others, in a longer cache.
+    moved = [jnp.pad(a, ((0, 0), (0, 0), (57, 200), (0, 0))) for a in (keys, values)]
+    together = one(qkv, cos, sin, *moved, jnp.array([4, 57, 200]), jnp.int32(357))[0]
+    assert np.array_equal(bits(alone[0]), bits(together[1]))
+
+
+def test_what_the_kernel_takes():
+    assert supported(128, "bfloat16") and supported(64, "float16")
+    assert not supported(80, "bfloat16") and not supported(16, "bfloat16") and not supported(64, "float32")
