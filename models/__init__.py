@@ -7,6 +7,7 @@
     fuse        q, k and v, and gate and up, as one weight each
     params      plain nested dicts in and out of a model      init  random weights for tests and benchmarks
     cache       KVCache, static shapes      sampling  logits to a token      generate  the loop under one jit
+    memory_plan what that takes of a device's memory
     loading     a model and its tokenizer from a compressed checkpoint
     tokenizer   text to ids and back        tokenizer_gguf  tokenizer.json from GGUF metadata
 
@@ -27,6 +28,7 @@ from jaxzip.models.generate import Generation, generate, stream
 from jaxzip.models.init import random_params
 from jaxzip.models.llama import Llama
 from jaxzip.models.loading import load_model
+from jaxzip.models.memory_plan import MemoryPlan, memory_plan
 from jaxzip.models.sampling import GREEDY, Sampling
 from jaxzip.models.tokenizer import StreamDecoder, Tokenizer
 
@@ -37,6 +39,7 @@ __all__ = [
     "Llama",
     "Llama3RopeScaling",
     "LlamaConfig",
+    "MemoryPlan",
     "Sampling",
     "StreamDecoder",
     "Tokenizer",
@@ -44,6 +47,7 @@ __all__ = [
     "fuse_projections",
     "generate",
     "load_model",
+    "memory_plan",
     "random_params",
     "stream",
 ]

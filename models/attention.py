@@ -119,18 +119,18 @@ def _kernel_for_one(qkv, cos, sin, keys, values, start, end):
 
 def _kernel_for_each(qkv, cos, sin, keys, values, start, end, *, num_heads, interpret=False):
     """Every query for itself, in the order of sums that decoding has, whatever the batch and the padding."""
-    batch, length, _ = qkv.shape
+    batch, _, _ = qkv.shape
     _, k, v = _heads(qkv, num_heads, keys)
     keys, values = _append(rotate(k, cos, sin), v, keys, values, end)
 
-    def block(qkv, cos, sin, first):
-        rows = [a.reshape(-1, a.shape[-1]) for a in (qkv, cos, sin)]
-        own = first + jnp.arange(qkv.shape[1], dtype=jnp.int32)
+    def block(_, first, count):
+        rows = [jax.lax.dynamic_slice_in_dim(a, first, count, 1).reshape(-1, a.shape[-1]) for a in (qkv, cos, sin)]
+        own = end + first + jnp.arange(count, dtype=jnp.int32)
         options = {"append": False, "interpret": interpret}
         out, *_ = decode_attention.decode_attention(*rows, keys, values, start, own, **options)
-        return out.reshape(batch, qkv.shape[1], -1)
+        return out.reshape(batch, count, -1)
 
-    return _in_blocks(block, (qkv, cos, sin), end), keys, values
+    return _in_blocks(block, qkv[..., : num_heads * keys.shape[-1]]), keys, values
 
 
 def attend(q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
@@ -147,25 +147,30 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, e
     Returns:
       ``[B, S, H, head_dim]`` in ``q.dtype``. Queries in the padding (slot below ``start``) give finite nonsense.
     """
-    batch, length, _, head_dim = q.shape
-    grouped = q.reshape(batch, length, keys.shape[1], -1, head_dim)
+    grouped = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1])
 
-    def block(queries, first):
-        return _attend_block(queries, keys, values, start, first)
+    def block(queries, first, _):
+        return _attend_block(queries, keys, values, start, end + first)
 
-    return _in_blocks(block, (grouped,), end).reshape(q.shape)
+    return _in_blocks(block, grouped).reshape(q.shape)
 
 
-def _in_blocks(block, arrays, end):
-    """``block(*arrays, first slot)`` of arrays ``[B, S, ...]``, in turns of QUERY_BLOCK of their second axis."""
-    batch, length = arrays[0].shape[:2]
+def _in_blocks(block, queries):
+    """``block(queries[:, first:first + count], first, count)`` for all of ``queries[B, S, ...]``, in their shape.
+
+    Results take the queries' place. With new memory for them, XLA sets that of all layers to zero at once, before the
+    first.
+    """
+    length = queries.shape[1]
     if length <= QUERY_BLOCK or length % QUERY_BLOCK:
-        return block(*arrays, end)
-    count = length // QUERY_BLOCK
-    blocks = [a.reshape(batch, count, QUERY_BLOCK, *a.shape[2:]).swapaxes(0, 1) for a in arrays]
-    firsts = end + QUERY_BLOCK * jnp.arange(count, dtype=jnp.int32)
-    out = jax.lax.map(lambda args: block(*args), (*blocks, firsts)).swapaxes(0, 1)
-    return out.reshape(batch, length, *out.shape[3:])
+        return block(queries, 0, length)
+
+    def step(i, out):
+        first = i * QUERY_BLOCK
+        found = block(jax.lax.dynamic_slice_in_dim(out, first, QUERY_BLOCK, 1), first, QUERY_BLOCK)
+        return jax.lax.dynamic_update_slice_in_dim(out, found, first, 1)
+
+    return jax.lax.fori_loop(0, length // QUERY_BLOCK, step, queries)
 
 
 def _attend_block(q, keys, values, start, first):

@@ -1,4 +1,4 @@
-"""``jaxzip inspect CKPT``: what is in a compressed checkpoint, tensor by tensor and in total."""
+"""``jaxzip inspect CKPT``: what is in a compressed checkpoint, tensor by tensor and in total; and what it will take."""
 
 from __future__ import annotations
 
@@ -15,10 +15,23 @@ from jaxzip.cli.console import human_bytes, out
 def inspect_command(
     ckpt: Annotated[pathlib.Path, typer.Argument(help="A compressed checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="What generation takes of a device's memory.")] = False,
+    memory: Annotated[
+        str,
+        typer.Option(help="With --plan: the device's memory, such as 141GB or 80GiB; default: that of the GPU here."),
+    ] = "",
+    context: Annotated[int, typer.Option(help="With --plan: tokens of a sequence, prompt and new ones.")] = 4096,
+    batch: Annotated[int, typer.Option(help="With --plan: sequences at a time.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="With --plan: how many of the context's tokens are new.")] = 256,
 ) -> None:
-    """Show shape, format, bits per weight, window coverage and escapes of every tensor."""
+    """Show shape, format, bits per weight, window coverage and escapes of every tensor; or plan a device's memory."""
     from jaxzip.checkpoint import inspect
 
+    if plan:
+        from jaxzip.cli.plan import show_plan
+
+        show_plan(ckpt, memory=memory, context=context, batch=batch, new_tokens=new_tokens, as_json=as_json)
+        return
     data = inspect(ckpt)
     if as_json:
         print(json.dumps(data, indent=2))

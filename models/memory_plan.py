@@ -1,0 +1,79 @@
+"""``memory_plan``: the device memory that generation needs, from sizes alone.
+
+weights                    as stored, or dense
+KV cache                   2 x layers x [batch, kv heads, slots, head_dim], slots in buckets as ``generate`` has them
+working memory             of prefill, where it is largest: activations of one layer, scores of one block of queries,
+                           and, from PREFILL_ROWS rows on, the largest weight decoded to bf16, one at a time
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxzip.models.attention import QUERY_BLOCK
+from jaxzip.models.batching import bucket
+from jaxzip.models.config import LlamaConfig
+from jaxzip.models.generate import LOOK_EVERY
+
+#: Rows of activations beyond which a compressed weight is decoded once and then multiplied by XLA.
+PREFILL_ROWS = 256
+#: What CUDA, its libraries and loaded programs take beside JAX's arrays, about.
+RUNTIME_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of device memory, by what they are for."""
+
+    weights: int
+    cache: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """Peak of JAX's arrays; the device also holds some RUNTIME_BYTES of CUDA's own."""
+        return self.weights + self.cache + self.working
+
+    def fits(self, memory: int) -> bool:
+        """Whether a device with ``memory`` bytes can run it."""
+        return self.total + RUNTIME_BYTES <= memory
+
+
+def memory_plan(
+    config: LlamaConfig, weight_bytes: int, batch: int, prompt: int, new_tokens: int, *, scratch: bool
+) -> MemoryPlan:
+    """What ``generate`` needs for ``batch`` prompts of ``prompt`` tokens and ``new_tokens`` more each.
+
+    Args:
+      weight_bytes: of all parameters, in the format in which they are on the device.
+      scratch: weights are compressed: prefill decodes them one at a time.
+    """
+    itemsize = jnp.dtype(config.dtype).itemsize
+    width, slots = cache_slots(prompt, new_tokens)
+    heads = config.num_kv_heads * config.head_dim
+    cache = 2 * config.num_layers * batch * heads * slots * itemsize
+    rows = batch * width
+    # Of the MLP: its inputs and outputs, gate and up, and their product.
+    activations = rows * (4 * config.hidden_size + 3 * config.intermediate_size) * itemsize
+    scores = batch * config.num_heads * min(width, QUERY_BLOCK) * slots * (4 + itemsize)
+    working = max(activations, scores) + batch * config.vocab_size * 4
+    if scratch and rows > PREFILL_ROWS:
+        working += config.hidden_size * 2 * config.intermediate_size * itemsize + rows * config.hidden_size * itemsize
+    return MemoryPlan(weight_bytes, cache, working)
+
+
+def cache_slots(prompt: int, new_tokens: int) -> tuple[int, int]:
+    """Slots of a prompt, and of prompt and new tokens, of one sequence on a GPU."""
+    width = bucket(prompt)
+    return width, width + bucket(new_tokens) + LOOK_EVERY - 1
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to ``limit`` that fits, 0 if 1 does not; ``fits`` of a number implies that of any lower."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,108 @@
+"""The memory plan: its cache is the program's, its figures add up, and the command that prints it."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from jaxzip.ffi import cuda_backend
+from jaxzip.models import LlamaConfig, memory_plan, random_params
+from jaxzip.models.cache import KVCache
+from jaxzip.models.memory_plan import PREFILL_ROWS, RUNTIME_BYTES, cache_slots, largest
+from test_cli import converted, run, source  # noqa: F401 - fixtures
+
+import jaxzip
+from jaxzip.checkpoint import open_checkpoint
+from jaxzip.checkpoint.format_sizes import format_sizes
+from jaxzip.cli.plan import parse_bytes
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8,
+    head_dim=128, max_position_embeddings=131072,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_cache_is_the_programs(dtype):
+    config = dataclasses.replace(LLAMA_8B, dtype=dtype, num_layers=3)
+    _, slots = cache_slots(500, 200)
+    cache = jax.eval_shape(lambda: KVCache.empty(config, jax.numpy.zeros(6, "int32"), slots))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.keys, *cache.values))
+    assert memory_plan(config, 0, 6, 500, 200, scratch=False).cache == size
+
+
+# Bytes of temporaries that XLA 0.11.2 gave prefill of 512 tokens, compiled for an H200.
+@pytest.mark.parametrize(
+    ("batch", "scratch", "temporary"),
+    [(1, False, 61e6), (8, False, 488e6), (64, False, 3901e6), (1, True, 302e6), (8, True, 772e6), (64, True, 4446e6)],
+)
+def test_working_memory_is_near_the_compilers(batch, scratch, temporary):
+    planned = memory_plan(LLAMA_8B, 0, batch, 512, 256, scratch=scratch).working
+    assert abs(planned - temporary) < 0.2 * temporary
+
+
+def test_few_rows_need_no_scratch():
+    assert PREFILL_ROWS == cuda_backend.FUSED_ROWS["lane-planar"]
+    with_scratch, without = (memory_plan(LLAMA_8B, 0, 1, 256, 16, scratch=s).working for s in (True, False))
+    assert with_scratch == without
+    assert memory_plan(LLAMA_8B, 0, 2, 256, 16, scratch=True).working > without + 2 * 4096 * 2 * 14336
+
+
+def test_what_fits():
+    plan = memory_plan(LLAMA_8B, 16 << 30, 1, 512, 256, scratch=False)
+    assert plan.total == plan.weights + plan.cache + plan.working
+    assert plan.fits(plan.total + RUNTIME_BYTES) and not plan.fits(plan.total + RUNTIME_BYTES - 1)
+    assert [largest(lambda n: n <= most, 1000) for most in (0, 1, 37, 1000, 5000)] == [0, 1, 37, 1000, 1000]
+
+
+def test_estimated_sizes_are_near_those_of_encoded_weights(tmp_path):
+    config = dataclasses.replace(LLAMA_8B, vocab_size=700, hidden_size=512, intermediate_size=1000, num_layers=1)
+    params = random_params(dataclasses.replace(config, num_heads=8, head_dim=64))
+    jaxzip.checkpoint.convert(_orbax(params, tmp_path / "source"), tmp_path / "packed")
+    sizes = format_sizes(open_checkpoint(tmp_path / "packed"))
+    assert sizes["as stored"] < sizes["lane-planar"] < sizes["dense"]
+    tree = open_checkpoint(tmp_path / "packed").load_tree(format="lane-planar", on_host=True)
+    assert abs(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / sizes["lane-planar"] - 1) < 0.05
+
+
+def _orbax(params, path):
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(path, jax.tree.map(jax.numpy.asarray, params))
+    return path
+
+
+def test_command(converted):  # noqa: F811
+    options = ("--plan", "--memory", "2GiB", "--context", 24, "--new-tokens", 4, "--batch", 3)
+    table = run("inspect", converted, *options)
+    assert table.exit_code == 0, table.output
+    assert "dense" in table.stdout and "as stored" in table.stdout and "yes" in table.stdout
+    data = json.loads(run("inspect", converted, *options, "--json").stdout)
+    assert data["memory"] == 2 << 30 and data["batch"] == 3
+    dense, stored, _ = data["plan"]
+    assert stored["weight_bytes"] < dense["weight_bytes"] and dense["fits"]
+    total = sum(row["original_bytes"] for row in json.loads(run("inspect", converted, "--json").stdout)["tensors"])
+    assert dense["weight_bytes"] == total
+    assert min(row["most_sequences"] for row in data["plan"]) >= 3 and dense["longest_context"] == 32
+    small = json.loads(run("inspect", converted, *options, "--json", "--memory", "1GiB").stdout)
+    assert not small["plan"][0]["fits"] and small["plan"][0]["most_sequences"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--memory", "many"), "141GB"),
+        (("--memory", "1GB", "--batch", 0), "--batch is 0"),
+        (("--memory", "1GB", "--context", 8, "--new-tokens", 8), "--new-tokens is 8"),
+        ((), "--memory 141GB"),
+    ],
+)
+def test_command_refuses(converted, options, words):  # noqa: F811
+    result = run("inspect", converted, "--plan", *options)
+    assert result.exit_code != 0 and words in (result.stderr + str(result.exception))
+
+
+@pytest.mark.parametrize(("text", "count"), [("141GB", 141e9), ("80 GiB", 80 << 30), ("7", 7), ("1.5kb", 1500)])
+def test_sizes_in_words(text, count):
+    assert parse_bytes(text) == count
