@@ -2,13 +2,15 @@
 
 import dataclasses
 import importlib
+import types
 
 import jax
 import jax.numpy as jnp
 import llama_reference
 import numpy as np
 import pytest
-from jaxzip.models import GREEDY, Llama, LlamaConfig, Sampling, generate, random_params, stream
+from hlo import made_of_shape, weight_shapes
+from jaxzip.models import GREEDY, Llama, LlamaConfig, Sampling, fuse_projections, generate, random_params, stream
 from jaxzip.models.batching import bucket
 from jaxzip.models.sampling import keep_likely, sample
 
@@ -23,6 +25,10 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 PROMPTS = [[5, 17, 3], [88, 41, 2, 60, 7, 7, 1, 90, 33], [12]]
 HOT = Sampling(temperature=1.5)
+LANE_PLANAR = (
+    jaxzip.CompressionRule(".*embedding", "lane-planar", output_axis=-2, min_size=1),
+    jaxzip.CompressionRule(".*", "lane-planar", min_size=1),
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +93,61 @@ def test_the_loop_ends_when_every_row_has_ended(model, batch):
     run = internals._generate(setup.static, False, setup.weights, setup.inputs)
     assert int(run.step) == 2 or int(run.step) == max(run.lengths)
     assert int(run.step) < 32 and bool(run.done.all())
+
+
+@pytest.mark.parametrize("eos", [(), (3, 17)])
+def test_looking_rarely_whether_all_rows_have_ended_changes_nothing(model, batch, monkeypatch, eos):
+    ends = [int(batch.tokens[row, 5 + 3 * row]) for row in range(3)] if eos else []
+    options = {"max_new_tokens": 30, "eos": ends, "pad": -1, "return_logits": True}
+    often = generate(model, PROMPTS, **options)
+    setup = internals._Setup.of(model, PROMPTS, 30, GREEDY, None, ends, -1)
+    static = dataclasses.replace(setup.static, look_every=8, capacity=setup.static.capacity + 7)
+    run = internals._generate(static, True, setup.weights, setup.inputs)
+    assert int(run.step) % 8 == 1
+    assert np.asarray(run.lengths).tolist() == often.lengths.tolist()
+    assert np.array_equal(np.asarray(run.tokens)[:, :30], often.tokens)
+    for row, length in enumerate(often.lengths):
+        np.testing.assert_allclose(run.logits[row, :length], often.logits[row, :length], rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpu_is_looked_at_rarely(model, monkeypatch):
+    monkeypatch.setattr(internals, "default_device", lambda: types.SimpleNamespace(platform="gpu"))
+    setup = internals._Setup.of(model, PROMPTS, 16, GREEDY, None, (), 0)
+    assert setup.static.look_every == internals.LOOK_EVERY > 1
+    # A last look just before the limit is followed by that many steps.
+    assert setup.static.capacity >= 15 + internals.LOOK_EVERY
+
+
+@pytest.mark.parametrize("format", ["lane-planar", "tca-tbe"])
+def test_batch_invariant_generation(format):
+    sizes = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", **sizes)
+    rules = [dataclasses.replace(rule, format=format) for rule in LANE_PLANAR]
+    params, _ = jaxzip.compress_params(random_params(config), rules)
+    model = Llama.from_params(config, params)
+    options = {"max_new_tokens": 8, "batch_invariant": True}
+    together = generate(model, PROMPTS, **options).sequences()
+    assert together == [generate(model, [prompt], **options).sequences()[0] for prompt in PROMPTS]
+    assert list(stream(model, PROMPTS[1], **options)) == together[1]
+
+
+def test_batch_invariance_needs_compressed_weights(params):
+    model = Llama.from_params(dataclasses.replace(CONFIG, dtype="bfloat16"), random_params(CONFIG, dtype="bfloat16"))
+    with pytest.raises(NotImplementedError, match="not batch invariant"):
+        generate(model, PROMPTS, max_new_tokens=2, batch_invariant=True)
+
+
+def test_no_weight_is_copied(monkeypatch):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", vocab_size=192)
+    params = fuse_projections(jaxzip.compress_params(random_params(config), LANE_PLANAR)[0])
+    setup = internals._Setup.of(Llama.from_params(config, params), PROMPTS, 8, GREEDY, None, None, 0)
+    shapes = weight_shapes(setup.weights)
+    assert len(shapes) >= 3
+    run = internals._start(setup.static, False, setup.weights, setup.inputs)
+    program = internals._advance.lower(setup.static, setup.weights, setup.inputs, run, np.int32(4)).compile()
+    assert made_of_shape(program.as_text(), shapes) == []
+    copying = jax.jit(lambda w: jax.tree.map(lambda a: a + 1, w)).lower(setup.weights).compile()
+    assert made_of_shape(copying.as_text(), shapes)  # the search finds what it looks for
 
 
 def test_eos_defaults_to_the_config(params, batch):

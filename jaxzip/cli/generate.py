@@ -26,6 +26,9 @@ def generate_command(
     implementation: Annotated[
         str | None, typer.Option(help="ffi, pallas, decompress or xla; default: the best one here.")
     ] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="The text that any batch would get, bit for bit; slower.")
+    ] = False,
 ) -> None:
     """Generate text from a compressed checkpoint; prints it as it comes."""
     import jax
@@ -48,7 +51,8 @@ def generate_command(
         ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
     else:
         ids = tokenizer.encode(prompt)
-    tokens = stream(model, ids, max_new_tokens=max_new_tokens, sampling=sampling, key=jax.random.key(seed))
+    options = {"max_new_tokens": max_new_tokens, "batch_invariant": batch_invariant}
+    tokens = stream(model, ids, sampling=sampling, key=jax.random.key(seed), **options)
     decoder, times = tokenizer.stream_decoder(), []
     for token in tokens:
         times.append(time.perf_counter())
