@@ -3,7 +3,7 @@
     config      LlamaConfig: what a checkpoint's metadata stores        execution   how operations are to be computed
     layers      Linear, Embedding, RMSNorm: the only places that touch weights
     rope, attention, llama                one block of the network each; llama.Llama is the model
-    decode_attention                      its kernel for single queries on a GPU
+    decode_attention, rms_norm            kernels for few rows on a GPU
     fuse        q, k and v, and gate and up, as one weight each
     params      plain nested dicts in and out of a model      init  random weights for tests and benchmarks
     cache       KVCache, static shapes      sampling  logits to a token      generate  the loop under one jit

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxzip.models import decode_attention
 from jaxzip.models.config import LlamaConfig
-from jaxzip.models.execution import DEFAULT, Execution
+from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here
 from jaxzip.models.layers import Linear
 from jaxzip.models.rope import rotate
 
@@ -70,25 +70,13 @@ class Attention(nnx.Module):
         xla = functools.partial(_append_and_attend, num_heads=config.num_heads)
         operands = (qkv, *rotation, keys, values, start, end)
         single = x.shape[1] == 1
-        if (single or execution.batch_invariant) and _has_kernel(config.head_dim, config.dtype):
+        has_kernel = decode_attention.supported(config.head_dim, config.dtype) and gpu_is_here()
+        if has_kernel and (single or execution.batch_invariant):
             kernel = _kernel_for_one if single else functools.partial(_kernel_for_each, num_heads=config.num_heads)
             out, keys, values = jax.lax.platform_dependent(*operands, cuda=kernel, default=xla)
         else:
             out, keys, values = xla(*operands)
         return self.o_proj(out, residual=residual, execution=execution), keys, values
-
-
-def _has_kernel(head_dim: int, dtype: str) -> bool:
-    # Lowering a kernel needs to know the GPU: a program lowered for one that is not here gets XLA's attention.
-    return decode_attention.supported(head_dim, dtype) and _has_gpu()
-
-
-@functools.cache
-def _has_gpu() -> bool:
-    try:
-        return bool(jax.devices("cuda"))
-    except RuntimeError:
-        return False
 
 
 def _append_and_attend(qkv, cos, sin, keys, values, start, end, *, num_heads):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+
+import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,3 +24,15 @@ class Execution:
 
 
 DEFAULT = Execution()
+
+
+@functools.cache
+def gpu_is_here() -> bool:
+    """Whether this process has a CUDA device.
+
+    Lowering a Triton kernel needs to know the GPU: a program lowered for one that is not here gets XLA's operations.
+    """
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False

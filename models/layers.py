@@ -10,12 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxzip.models.execution import DEFAULT, Execution
+from jaxzip.models import rms_norm
+from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here
 
 import jaxzip
 from jaxzip import ops
 from jaxzip.ops import registry
 from jaxzip.tensor import CompressedTensor
+
+#: Rows up to which a norm is a kernel of its own on a GPU; XLA's is as fast for more, and may join with what follows.
+_FEW_ROWS = 256
 
 
 def _abstract(*shape: int, dtype: str) -> nnx.Param:
@@ -112,7 +116,19 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = _abstract(features, dtype=dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse_rms * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
+    def __call__(self, x: jax.Array, *, execution: Execution = DEFAULT) -> jax.Array:
+        scale = self.scale.get_value()
+        rows = x.reshape(-1, x.shape[-1])
+
+        def kernel(rows, scale):
+            return rms_norm.rms_norm(rows, scale, self.eps)
+
+        def xla(rows, scale):
+            wide = rows.astype(jnp.float32)
+            inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+            return (wide * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
+
+        few = rows.shape[0] <= _FEW_ROWS or execution.batch_invariant
+        if few and rms_norm.supported(x.shape[-1]) and gpu_is_here():
+            return jax.lax.platform_dependent(rows, scale, cuda=kernel, default=xla).reshape(x.shape)
+        return xla(rows, scale).reshape(x.shape)

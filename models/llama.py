@@ -55,8 +55,10 @@ class Block(nnx.Module):
 
     def __call__(self, x, rotation, keys, values, start, end, *, execution=DEFAULT):
         """As ``Attention.__call__``, without ``residual``."""
-        x, keys, values = self.attn(self.input_norm(x), x, rotation, keys, values, start, end, execution=execution)
-        return self.mlp(self.post_attn_norm(x), x, execution=execution), keys, values
+        x, keys, values = self.attn(
+            self.input_norm(x, execution=execution), x, rotation, keys, values, start, end, execution=execution
+        )
+        return self.mlp(self.post_attn_norm(x, execution=execution), x, execution=execution), keys, values
 
 
 @functools.partial(jax.jit, static_argnames="execution")
@@ -141,7 +143,7 @@ class Llama(nnx.Module):
         """Hidden states ``[..., hidden_size]`` to fp32 ``[..., vocab_size]``."""
         execution = Execution(self.implementation, batch_invariant)
         with jax.named_scope("lm_head"):
-            x = self.final_norm(hidden)
+            x = self.final_norm(hidden, execution=execution)
             if self.config.tie_word_embeddings:
                 return self.embedder.attend(x, execution=execution)
             return self.lm_head(x, out_dtype="float32", execution=execution)

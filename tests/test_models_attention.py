@@ -1,4 +1,4 @@
-"""The GPU's attention kernel in interpret mode against XLA's attention, and what it does not depend on."""
+"""The GPU's kernels of attention and norm in interpret mode against XLA's, and what they do not depend on."""
 
 import functools
 
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from jaxzip.models.attention import QUERY_BLOCK, _append_and_attend, _kernel_for_each
 from jaxzip.models.decode_attention import CHUNK, GATHER, decode_attention, supported
+from jaxzip.models.layers import RMSNorm
+from jaxzip.models.rms_norm import rms_norm
 
 from jaxzip.testing import bits
 
@@ -68,6 +70,19 @@ def test_a_row_depends_on_neither_batch_nor_padding_nor_the_length_of_the_cache(
     moved = [jnp.pad(a, ((0, 0), (0, 0), (57, 200), (0, 0))) for a in (keys, values)]
     together = one(qkv, cos, sin, *moved, jnp.array([4, 57, 200]), jnp.int32(357))[0]
     assert np.array_equal(bits(alone[0]), bits(together[1]))
+
+
+@pytest.mark.parametrize(("rows", "features"), [(1, 256), (7, 640), (3, 5120)])
+def test_norm(rows, features):
+    x = 3 * jax.random.normal(jax.random.key(0), (rows, features), jnp.bfloat16)
+    scale = 1 + 0.1 * jax.random.normal(jax.random.key(1), (features,), jnp.bfloat16)
+    norm = RMSNorm(features, eps=1e-5, dtype="bfloat16")
+    norm.scale.set_value(scale)
+    found = rms_norm(x, scale, 1e-5, interpret=True)
+    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(norm(x), np.float32), rtol=0.01)
+    wide = np.asarray(x, np.float64)
+    exact = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * np.asarray(scale, np.float64)
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=0.005)
 
 
 def test_what_the_kernel_takes():
