@@ -64,6 +64,17 @@ __global__ void encode(const uint16_t* w, int m, int k, int start, Target to, ui
   }
 }
 
+// Thread i: element i of the payload's positions, [block][FragTile][64]; zero outside the matrix.
+__global__ void to_position_order(const uint16_t* w, int m, int k, size_t size, uint16_t* out) {
+  const size_t i = blockIdx.x * 256ull + threadIdx.x;
+  if (i >= size) return;
+  const int blocks_per_row = (k + 63) / 64, f = i / 64 % 64, p = i % 64;
+  const int64_t block = i / 4096;
+  const int64_t row = block / blocks_per_row * 64 + (f / 16 * 2 + (f & 1)) * 8 + p / 8;
+  const int64_t column = block % blocks_per_row * 64 + (f % 16 / 4 * 2 + (f >> 1 & 1)) * 8 + p % 8;
+  out[i] = row < m && column < k ? w[row * k + column] : 0;
+}
+
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
@@ -100,8 +111,9 @@ TcaProblem make_tca_problem(int m, int k, const std::string& weights, const Expo
     CHECK(cudaMemcpy(w, host.data(), size * 2, cudaMemcpyHostToDevice));
   }
   for (int i = 1; i < p.dense_copies; ++i) CHECK(cudaMemcpy(w + i * size, w, size * 2, cudaMemcpyDeviceToDevice));
-  p.ordered = std::make_unique<DeviceArray<uint32_t>>(blocks * 2048);
-  to_fragment_order(w, m, k, p.ordered->get());
+  p.ordered = std::make_unique<DeviceArray<uint16_t>>(blocks * 4096);
+  to_position_order<<<blocks * 16, 256>>>(w, m, k, blocks * 4096, p.ordered->get());
+  CHECK(cudaGetLastError());
 
   DeviceArray<unsigned long long> device_counts(256);
   CHECK(cudaMemset(device_counts.get(), 0, 256 * 8));

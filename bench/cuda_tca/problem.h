@@ -1,4 +1,4 @@
-// One matmul problem on the device: dense weights, their TCA-TBE payload in copies, and fragment order for the raw control.
+// One matmul problem on the device: dense weights, their TCA-TBE payload in copies, and the order of its positions for the raw control.
 #pragma once
 #include <memory>
 #include <string>
@@ -10,7 +10,7 @@ struct TcaProblem {
   int m, k, dense_copies, copies;
   double bits_per_weight, fallback_share;
   std::unique_ptr<DeviceArray<uint16_t>> dense;  // [dense_copies][m][k]
-  std::unique_ptr<DeviceArray<uint32_t>> ordered;
+  std::unique_ptr<DeviceArray<uint16_t>> ordered;
   std::unique_ptr<DeviceArray<uint8_t>> storage;  // [copies][copy_bytes]
   size_t copy_bytes, payload_bytes;
   jaxzip::Payload first;

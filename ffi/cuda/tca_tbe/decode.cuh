@@ -1,15 +1,11 @@
-// Decoding of TCA-TBE by one warp, a BlockTile at a time, into the A registers of mma.m16n8k16.
+// Decoding of TCA-TBE by one warp, a band (16x64) at a time, into a plane of bf16 in shared memory.
 //
-// A block's runs of sign_mantissa and full are contiguous and start on 16 bytes: they are copied to shared memory one or more
-// blocks ahead (Ring). Its bitmaps go to registers: lane `h` of a band holds half-FragTile h, 32 positions.
+// A block's runs of sign_mantissa and full are contiguous and start on 16 bytes: they are copied to shared memory one block
+// ahead (Ring), and so are its bitmaps. These go to registers: lane `h` of a band holds half-FragTile h, four rows of 8 positions.
 //
-// A band is then decoded in two steps. First each lane turns its half-FragTile into 16 words, one a pair of positions, with
-// both exponents in place (the plane), and adds what the fallbacks need; then each lane reads its four words of a
-// TensorCoreTile at once, fetches two sign+mantissa bytes for each, and joins them:
-//   rank  = elements inside the window before the pair's second position
-//   bytes = sign_mantissa[rank - 1], sign_mantissa[rank]     (right where the element is inside the window)
-//   pair  = spread(bytes) ^ plane                            spread: sign to bit 15, mantissa to bits 6..0
-// A fallback's code is 0, and its plane half is full ^ spread(the byte read in vain), so that no lane needs a branch.
+// A row's sign+mantissa bytes are the first of the 8 bytes that begin at its rank, so that one byte permutation of these puts four of
+// them in place. Its selectors count the elements inside the window before each position, a nibble each; the codes, a nibble each too,
+// select exponents from a table of 8 bytes in the same way. A fallback's place then gets its 16 bits on top.
 #pragma once
 #include "jaxzip/kernels.h"
 #include "jaxzip/layout.h"
@@ -18,19 +14,17 @@
 namespace jaxzip::tca_tbe {
 
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
-constexpr uint32_t kSpreadMask = 0x807F807Fu;
 constexpr int kBands = layout::kBandsPerBlock;
-constexpr int kTiles = 4;                     // TensorCoreTiles a band
-constexpr int kFullStaged = 368;              // fallbacks of a block in shared memory, 9%; those past it are read from memory
+constexpr int kFullStaged = 528;  // fallbacks of a block in shared memory, 13%; a block with more fetches them a band at a time
 constexpr int kStages = 2;
 constexpr int kEarly = 2;  // fallbacks of a half-FragTile whose loads go out first
-constexpr int kGuard = 16;                    // bytes before sign_mantissa: "rank - 1" of rank 0
-constexpr int kStageBytes = kGuard + layout::kBlockSize + 2 * kFullStaged;
-// The plane: word (tile t, half h, pair j, FragTile f) at 136 t + 68 h + 4 j + f, free of bank conflicts both ways.
-constexpr int kPlaneTile = 136 * 4, kPlaneHalf = 68 * 4;
-constexpr int kPlaneBytes = kTiles * kPlaneTile;
-constexpr int kRankBytes = 2 * 32 * 4;        // of the band: `any` words, then addresses, both [tile][half][FragTile]
-constexpr int kScratchBytes = kPlaneBytes + kRankBytes + 16;  // and a barrier for each of two stages
+constexpr int kStageBytes = layout::kBlockSize + 2 * kFullStaged;
+// The plane: row `r` of FragTile `f` at 144 f + 16 r, free of bank conflicts for all who write and read it.
+constexpr int kRowBytes = 16, kFragBytes = 8 * kRowBytes + 16;
+constexpr int kPlaneBytes = layout::kFragsPerBand * kFragBytes;
+constexpr int kBitmapBytes = layout::kBlockSize / 8;  // one of three
+constexpr int kScratchBytes = 3 * kBitmapBytes + kPlaneBytes + 16;  // and a barrier for each of two stages
+static_assert(kStages == 2);
 
 // A payload that was checked when it was built; offsets are clamped all the same, so that nothing is read out of bounds.
 struct Source {
@@ -39,86 +33,98 @@ struct Source {
   const uint16_t* full;
   const uint2* tile_offsets;
   const uint8_t* start_exp;
-  int64_t sign_mantissa_len, full_len;
+  uint32_t sign_mantissa_len, full_len;  // as far as offsets reach
 };
 
 inline Source MakeSource(const Payload& p) {
+  const auto reached = [](int64_t length) { return static_cast<uint32_t>(length < UINT32_MAX ? length : UINT32_MAX); };
   return {{p.bitmap[0], p.bitmap[1], p.bitmap[2]}, p.sign_mantissa, p.full, reinterpret_cast<const uint2*>(p.tile_offsets),
-          p.start_exp, p.sign_mantissa_len, p.full_len};
+          p.start_exp, reached(p.sign_mantissa_len), reached(p.full_len)};
 }
 
-// Where each of 32 consecutive blocks starts, one a lane.
-struct Offsets {
-  uint2 mine;
-  int first;
-  __device__ __forceinline__ void load(const Source& s, int block, int last, int lane) {
-    first = block;
-    mine = s.tile_offsets[min(block + lane, last)];  // the array has an entry past the last block
+// Elements from `start` to `end` inside what there is and `room`, in whole `kUnit`s.
+template <uint32_t kUnit>
+__device__ __forceinline__ uint32_t run_length(uint32_t start, uint32_t end, uint32_t there_are, uint32_t room) {
+  const uint32_t stop = min(end, there_are);
+  return stop > start ? min(stop - start, room) & ~(kUnit - 1) : 0;
+}
+
+// A block's runs of sign_mantissa and full: where they start, and how many bytes of each to stage (in the low and the high half).
+struct Runs {
+  uint32_t low, full, bytes;
+  __device__ __forceinline__ Runs() = default;
+  __device__ __forceinline__ Runs(const Source& s, int block, int next) {
+    const uint2 from = s.tile_offsets[block], to = s.tile_offsets[next];
+    low = from.x & ~15u, full = from.y & ~7u;
+    bytes = run_length<16>(low, to.x, s.sign_mantissa_len, layout::kBlockSize) |
+            2 * run_length<8>(full, to.y, s.full_len, kFullStaged) << 16;
   }
-  __device__ __forceinline__ uint2 at(int block) const {
-    return {__shfl_sync(kAllLanes, mine.x, block - first), __shfl_sync(kAllLanes, mine.y, block - first)};
+  // Lane `from`'s, as a sum: its result the compiler knows to be the same in all lanes.
+  __device__ __forceinline__ Runs of_lane(int from, int lane) const {
+    const auto pick = [&](uint32_t v) { return __reduce_add_sync(kAllLanes, lane == from ? v : 0); };
+    Runs r;
+    r.low = pick(low), r.full = pick(full), r.bytes = pick(bytes);
+    return r;
   }
-  __device__ __forceinline__ bool holds(int block) const { return block + 1 - first < 32; }
 };
 
-__device__ __forceinline__ int run_length(int64_t said, int64_t there_are, int64_t room) {
-  return static_cast<int>(max(int64_t{0}, min(min(said, there_are), room)));
-}
-
-// Stages and their barriers: stage `i` is filled for the `use`-th time.
+// A warp's stages, filled in turns, and the place of one block's bitmaps.
 struct Ring {
-  uint32_t stages, barriers;
+  uint32_t stages, bitmaps, barriers;
   __device__ __forceinline__ Ring(uint32_t stages, uint32_t scratch, int lane)
-      : stages(stages), barriers(scratch + kPlaneBytes + kRankBytes) {
+      : stages(stages), bitmaps(scratch), barriers(scratch + 3 * kBitmapBytes + kPlaneBytes) {
 #ifdef JAXZIP_BULK_COPIES
     if (lane == 0)
       for (int i = 0; i < kStages; ++i) barrier_init(barriers + 8 * i, 1);
     __syncwarp();
 #endif
   }
-  __device__ __forceinline__ uint32_t stage(int block) const { return stages + block % kStages * kStageBytes; }
+  __device__ __forceinline__ uint32_t stage(int turn) const { return stages + turn % kStages * kStageBytes; }
 
-  // Starts the copies of this warp's `block`-th block, whose runs begin at `from` and end at `to`.
-  __device__ __forceinline__ void copy(const Source& s, int block, uint2 from, uint2 to, int lane) const {
-    const int64_t low = from.x & ~15u, full = from.y & ~7u;
-    const int low_bytes = run_length(to.x - low, s.sign_mantissa_len - low, layout::kBlockSize) & ~15;
-    const int full_bytes = 2 * run_length(to.y - full, s.full_len - full, kFullStaged) & ~15;
-    const uint32_t low_to = stage(block) + kGuard, full_to = low_to + layout::kBlockSize;
+  // Starts the copies of a block; its bitmaps' place must be free.
+  __device__ __forceinline__ void copy(const Source& s, int turn, int block, const Runs& runs, int lane) const {
+    const uint32_t low_bytes = runs.bytes & 0xFFFF, full_bytes = runs.bytes >> 16;
+    const uint32_t low_to = stage(turn), full_to = low_to + layout::kBlockSize;
+    const int64_t word = int64_t{block} * (kBitmapBytes / 4);
 #ifdef JAXZIP_BULK_COPIES
-    if (lane == 0) {
-      const uint32_t barrier = barriers + block % kStages * 8;
-      barrier_expect(barrier, low_bytes + full_bytes);
-      if (low_bytes) bulk_copy(low_to, s.sign_mantissa + low, low_bytes, barrier);
-      if (full_bytes) bulk_copy(full_to, s.full + full, full_bytes, barrier);
+    const uint32_t barrier = barriers + turn % kStages * 8;
+    if (elect_one()) {
+      barrier_expect(barrier, 3 * kBitmapBytes + low_bytes + full_bytes);
+#pragma unroll
+      for (int i = 0; i < 3; ++i) bulk_copy(bitmaps + i * kBitmapBytes, s.bitmap[i] + word, kBitmapBytes, barrier);
+      if (low_bytes) bulk_copy(low_to, s.sign_mantissa + runs.low, low_bytes, barrier);
+      if (full_bytes) bulk_copy(full_to, s.full + runs.full, full_bytes, barrier);
     }
 #else
 #pragma unroll
+    for (int i = 0; i < 3; ++i) copy_async_16(bitmaps + i * kBitmapBytes + lane * 16, s.bitmap[i] + word + lane * 4);
+#pragma unroll
     for (int i = lane * 16; i < layout::kBlockSize; i += 512)
-      if (i < low_bytes) copy_async_16(low_to + i, s.sign_mantissa + low + i);
+      if (i < low_bytes) copy_async_16(low_to + i, s.sign_mantissa + runs.low + i);
 #pragma unroll
     for (int i = lane * 16; i < 2 * kFullStaged; i += 512)
-      if (i < full_bytes) copy_async_16(full_to + i, reinterpret_cast<const uint8_t*>(s.full + full) + i);
+      if (i < full_bytes) copy_async_16(full_to + i, reinterpret_cast<const uint8_t*>(s.full + runs.full) + i);
 #endif
   }
-  // Waits for it. Without bulk copies the caller's wait for its thread's copies does that.
-  __device__ __forceinline__ void wait(int block) const {
+  // Waits for them, and for this thread's other asynchronous copies.
+  __device__ __forceinline__ void wait(int turn) const {
+    copy_async_wait();
 #ifdef JAXZIP_BULK_COPIES
-    barrier_wait(barriers + block % kStages * 8, block / kStages & 1);
+    barrier_wait(barriers + turn % kStages * 8, turn / kStages & 1);
 #endif
+    __syncwarp();
   }
 };
 
-// The bitmaps of a block, and where those of the next one are.
+// A lane's bitmaps of a block.
 struct Bitmaps {
   uint32_t b[kBands][3];
-  const uint32_t* from[3];
-  __device__ __forceinline__ void aim(const Source& s, int block, int lane) {
+  __device__ __forceinline__ uint32_t any(int band) const { return b[band][0] | b[band][1] | b[band][2]; }
+  __device__ __forceinline__ void load(uint32_t from, int lane) {
 #pragma unroll
-    for (int i = 0; i < 3; ++i) from[i] = s.bitmap[i] + int64_t{block} * (kBands * 32) + lane;
-  }
-  __device__ __forceinline__ void load_band(int band) {
+    for (int band = 0; band < kBands; ++band)
 #pragma unroll
-    for (int i = 0; i < 3; ++i) b[band][i] = load_stream(from[i] + band * 32);
+      for (int i = 0; i < 3; ++i) b[band][i] = load_word(from + i * kBitmapBytes + (band * 32 + lane) * 4);
   }
 };
 
@@ -126,20 +132,14 @@ struct Bitmaps {
 struct Ranks {
   uint32_t before[kBands];
   uint32_t inside;  // of the whole block
-  __device__ __forceinline__ void count(const Bitmaps& bits, int lane) {
+  __device__ __forceinline__ void count(const Bitmaps& bits) {
     uint32_t own[2], sum[2];  // two bands a word: at most 1024 each
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const auto any = [&](int band) { return bits.b[band][0] | bits.b[band][1] | bits.b[band][2]; };
-      own[i] = sum[i] = __popc(any(2 * i)) | __popc(any(2 * i + 1)) << 16;
-    }
+    for (int i = 0; i < 2; ++i) own[i] = sum[i] = __popc(bits.any(2 * i)) | __popc(bits.any(2 * i + 1)) << 16;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t below = __shfl_up_sync(kAllLanes, sum[i], step);
-        if (lane >= step) sum[i] += below;
-      }
+      for (int i = 0; i < 2; ++i) add_from_below(sum[i], step);
     inside = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -151,100 +151,136 @@ struct Ranks {
   }
 };
 
-// The highest of `missing`, which loses it. Nothing is missing: `found` is false and `p` is 32.
-struct Fallback {
-  uint32_t p;
-  bool found;
-  __device__ __forceinline__ void next(uint32_t& missing) {
-    const uint32_t shift = highest_bit_shift(missing);
-    found = missing != 0;
-    p = 31 - shift;
-    missing ^= shift_right(0x80000000u, shift);
-  }
-  __device__ __forceinline__ void place(uint32_t plane, uint32_t byte, uint32_t value) const {
-    if (found) store_half(plane + p * 8 - (p & 1) * 6, value ^ ((byte * 257) & 0x807F));
+// Byte `code` holds the exponent of that code, rotated right by one: its low bit is where a bf16's low byte has it, the others are
+// where the high byte has them.
+struct Exponents {
+  uint32_t low, high;
+  __device__ __forceinline__ explicit Exponents(uint32_t start_exp) {
+    const auto four = [&](uint32_t first) {
+      uint32_t v = 0;
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) {
+        const uint32_t e = start_exp + first + i & 255;
+        v |= (e >> 1 | (e & 1) << 7) << 8 * i;
+      }
+      return v;
+    };
+    low = four(0), high = four(4);
   }
 };
 
-// First step: this lane's half-FragTile to the plane. `exponent` is start_exp << 7 in both halves. `fallbacks` are the
-// block's in memory, null where all are staged.
-__device__ __forceinline__ void fill_plane(const uint32_t (&b)[3], uint32_t before, int band, uint32_t exponent, uint32_t stage,
-                                           uint32_t scratch, const uint16_t* fallbacks, int64_t fallbacks_left, int lane) {
-  const int tile = lane >> 3, frag = lane >> 1 & 3, half = lane & 1;
-  const uint32_t any = b[0] | b[1] | b[2];
-  const uint32_t low = stage + kGuard + before;
-  const uint32_t rank_at = scratch + kPlaneBytes + 4 * (tile * 8 + half * 4 + frag);
-  store_word(rank_at, any);
-  store_word(rank_at + 128, low);
-
-  // Fallbacks, from the highest position down. In the window and before position p are p less the fallbacks before p. The first
-  // ones' loads go out now, their words are placed below, on top of the plane.
-  const bool staged = fallbacks == nullptr;
-  const int count = __popc(~any);
-  const int index = band * (layout::kBandRows * layout::kBlock) + lane * 32 - static_cast<int>(before) + count - 1;
-  uint32_t missing = staged ? ~any : 0;
-  uint32_t bytes = low - count;  // plus p + (p & 1): where an even position's byte is, one before the odd one's
-  uint32_t value_at = stage + kGuard + layout::kBlockSize + 2 * min(index, kFullStaged - 1);
-  Fallback early[kEarly];
-  uint32_t early_byte[kEarly], early_value[kEarly];
-#pragma unroll
-  for (int i = 0; i < kEarly; ++i) {
-    early[i].next(missing);
-    early_byte[i] = load_byte(bytes + i + early[i].p + (early[i].p & 1));
-    early_value[i] = load_half(value_at - 2 * i);
+// The highest bit of `left`, which loses it. Nothing is left: `found` is false.
+struct Fallback {
+  uint32_t shift;
+  bool found;
+  __device__ __forceinline__ void next(uint32_t& left) {
+    shift = highest_bit_shift(left);
+    found = left != 0;
+    left ^= shift_right(0x80000000u, shift);
   }
+};
 
-  // Codes as nibbles (the fourth bit is rubbish): word r holds the positions p with p % 4 == r, at bit 4 (p / 4).
+// Decodes this lane's half-FragTile to the plane, except for the fallbacks. Its elements inside the window begin at `at`. `meanwhile` is
+// done while they are loaded.
+template <class Meanwhile>
+__device__ __forceinline__ void decode_rows(const uint32_t (&b)[3], uint32_t any, uint32_t at, Exponents exponents, uint32_t to,
+                                            Meanwhile&& meanwhile) {
+  // Nibble j of word r belongs to position 4 j + r: column r + 4 (j % 2) of row j / 2.
   const uint32_t even = choose<0x55555555u>(b[0], b[1] << 1), odd = choose<0x55555555u>(b[0] >> 1, b[1]);
-  const uint32_t n0 = choose<0x33333333u>(even, b[2] << 2), n2 = choose<0x33333333u>(even >> 2, b[2]);
-  const uint32_t n1 = choose<0x33333333u>(odd, b[2] << 1), n3 = choose<0x33333333u>(odd >> 2, b[2] >> 1);
-  // Pairs of neighbours, one in each 16-bit half.
-  const uint32_t pairs[4] = {__byte_perm(n0, n1, 0x5410), __byte_perm(n0, n1, 0x7632), __byte_perm(n2, n3, 0x5410),
-                             __byte_perm(n2, n3, 0x7632)};
-  const uint32_t plane = scratch + tile * kPlaneTile + half * kPlaneHalf + frag * 4;
+  const uint32_t even2 = b[2] & 0x55555555u, odd2 = b[2] & 0xAAAAAAAAu;
+  const uint32_t code[4] = {choose<0x33333333u>(even, even2 << 2), choose<0x33333333u>(odd, odd2 << 1),
+                            choose<0x33333333u>(even >> 2, even2), choose<0x33333333u>(odd >> 2, odd2 >> 1)};
+  uint32_t inside[4];
 #pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    const int nibble = (j >> 1) & 3;
-    const uint32_t word = pairs[(j & 1) * 2 + (j >> 3)] >> (nibble & 2 ? 8 : 0);
-    const uint32_t e = nibble & 1 ? multiply_add<8>(word & 0x00700070u, exponent) : multiply_add<128>(word & 0x00070007u, exponent);
-    store_word(plane + 16 * j, e);
-  }
-
+  for (int r = 0; r < 4; ++r) inside[r] = any >> r & 0x11111111u;
+  const uint32_t first_two = inside[0] + inside[1], four = first_two + inside[2] + inside[3];
+  const uint32_t before = four << 4 & 0xF0F0F0F0u;  // in the row and before these four
+  const uint32_t rank[4] = {before, before + inside[0], before + first_two, before + first_two + inside[2]};
+  const uint32_t of_row = four + (four >> 4) & 0x0F0F0F0Fu;  // a byte a row
+  uint32_t words[4][3], shift[4];
 #pragma unroll
-  for (int i = 0; i < kEarly; ++i) early[i].place(plane, early_byte[i], early_value[i]);
-  Fallback one;
-  for (bytes += kEarly, value_at -= 2 * kEarly; missing; ++bytes, value_at -= 2) {
-    one.next(missing);
-    one.place(plane, load_byte(bytes + one.p + (one.p & 1)), load_half(value_at));
+  for (int row = 0; row < 4; ++row) {
+    const uint32_t start = row == 0 ? at : __dp4a(of_row, 0x00010101u >> 8 * (3 - row), at);
+    shift[row] = start * 8;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) words[row][i] = load_word((start & ~3u) + 4 * i);
   }
-  if (!staged) {
-    missing = ~any;
-    bytes = low - count;
-    for (int i = index; missing; --i, ++bytes) {
-      one.next(missing);
-      one.place(plane, load_byte(bytes + one.p + (one.p & 1)), i < fallbacks_left ? fallbacks[i] : 0);
+  meanwhile();
+#pragma unroll
+  for (int row = 0; row < 4; ++row) {
+    const uint32_t low = __funnelshift_r(words[row][0], words[row][1], shift[row]);
+    const uint32_t high = __funnelshift_r(words[row][1], words[row][2], shift[row]);
+    const uint32_t pick = row | (4 + row) << 4;
+    uint32_t pair[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // columns 2 i, 2 i + 4, 2 i + 1, 2 i + 5
+      const uint32_t s = select_bytes(low, high, __byte_perm(rank[2 * i], rank[2 * i + 1], pick));
+      const uint32_t e = select_bytes(exponents.low, exponents.high, __byte_perm(code[2 * i], code[2 * i + 1], pick));
+      const uint32_t high_bytes = choose<0x80808080u>(s, e), low_bytes = choose<0x7F7F7F7Fu>(s, e);
+      pair[0][i] = __byte_perm(low_bytes, high_bytes, 0x6240);
+      pair[1][i] = __byte_perm(low_bytes, high_bytes, 0x7351);
     }
+    store_16(to + row * kRowBytes, pair[0][0], pair[0][1], pair[1][0], pair[1][1]);
   }
 }
 
-// Second step: the four A registers of TensorCoreTile `tile`.
-struct Reader {
-  uint32_t plane, ranks, mask;
-  __device__ __forceinline__ Reader(uint32_t scratch, int lane) {
-    const int half = lane >> 4, pair = lane & 15;
-    plane = scratch + half * kPlaneHalf + pair * 16;
-    ranks = scratch + kPlaneBytes + half * 16;
-    mask = (2u << (2 * pair)) - 1;
-  }
-  __device__ __forceinline__ void operator()(int tile, uint32_t (&a)[4]) const {
-    const uint4 e = load_16(plane + tile * kPlaneTile), any = load_16(ranks + tile * 32), low = load_16(ranks + 128 + tile * 32);
-    const uint32_t exponents[4] = {e.x, e.y, e.z, e.w}, inside[4] = {any.x, any.y, any.z, any.w}, base[4] = {low.x, low.y, low.z, low.w};
-#pragma unroll
-    for (int f = 0; f < 4; ++f) {
-      const uint32_t at = base[f] + __popc(inside[f] & mask);
-      const uint32_t second = load_byte(at), first = load_byte(at - 1);
-      a[f] = (__byte_perm(first, second, 0x4400) & kSpreadMask) ^ exponents[f];
+// Decodes bands of a block. All lanes of the warp together; what they see of the plane is theirs after a __syncwarp().
+struct Decoder {
+  uint32_t half;  // where this lane's half-FragTile is in the plane
+  Exponents exponents;
+  uint32_t stage, fallbacks;  // of the block; as if all positions of the block were fallbacks before this lane's first
+  const uint16_t* unstaged;   // the block's fallbacks in global memory, where they are not all staged
+  uint32_t unstaged_left;
+  uint32_t free;              // shared memory for a band's fallbacks in that case, behind the block's sign_mantissa
+  __device__ __forceinline__ Decoder(uint32_t start_exp, uint32_t plane, int lane)
+      : half(plane + lane / 2 * kFragBytes + lane % 2 * (4 * kRowBytes)), exponents(start_exp) {}
+
+  __device__ __forceinline__ void begin_block(const Source& s, int block, uint32_t stage_of_block, const Ranks& ranks, int lane) {
+    stage = stage_of_block;
+    fallbacks = stage + layout::kBlockSize + lane * 64;
+    unstaged = nullptr;
+    if (layout::kBlockSize - ranks.inside > kFullStaged) {
+      const uint32_t start = s.tile_offsets[block].y;
+      unstaged = s.full + start, unstaged_left = s.full_len - min(start, s.full_len);
+      free = stage + (ranks.inside + 31 & ~15u);
     }
+  }
+
+  template <class Meanwhile>
+  __device__ __forceinline__ void band(const uint32_t (&b)[3], uint32_t before, int band, int lane, Meanwhile&& meanwhile) {
+    constexpr int kBandSize = layout::kBandRows * layout::kBlock;
+    if (unstaged) stage_band(band * kBandSize, before, lane);
+    const uint32_t any = b[0] | b[1] | b[2];
+    // From the lowest position up. The first fallbacks' loads go out now, their values are placed below.
+    uint32_t left = __brev(~any), value_at = fallbacks + 2 * band * kBandSize - 2 * before;
+    Fallback early[kEarly];
+    uint32_t value[kEarly];
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i) {
+      early[i].next(left);
+      if (early[i].found) value[i] = load_half(value_at + 2 * i);
+    }
+    decode_rows(b, any, stage + before, exponents, half, meanwhile);
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i)
+      if (early[i].found) store_half(half + 2 * early[i].shift, value[i]);
+    Fallback one;
+    for (value_at += 2 * kEarly; left; value_at += 2) {
+      one.next(left);
+      store_half(half + 2 * one.shift, load_half(value_at));
+    }
+  }
+
+ private:
+  // A band's fallbacks, to where `free` has room for the most there can be.
+  __device__ __forceinline__ void stage_band(uint32_t position, uint32_t before, int lane) {
+    constexpr uint32_t kMost = layout::kBandRows * layout::kBlock;
+    static_assert(kMost + 32 <= 2 * kFullStaged, "4096 - n sign_mantissa and n values fit where 4096 and kFullStaged do");
+    const uint32_t first = position - __shfl_sync(kAllLanes, before, 0);
+    for (uint32_t i = lane; i < kMost; i += 32)
+      if (first + i < layout::kBlockSize) store_half(free + 2 * i, first + i < unstaged_left ? unstaged[first + i] : 0);
+    fallbacks = free - 2 * first + lane * 64;
+    __syncwarp();
   }
 };
 

@@ -1,5 +1,5 @@
-// Decompression: the warps take blocks in turns, decode them like the product does, and arrange what they
-// decoded in shared memory, a band (or, transposed, two) at a time, so that rows of the result leave in runs of 128 (64) bytes.
+// Decompression: the warps take blocks in turns and decode them like the product does. Rows of the result leave in runs of 128
+// bytes from the plane itself or, transposed, of 64 bytes from two bands arranged in shared memory.
 #include "decompress.h"
 
 #include <algorithm>
@@ -12,17 +12,10 @@ namespace {
 constexpr int kMaxWarps = 12;  // more are slower: 16, 19 by 1-4%
 constexpr int kManyRounds = 6;
 
-// What is staged: `rows` rows of `pieces` 16-byte pieces, padded so that they are free of bank conflicts.
+// Transposed: what is arranged, 64 rows of 4 16-byte pieces, padded so that they are free of bank conflicts.
+constexpr int kBandsArranged = 2, kPieces = 2 * kBandsArranged, kPitch = kPieces * 16 + 16;
 template <bool kTransposed>
-struct Staged {
-  static constexpr int bands = kTransposed ? 2 : 1;
-  static constexpr int rows = kTransposed ? layout::kBlock : layout::kBandRows;
-  static constexpr int pieces = kTransposed ? 2 * 2 : 8;
-  static constexpr int pitch = pieces * 16 + 16;
-  // A band takes the place of the plane that it was read from.
-  static constexpr int warp_bytes = kStages * kStageBytes + kScratchBytes + (kTransposed ? rows * pitch : 0);
-  static_assert(kTransposed || rows * pitch <= kPlaneBytes + kRankBytes, "a band fits into the plane's place");
-};
+constexpr int kWarpBytes = kStages * kStageBytes + kScratchBytes + (kTransposed ? layout::kBlock * kPitch : 0);
 
 struct Arguments {
   Source source;
@@ -31,33 +24,56 @@ struct Arguments {
   bool aligned;  // rows of the result start on 16 bytes
 };
 
-// Stores the staged rows: result rows from row0 on, columns from column0 on, of a [rows, columns] result.
-template <class S>
-__device__ __forceinline__ void store_rows(const Arguments& g, uint32_t staged, int row0, int column0, int rows, int columns, int lane) {
-  constexpr int kAtOnce = 32 / S::pieces;
-  const int piece = lane % S::pieces, column = column0 + piece * 8;
+// Stores 8 elements of a [rows, columns] result from shared memory, those inside it.
+__device__ __forceinline__ void store_piece(const Arguments& g, uint32_t from, int row, int column, int rows, int columns) {
+  if (row >= rows || column >= columns) return;
+  const uint4 v = load_16(from);
+  uint16_t* to = g.out + static_cast<int64_t>(row) * columns + column;
+  if (g.aligned) {
+    *reinterpret_cast<uint4*>(to) = v;  // columns are a multiple of 8
+  } else {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-  for (int i = 0; i < S::rows / kAtOnce; ++i) {
-    const int r = i * kAtOnce + lane / S::pieces, row = row0 + r;
-    if (row >= rows || column >= columns) continue;
-    const uint4 v = load_16(staged + r * S::pitch + piece * 16);
-    uint16_t* to = g.out + static_cast<int64_t>(row) * columns + column;
-    if (g.aligned) {
-      *reinterpret_cast<uint4*>(to) = v;  // columns are a multiple of 8
-    } else {
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    for (int e = 0; e < 8; ++e)
+      if (column + e < columns) to[e] = static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)));
+  }
+}
+
+// The plane, whose first row and column in the result are row0 and column0.
+__device__ __forceinline__ void store_band(const Arguments& g, uint32_t plane, int row0, int column0, int lane) {
+  const int piece = lane & 3 | lane >> 1 & 4, row = lane >> 2 & 1 | lane >> 3 & 2;  // 8 lanes next to each other take two rows: no bank conflicts
 #pragma unroll
-      for (int e = 0; e < 8; ++e)
-        if (column + e < columns) to[e] = static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)));
-    }
+  for (int i = 0; i < layout::kBandRows / 4; ++i) {
+    const int r = i * 4 + row;
+    store_piece(g, plane + (piece * 2 + i / 2) * kFragBytes + r % 8 * kRowBytes, row0 + r, column0 + piece * 8, g.m, g.k);
+  }
+}
+
+// A band of the plane, transposed, to its columns of what is arranged.
+__device__ __forceinline__ void transpose_band(uint32_t plane, uint32_t arranged, int band, int lane) {
+  const uint32_t from = plane + lane / 8 * kFragBytes + lane % 8 * kRowBytes;
+  const uint32_t to = arranged + lane / 4 * kPitch + lane % 4 * 4 + band % kBandsArranged * 32;
+#pragma unroll
+  for (int tile = 0; tile < layout::kFragsPerBand / 4; ++tile) {
+    uint32_t v[4];
+    load_transposed(v, from + tile * 4 * kFragBytes);
+#pragma unroll
+    for (int f = 0; f < 4; ++f) store_word(to + (tile * 2 + f / 2) * 8 * kPitch + f % 2 * 16, v[f]);
+  }
+}
+
+__device__ __forceinline__ void store_arranged(const Arguments& g, uint32_t arranged, int row0, int column0, int lane) {
+#pragma unroll
+  for (int i = 0; i < layout::kBlock / 8; ++i) {
+    const int r = i * 8 + lane / kPieces, piece = lane % kPieces;
+    store_piece(g, arranged + r * kPitch + piece * 16, row0 + r, column0 + piece * 8, g.k, g.m);
   }
 }
 
 template <bool kTransposed>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_constant__ Arguments g) {
-  using S = Staged<kTransposed>;
   extern __shared__ __align__(128) uint8_t shared[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int lane = threadIdx.x % 32, warp = warp_index(), warps = blockDim.x / 32;
   const int cta = blockIdx.x;
   // All CTAs side by side, so that what is written at a time lies together in memory; where that makes few rounds, which an
   // uneven last one would show in, a range a CTA.
@@ -65,84 +81,51 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
   const int first = cta * g.share + min(cta, g.extra);
   const int last = together ? g.k_blocks * g.row_blocks : first + g.share + (cta < g.extra);
   const int mine = (together ? cta * warps : first) + warp, step = together ? static_cast<int>(gridDim.x) * warps : warps;
-  const uint32_t own = shared_address(shared) + warp * S::warp_bytes, scratch = own + kStages * kStageBytes;
-  const uint32_t staged = kTransposed ? scratch + kScratchBytes : scratch;
-  const uint32_t exponent = *g.source.start_exp * 0x00800080u;
+  const uint32_t own = shared_address(shared) + warp * kWarpBytes<kTransposed>, scratch = own + kStages * kStageBytes;
+  const uint32_t plane = scratch + 3 * kBitmapBytes, arranged = scratch + kScratchBytes, start_exp = *g.source.start_exp;
   // Neighbours in the result are neighbours in this order.
   const auto block_at = [&](int i) { return kTransposed ? i % g.row_blocks * g.k_blocks + i / g.row_blocks : i; };
   const Ring ring(own, scratch, lane);
-  uint2 from = {}, to = {};  // of the next block to copy, loaded a turn ahead
-  const auto load_offsets = [&](int turn) {
+  Runs runs;  // of the next block to copy, loaded a turn ahead
+  const auto load_runs = [&](int turn) {
     const int i = mine + turn * step;
-    if (i >= last) return;
-    const int block = block_at(i);
-    from = g.source.tile_offsets[block], to = g.source.tile_offsets[block + 1];
+    if (i < last) runs = Runs(g.source, block_at(i), block_at(i) + 1);
   };
   const auto copy = [&](int turn) {
-    if (mine + turn * step < last) ring.copy(g.source, turn, from, to, lane);
-    copy_async_commit();
-    load_offsets(turn + 1);
+    const int i = mine + turn * step;
+    if (i < last) ring.copy(g.source, turn, block_at(i), runs, lane);
+    load_runs(turn + 1);
   };
-  Bitmaps bits;
-  if (mine < last) {
-    bits.aim(g.source, block_at(mine), lane);
-#pragma unroll
-    for (int band = 0; band < kBands; ++band) bits.load_band(band);
-  }
-  load_offsets(0);
-  for (int i = 0; i < kStages; ++i) copy(i);
+  load_runs(0);
+  copy(0);
 
-  const Reader read(scratch, lane);
-  const uint32_t spot = staged + lane / 4 * S::pitch + lane % 4 * 4;
+  Decoder decoder(start_exp, plane, lane);
   for (int turn = 0, i = mine; i < last; ++turn, i += step) {
     const int block = block_at(i), row0 = block / g.k_blocks * layout::kBlock, k0 = block % g.k_blocks * layout::kBlock;
-    const uint32_t stage = ring.stage(turn);
-    copy_async_wait<kStages - 1>();
     ring.wait(turn);
+    Bitmaps bits;
+    bits.load(ring.bitmaps, lane);
     __syncwarp();
+    copy(turn + 1);
     Ranks ranks;
-    ranks.count(bits, lane);
-    bits.aim(g.source, block_at(min(i + step, last - 1)), lane);
-    const uint16_t* fallbacks = nullptr;
-    int64_t fallbacks_left = 0;
-    if (layout::kBlockSize - ranks.inside > kFullStaged) {
-      const int64_t start = g.source.tile_offsets[block].y;
-      fallbacks = g.source.full + start, fallbacks_left = g.source.full_len - start;
-    }
+    ranks.count(bits);
+    decoder.begin_block(g.source, block, ring.stage(turn), ranks, lane);
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
-      fill_plane(bits.b[band], ranks.before[band], band, exponent, stage, scratch, fallbacks, fallbacks_left, lane);
-      bits.load_band(band);
+      decoder.band(bits.b[band], ranks.before[band], band, lane, [] {});
       __syncwarp();
-      uint32_t a[kTiles][4];
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) read(tile, a[tile]);
-      if (!kTransposed) __syncwarp();
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-        for (int f = 0; f < 4; ++f) {
-          const int m8 = f & 1, k8 = tile * 2 + (f >> 1);
-          if (kTransposed) {
-            store_word(spot + k8 * 8 * S::pitch + (band % S::bands * 2 + m8) * 16, transpose_matrix(a[tile][f]));
-          } else {
-            store_word(spot + m8 * 8 * S::pitch + k8 * 16, a[tile][f]);
-          }
+      if (!kTransposed) {
+        store_band(g, plane, row0 + band * layout::kBandRows, k0, lane);
+      } else {
+        transpose_band(plane, arranged, band, lane);
+        if (band % kBandsArranged == kBandsArranged - 1) {
+          __syncwarp();
+          store_arranged(g, arranged, k0, row0 + (band + 1 - kBandsArranged) * layout::kBandRows, lane);
         }
-      __syncwarp();
-      if (band == kBands - 1) copy(turn + kStages);
-      if (band % S::bands == S::bands - 1) {
-        const int m0 = row0 + (band + 1 - S::bands) * layout::kBandRows;
-        if (kTransposed) {
-          store_rows<S>(g, staged, k0, m0, g.k, g.m, lane);
-        } else {
-          store_rows<S>(g, staged, m0, k0, g.m, g.k, lane);
-        }
-        __syncwarp();
       }
+      __syncwarp();
     }
   }
-  copy_async_wait<0>();
 }
 
 template <bool kTransposed>
@@ -153,7 +136,7 @@ cudaError_t launch(Arguments& g, cudaStream_t stream) {
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
-  const int warps = std::min(kMaxWarps, limit / Staged<kTransposed>::warp_bytes), bytes = warps * Staged<kTransposed>::warp_bytes;
+  const int warps = std::min(kMaxWarps, limit / kWarpBytes<kTransposed>), bytes = warps * kWarpBytes<kTransposed>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   const int64_t blocks = int64_t{g.row_blocks} * g.k_blocks;

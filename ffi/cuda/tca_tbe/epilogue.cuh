@@ -1,4 +1,4 @@
-// What happens to sums before they are stored, four at a time in the order of an mma's result.
+// What happens to sums before they are stored, two at a time in the order of an mma's result.
 #pragma once
 #include "matmul.h"
 
@@ -16,15 +16,14 @@ __device__ __forceinline__ void store_one(const Epilogue& e, int m, int n, int r
   }
 }
 
-// `quad` counts the results of a row block: band * kColumnTiles + column tile; `row`, `column` are the block's first.
-template <int kColumnTiles>
-__device__ __forceinline__ void store_quad(const Epilogue& e, int m, int n, int row, int column, int quad, int lane, float4 v) {
-  row += quad / kColumnTiles * 16 + lane / 4;
-  column += quad % kColumnTiles * 8 + lane % 4 * 2;
+// Rows 2 t and 2 t + 1 of a FragTile's 8, lane 4 g + t's, and column g of x's 8. `pair` counts the sums of a row block: FragTile row *
+// (kColumns / 8) + column tile; `row`, `column` are the block's first.
+template <int kColumns>
+__device__ __forceinline__ void store_pair(const Epilogue& e, int m, int n, int row, int column, int pair, int lane, float2 v) {
+  row += pair / (kColumns / 8) * 8 + lane % 4 * 2;
+  column += pair % (kColumns / 8) * 8 + lane / 4;
   store_one(e, m, n, row, column, v.x);
-  store_one(e, m, n, row, column + 1, v.y);
-  store_one(e, m, n, row + 8, column, v.z);
-  store_one(e, m, n, row + 8, column + 1, v.w);
+  store_one(e, m, n, row + 1, column, v.y);
 }
 
 }  // namespace jaxzip::tca_tbe

@@ -14,201 +14,272 @@ namespace jaxzip::tca_tbe {
 namespace {
 
 constexpr int kMaxWarps = 16;
+constexpr int kFragRows = layout::kBlock / layout::kFrag;  // rows of FragTiles in a block
 
-template <int kColumnTiles>
+template <int kColumns>  // of x: 8, 16 or 32
 struct Shape {
-  static constexpr int columns = 8 * kColumnTiles;
-  static constexpr int x_bytes = columns * layout::kBlock * 2;       // of one block's k
-  static constexpr int quads = kBands * kColumnTiles;                // float4 a lane and row block
-  static constexpr int part_bytes = quads * 32 * 16;
+  static constexpr int tiles = (kColumns + 15) / 16;      // rows of mma.m16n8k16 hold x, its columns the weight's rows
+  static constexpr int halves = kColumns == 8 ? 1 : 2;    // of a tile that hold anything
+  static constexpr int pairs = kFragRows * tiles * halves;  // float2 a lane and row block
+  static constexpr int part_bytes = pairs * 32 * 8;
+  static constexpr int x_bytes = kColumns < 32 ? 0 : kColumns * layout::kBlock * 2;  // of one block's k, where registers are too few
   static constexpr int warp_bytes = kStages * kStageBytes + kScratchBytes + x_bytes;
-  static constexpr int max_warps = kColumnTiles == 4 ? 12 : kMaxWarps;  // registers: 168 and 128 a thread
+  static constexpr int max_warps = kColumns == 32 ? 12 : kMaxWarps;  // registers: 168 and 128 a thread
   static_assert(part_bytes <= warp_bytes, "parts take the place of the ring");
 };
 
 struct Arguments {
   Source source;
-  const uint32_t* raw;
+  const uint4* raw;
   const __nv_bfloat16* x;
   Epilogue epilogue;
   float* workspace;  // [column group][row block or 2 * CTA + ...][part]
   int m, k, n, k_blocks, row_blocks;
   int share, extra;  // blocks a CTA; the first `extra` CTAs have one more
+  uint32_t zero;
   bool x_aligned;
 };
 
 __device__ __forceinline__ int cta_start(const Arguments& g, int cta) { return cta * g.share + min(cta, g.extra); }
 
-// The chunk of x for one block, [columns][64], 16-byte pieces swizzled by column; zeros outside x.
-template <int kColumnTiles>
-__device__ __forceinline__ void copy_x(const Arguments& g, int column0, int k_block, uint32_t to, int lane) {
-  const int k0 = k_block * layout::kBlock;
-  if (g.x_aligned) {
-#pragma unroll
-    for (int i = 0; i < Shape<kColumnTiles>::columns / 4; ++i) {
-      const int column = i * 4 + lane / 8, piece = lane % 8;
-      const bool valid = column0 + column < g.n && k0 + piece * 8 < g.k;
-      const __nv_bfloat16* from = valid ? g.x + static_cast<size_t>(column0 + column) * g.k + k0 + piece * 8 : g.x;
-      copy_async_16(to + column * 128 + ((piece ^ (column & 7)) << 4), from, valid ? 16 : 0);
-    }
-    return;
-  }
-  const uint16_t* x = reinterpret_cast<const uint16_t*>(g.x);
-  for (int i = lane; i < Shape<kColumnTiles>::columns * 64; i += 32) {
-    const int column = i / 64, k = i % 64;
-    const bool valid = column0 + column < g.n && k0 + k < g.k;
-    const uint32_t v = valid ? x[static_cast<size_t>(column0 + column) * g.k + k0 + k] : 0;
-    store_half(to + column * 128 + ((k / 8 ^ (column & 7)) << 4) + k % 8 * 2, v);
-  }
-}
+// x of one block's k, as the A operand: lane 4 g + t has rows g and g + 8 of a tile and of each k 8 t .. 8 t + 7 and 32 more. The order of
+// k inside an instruction is the lanes', the same for x and the weights. Zeros outside x. The next block's x is fetched meanwhile.
+template <int kColumns>
+struct Columns {
+  using S = Shape<kColumns>;
+  uint32_t a[S::tiles][4][4];
+  uint4 fetched[S::tiles][S::halves][2];
+  uint32_t shared;  // 32 columns: where they are fetched to
+  const __nv_bfloat16* first;  // 32 columns: of x, what the lane fetches first of a block's with k = 0
 
-template <int kColumnTiles>
+  __device__ __forceinline__ Columns(const Arguments& g, int column0, uint32_t shared, int lane)
+      : shared(shared), first(g.x + static_cast<size_t>(column0 + lane / 8) * g.k + lane % 8 * 8) {}
+  __device__ __forceinline__ void fetch(const Arguments& g, int column0, int k_block, int lane) {
+    const int k = k_block * layout::kBlock;
+    if (S::x_bytes && g.x_aligned && column0 + kColumns <= g.n && k + layout::kBlock <= g.k) {
+      const __nv_bfloat16* from = first + k;
+#pragma unroll
+      for (int i = 0; i < kColumns / 4; ++i, from += static_cast<size_t>(g.k) * 4) copy_async_16(place(i * 4 + lane / 8, lane % 8), from);
+    } else if (S::x_bytes) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 4; ++i) {
+        const int column = i * 4 + lane / 8, piece = lane % 8, from = k + piece * 8;
+        const uint32_t to = place(column, piece);
+        if (g.x_aligned) {
+          const bool valid = column0 + column < g.n && from < g.k;
+          copy_async_16(to, valid ? g.x + static_cast<size_t>(column0 + column) * g.k + from : g.x, valid ? 16 : 0);
+        } else {
+          const uint4 v = gather(g, column0 + column, from);
+          store_16(to, v.x, v.y, v.z, v.w);
+        }
+      }
+    } else {
+      each([&](int t, int half, int i) {
+        const int column = column0 + t * 16 + half * 8 + lane / 4, from = k + i * 32 + lane % 4 * 8;
+        if (g.x_aligned) {
+          fetched[t][half][i] = load_if(column < g.n && from < g.k, g.x + static_cast<size_t>(column) * g.k + from);
+        } else {
+          fetched[t][half][i] = gather(g, column, from);
+        }
+      });
+    }
+  }
+  // What was fetched together is not what an instruction takes together: joined to a zero that the compiler does not know, words are
+  // moved here once and not again before each instruction.
+  __device__ __forceinline__ void arrange(uint32_t zero, int lane) {
+    each([&](int t, int half, int i) {
+      const uint4 v = S::x_bytes ? load_16(place(t * 16 + half * 8 + lane / 4, lane % 4 + i * 4)) : fetched[t][half][i];
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t* to = a[t][2 * i + j / 2] + j % 2 * 2;
+        to[half] = words[j] | zero;
+        if (S::halves == 1) to[1] = words[j] & zero;
+      }
+    });
+  }
+
+ private:
+  // Of 8 k of a column in shared memory: no bank conflicts for 8 pieces of a column and for 4 of two.
+  __device__ __forceinline__ uint32_t place(int column, int piece) const {
+    return shared + column * (layout::kBlock * 2) + (piece ^ column % 2 * 4) * 16;
+  }
+  static __device__ __forceinline__ uint4 gather(const Arguments& g, int column, int k) {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(g.x) + static_cast<size_t>(column) * g.k + k;
+    uint32_t v[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] = column < g.n && k + e < g.k ? __ldg(from + e) : 0;
+    return make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
+  }
+  template <class Body>
+  static __device__ __forceinline__ void each(Body&& body) {
+#pragma unroll
+    for (int t = 0; t < S::tiles; ++t)
+#pragma unroll
+      for (int half = 0; half < S::halves; ++half)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) body(t, half, i);
+  }
+};
+
+// A band's weights, as the B operand: of rows g of its two rows of FragTiles the k that x has.
+struct Band {
+  uint4 w[2][2];
+  template <class Load>  // (f): the lane's row of the f-th FragTile past its first
+  __device__ __forceinline__ void load(Load&& load) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int m = 0; m < 2; ++m) w[i][m] = load(8 * i + m);
+  }
+};
+
+template <int kColumns>
 __device__ __forceinline__ float* closing_part(const Arguments& g, int row_block) {
   const int64_t parts = static_cast<int64_t>(blockIdx.y) * (g.row_blocks + 2 * kMaxCtas) + row_block;
-  return g.workspace + parts * (Shape<kColumnTiles>::part_bytes / 4);
+  return g.workspace + parts * (Shape<kColumns>::part_bytes / 4);
 }
 // Of a CTA: 0 for the row block that an earlier CTA began, 1 for the one that it begins and does not end.
-template <int kColumnTiles>
+template <int kColumns>
 __device__ __forceinline__ float* cta_part(const Arguments& g, int cta, int which) {
-  return closing_part<kColumnTiles>(g, g.row_blocks + 2 * cta + which);
+  return closing_part<kColumns>(g, g.row_blocks + 2 * cta + which);
 }
 
-__device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; }
+__device__ __forceinline__ void add(float2& a, float2 b) { a.x += b.x, a.y += b.y; }
 
-template <int kColumnTiles>
+template <int kColumns>
 struct Sums {
-  float c[kBands][kColumnTiles][4];
+  using S = Shape<kColumns>;
+  float c[kFragRows][S::tiles][4];
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int b = 0; b < kBands; ++b)
+    for (int r = 0; r < kFragRows; ++r)
 #pragma unroll
-      for (int t = 0; t < kColumnTiles; ++t)
+      for (int t = 0; t < S::tiles; ++t)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) c[b][t][i] = 0;
+        for (int i = 0; i < 4; ++i) c[r][t][i] = 0;
   }
-  template <class Store>
-  __device__ __forceinline__ void each_quad(Store&& store) const {
+  __device__ __forceinline__ void add(int band, const Columns<kColumns>& x, const Band& weights) {
 #pragma unroll
-    for (int q = 0; q < kBands * kColumnTiles; ++q) {
-      const float* v = c[q / kColumnTiles][q % kColumnTiles];
-      store(q, make_float4(v[0], v[1], v[2], v[3]));
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int t = 0; t < S::tiles; ++t)
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const uint4& v = weights.w[i / 2][m];
+          mma(c[2 * band + m][t], x.a[t][i], i % 2 ? v.z : v.x, i % 2 ? v.w : v.y);
+        }
+  }
+  // Two neighbouring rows of the weight at a time.
+  template <class Store>
+  __device__ __forceinline__ void each_pair(Store&& store) const {
+#pragma unroll
+    for (int p = 0; p < S::pairs; ++p) {
+      const int column_tile = p % (S::tiles * S::halves), half = column_tile % 2;
+      const float* v = c[p / (S::tiles * S::halves)][column_tile / 2];
+      store(p, make_float2(v[2 * half], v[2 * half + 1]));
     }
   }
 };
 
-template <int kColumnTiles, bool kRaw>
-__global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) product(const __grid_constant__ Arguments g) {
-  using S = Shape<kColumnTiles>;
+template <int kColumns, bool kRaw>
+__global__ void __launch_bounds__(32 * Shape<kColumns>::max_warps, 1) product(const __grid_constant__ Arguments g) {
+  using S = Shape<kColumns>;
   extern __shared__ __align__(128) uint8_t shared[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int lane = threadIdx.x % 32, warp = warp_index(), warps = blockDim.x / 32;
   const int first = cta_start(g, blockIdx.x), length = cta_start(g, blockIdx.x + 1) - first;
   const int warp_share = length / warps, warp_extra = length - warp_share * warps;
   const auto warp_start = [&](int w) { return first + w * warp_share + min(w, warp_extra); };
+  const auto warp_of = [&](int block) {  // that has this block of the CTA's
+    const int b = block - first, larger = warp_extra * (warp_share + 1);
+    return b < larger ? b / (warp_share + 1) : warp_extra + (b - larger) / max(warp_share, 1);
+  };
   const int begin = warp_start(warp), end = warp_start(warp + 1), blocks = g.row_blocks * g.k_blocks;
-  const int column0 = blockIdx.y * S::columns;
+  const int column0 = blockIdx.y * kColumns;
   const uint32_t own = shared_address(shared) + warp * S::warp_bytes, scratch = own + kStages * kStageBytes;
-  const uint32_t chunk = scratch + kScratchBytes;  // of x
   launch_dependents();
 
-  const uint32_t exponent = kRaw ? 0 : *g.source.start_exp * 0x00800080u;
-  const Ring ring(own, scratch, lane);
-  Offsets offsets;
-  Bitmaps bits;
+  const uint32_t plane = scratch + 3 * kBitmapBytes;
   int row_block = begin / g.k_blocks, k_block = begin - row_block * g.k_blocks;
+  Columns<kColumns> x(g, column0, scratch + kScratchBytes, lane);
+  if (begin < end) x.fetch(g, column0, k_block, lane);
+  const uint32_t start_exp = kRaw ? 0 : *g.source.start_exp;
+  const Ring ring(own, scratch, lane);
+  Runs runs;  // of 32 blocks from `runs_from` on, one a lane
+  int runs_from = begin;
+  const auto load_runs = [&](int block) { runs_from = block, runs = Runs(g.source, min(block + lane, blocks), min(block + lane + 1, blocks)); };
   const auto copy = [&](int block) {
-    if (block < end) {
-      if constexpr (!kRaw) {
-        if (!offsets.holds(block)) offsets.load(g.source, block, blocks, lane);
-        ring.copy(g.source, block - begin, offsets.at(block), offsets.at(block + 1), lane);
-      }
-    }
-    copy_async_commit();
-  };
-  if (begin < end) {
     if constexpr (!kRaw) {
-      offsets.load(g.source, begin, blocks, lane);
-      bits.aim(g.source, begin, lane);
-#pragma unroll
-      for (int band = 0; band < kBands; ++band) bits.load_band(band);
+      if (block >= end) return;
+      if (block - runs_from == 32) load_runs(block);
+      ring.copy(g.source, block - begin, block, runs.of_lane(block - runs_from, lane), lane);
     }
-    copy_x<kColumnTiles>(g, column0, k_block, chunk, lane);
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) copy(begin + i);
+  };
+  if constexpr (!kRaw) {
+    if (begin < end) load_runs(begin);
   }
+  copy(begin);
 
-  Sums<kColumnTiles> sums;
+  Sums<kColumns> sums;
   sums.clear();
-  const Reader read(scratch, lane);
+  Decoder decoder(start_exp, plane, lane);
+  const uint32_t lane_rows = plane + lane % 4 * (2 * kFragBytes) + lane / 4 * kRowBytes;
   bool whole = k_block == 0;  // the sums' row block was begun by this warp
   for (int block = begin; block < end; ++block) {
-    const uint32_t stage = ring.stage(block - begin);
-    copy_async_wait<kStages - 1>();
-    if constexpr (!kRaw) ring.wait(block - begin);
-    __syncwarp();
-    uint32_t b[kColumnTiles][8];
-#pragma unroll
-    for (int t = 0; t < kColumnTiles; ++t)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = lane % 8, piece = half * 4 + lane / 8;
-        load_matrices(&b[t][4 * half], chunk + t * 1024 + column * 128 + ((piece ^ column) << 4));
-      }
-    __syncwarp();
-    const int next_k = k_block + 1 == g.k_blocks ? 0 : k_block + 1;
-    if (block + 1 < end) copy_x<kColumnTiles>(g, column0, next_k, chunk, lane);
-    copy_async_commit();
+    const int turn = block - begin, next_k = k_block + 1 == g.k_blocks ? 0 : k_block + 1;
+    Bitmaps bits;
     Ranks ranks;
-    const uint16_t* fallbacks = nullptr;
-    int64_t fallbacks_left = 0;
-    if constexpr (!kRaw) {
-      ranks.count(bits, lane);
-      bits.aim(g.source, min(block + 1, end - 1), lane);
-      if (layout::kBlockSize - ranks.inside > kFullStaged) {
-        const int64_t start = g.source.tile_offsets[block].y;
-        fallbacks = g.source.full + start, fallbacks_left = g.source.full_len - start;
-      }
+    if constexpr (kRaw) {
+      copy_async_wait();
+      __syncwarp();
+    } else {
+      ring.wait(turn);
+      bits.load(ring.bitmaps, lane);
+      __syncwarp();
+      copy(block + 1);
+      ranks.count(bits);
+      decoder.begin_block(g.source, block, ring.stage(turn), ranks, lane);
     }
+    Band weights;
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
-      if constexpr (!kRaw) {
-        fill_plane(bits.b[band], ranks.before[band], band, exponent, stage, scratch, fallbacks, fallbacks_left, lane);
-        bits.load_band(band);
+      const auto add_last = [&] {
+        if (band > 0) sums.add(band - 1, x, weights);
+      };
+      if constexpr (kRaw) {
+        add_last();
+        const uint4* from = g.raw + ((int64_t{block} * kBands + band) * layout::kFragsPerBand + lane % 4 * 2) * 8 + lane / 4;
+        weights.load([&](int frag) { return load_stream(from + frag * 8); });
+      } else {
+        decoder.band(bits.b[band], ranks.before[band], band, lane, add_last);
+        __syncwarp();
+        weights.load([&](int frag) { return load_16(lane_rows + frag * kFragBytes); });
         __syncwarp();
       }
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        uint32_t a[4];
-        if constexpr (kRaw) {
-          const uint4 v = load_stream(reinterpret_cast<const uint4*>(g.raw) + (int64_t{block} * 16 + band * kTiles + tile) * 32 + lane);
-          a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
-        } else {
-          read(tile, a);
-        }
-#pragma unroll
-        for (int t = 0; t < kColumnTiles; ++t) mma(sums.c[band][t], a, b[t][2 * tile], b[t][2 * tile + 1]);
+      if (band == 0) x.arrange(g.zero, lane);
+      if (band == (S::x_bytes ? 0 : 2)) {
+        if (S::x_bytes) __syncwarp();
+        if (block + 1 < end) x.fetch(g, column0, next_k, lane);
       }
-      if constexpr (!kRaw) __syncwarp();
     }
-    __syncwarp();
-    copy(block + kStages);
+    sums.add(kBands - 1, x, weights);
     k_block = next_k;
     if (next_k == 0) {
       if (whole) {
-        sums.each_quad([&](int q, float4 v) {
-          store_quad<kColumnTiles>(g.epilogue, g.m, g.n, row_block * layout::kBlock, column0, q, lane, v);
+        sums.each_pair([&](int p, float2 v) {
+          store_pair<kColumns>(g.epilogue, g.m, g.n, row_block * layout::kBlock, column0, p, lane, v);
         });
       } else {
-        float4* part = reinterpret_cast<float4*>(closing_part<kColumnTiles>(g, row_block));
-        sums.each_quad([&](int q, float4 v) { part[q * 32 + lane] = v; });
+        float2* part = reinterpret_cast<float2*>(closing_part<kColumns>(g, row_block));
+        sums.each_pair([&](int p, float2 v) { part[p * 32 + lane] = v; });
       }
       sums.clear();
       whole = true;
       ++row_block;
     }
   }
-  copy_async_wait<0>();
   __syncwarp();
-  sums.each_quad([&](int q, float4 v) { store_16(own + (q * 32 + lane) * 16, v); });
+  sums.each_pair([&](int p, float2 v) { store_8(own + (p * 32 + lane) * 8, v); });
   __syncthreads();
 
   // Row blocks that no warp had whole.
@@ -216,47 +287,44 @@ __global__ void __launch_bounds__(32 * Shape<kColumnTiles>::max_warps, 1) produc
   const int last_row = (first + length - 1) / g.k_blocks;
   for (int row = first / g.k_blocks; row <= last_row; ++row) {
     const int row_begin = row * g.k_blocks, row_end = row_begin + g.k_blocks;
-    int w0 = 0, w1 = warps;  // the warps with a part
-    while (warp_start(w0 + 1) <= row_begin) ++w0;
-    while (warp_start(w1 - 1) >= row_end) --w1;
+    const int w0 = warp_of(max(row_begin, first)), w1 = warp_of(min(row_end, first + length) - 1) + 1;  // the warps with a part
     if (warp_start(w0) <= row_begin && row_end <= warp_start(w0 + 1)) continue;
-    for (int i = threadIdx.x; i < S::quads * 32; i += blockDim.x) {
-      float4 v = make_float4(0, 0, 0, 0);
-      for (int w = w0; w < w1; ++w) {
-        if (warp_start(w) == warp_start(w + 1)) continue;
-        const bool ends = warp_start(w + 1) >= row_end;
-        add(v, ends ? reinterpret_cast<const float4*>(closing_part<kColumnTiles>(g, row))[i]
-                    : reinterpret_cast<const float4*>(shared + w * S::warp_bytes)[i]);
-      }
+    const bool ended = warp_start(w1) >= row_end;  // by the last of them, which has put its part elsewhere
+    for (int i = threadIdx.x; i < S::pairs * 32; i += blockDim.x) {
+      float2 closing = make_float2(0, 0), v = closing;
+      if (ended) closing = reinterpret_cast<const float2*>(closing_part<kColumns>(g, row))[i];
+#pragma unroll 4
+      for (int w = w0; w < w1 - ended; ++w) add(v, reinterpret_cast<const float2*>(shared + w * S::warp_bytes)[i]);
+      if (ended) add(v, closing);
       const bool begun_here = first <= row_begin, ended_here = row_end <= first + length;
       if (begun_here && ended_here) {
-        store_quad<kColumnTiles>(g.epilogue, g.m, g.n, row * layout::kBlock, column0, i / 32, i % 32, v);
+        store_pair<kColumns>(g.epilogue, g.m, g.n, row * layout::kBlock, column0, i / 32, i % 32, v);
       } else {
-        reinterpret_cast<float4*>(cta_part<kColumnTiles>(g, blockIdx.x, begun_here))[i] = v;
+        reinterpret_cast<float2*>(cta_part<kColumns>(g, blockIdx.x, begun_here))[i] = v;
       }
     }
   }
 }
 
 // CTA i: the row block that the border between CTAs i and i + 1 of the product cuts, unless an earlier border cuts it too.
-template <int kColumnTiles>
+template <int kColumns>
 __global__ void add_parts(const __grid_constant__ Arguments g, int ctas) {
-  using S = Shape<kColumnTiles>;
+  using S = Shape<kColumns>;
   wait_for_previous_grid();
   const int before = blockIdx.x, border = cta_start(g, before + 1), row = border / g.k_blocks;
   const int row_begin = row * g.k_blocks, row_end = row_begin + g.k_blocks;
   if (border == row_begin || cta_start(g, before) > row_begin) return;
-  for (int i = threadIdx.x; i < S::quads * 32; i += blockDim.x) {
-    float4 v = reinterpret_cast<const float4*>(cta_part<kColumnTiles>(g, before, 1))[i];
+  for (int i = threadIdx.x; i < S::pairs * 32; i += blockDim.x) {
+    float2 v = reinterpret_cast<const float2*>(cta_part<kColumns>(g, before, 1))[i];
     for (int cta = before + 1; cta < ctas && cta_start(g, cta) < row_end; ++cta)
-      add(v, reinterpret_cast<const float4*>(cta_part<kColumnTiles>(g, cta, 0))[i]);
-    store_quad<kColumnTiles>(g.epilogue, g.m, g.n, row * layout::kBlock, blockIdx.y * S::columns, i / 32, i % 32, v);
+      add(v, reinterpret_cast<const float2*>(cta_part<kColumns>(g, cta, 0))[i]);
+    store_pair<kColumns>(g.epilogue, g.m, g.n, row * layout::kBlock, blockIdx.y * kColumns, i / 32, i % 32, v);
   }
 }
 
-template <int kColumnTiles, bool kRaw>
+template <int kColumns, bool kRaw>
 cudaError_t launch(Arguments& g, const MatmulOptions& options, cudaStream_t stream) {
-  using S = Shape<kColumnTiles>;
+  using S = Shape<kColumns>;
   int device, multiprocessors, shared_limit, major;
   cudaError_t status = cudaGetDevice(&device);
   const auto get = [&](int* to, cudaDeviceAttr what) {
@@ -269,7 +337,7 @@ cudaError_t launch(Arguments& g, const MatmulOptions& options, cudaStream_t stre
   int warps = std::min(S::max_warps, shared_limit / S::warp_bytes);
   if (options.max_warps > 0) warps = std::min(warps, options.max_warps);
   const int bytes = warps * S::warp_bytes;
-  const auto kernel = product<kColumnTiles, kRaw>;
+  const auto kernel = product<kColumns, kRaw>;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
 
@@ -278,7 +346,7 @@ cudaError_t launch(Arguments& g, const MatmulOptions& options, cudaStream_t stre
   ctas = static_cast<int>(std::min<int64_t>(ctas, blocks));
   g.share = static_cast<int>(blocks / ctas);
   g.extra = static_cast<int>(blocks % ctas);
-  const unsigned groups = (g.n + S::columns - 1) / S::columns;
+  const unsigned groups = (g.n + kColumns - 1) / kColumns;
   kernel<<<dim3(ctas, groups), 32 * warps, bytes, stream>>>(g);
   status = cudaGetLastError();
   const bool cut = g.extra || g.share % g.k_blocks;
@@ -286,26 +354,26 @@ cudaError_t launch(Arguments& g, const MatmulOptions& options, cudaStream_t stre
 
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(ctas - 1, groups);
-  config.blockDim = dim3(S::quads * 32);
+  config.blockDim = dim3(256);
   config.stream = stream;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
   config.numAttrs = options.overlap && major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, add_parts<kColumnTiles>, g, ctas);
+  return cudaLaunchKernelEx(&config, add_parts<kColumns>, g, ctas);
 }
 
 }  // namespace
 
 cudaError_t launch_matmul(const Payload& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue, float* workspace,
-                          cudaStream_t stream, const MatmulOptions& options, const uint32_t* raw) {
+                          cudaStream_t stream, const MatmulOptions& options, const uint16_t* raw) {
   const int64_t blocks = w.m > 0 && w.k > 0 ? layout::NumBlocks(w.m, w.k) : 0;
   if (w.m < 1 || w.k < 1 || w.m > INT32_MAX - 64 || w.k > INT32_MAX - 64 || blocks > INT32_MAX / 32 || n < 1 || n > kMaxColumns)
     return cudaErrorInvalidValue;
   Arguments g = {};
   g.source = MakeSource(w);
-  g.raw = raw;
+  g.raw = reinterpret_cast<const uint4*>(raw);
   g.x = x;
   g.epilogue = epilogue;
   g.workspace = workspace;
@@ -313,13 +381,13 @@ cudaError_t launch_matmul(const Payload& w, const __nv_bfloat16* x, int n, const
   g.k_blocks = static_cast<int>(layout::CeilDiv(w.k, layout::kBlock));
   g.row_blocks = static_cast<int>(layout::CeilDiv(w.m, layout::kBlock));
   g.x_aligned = w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-  const auto run = [&](auto tiles) {
-    constexpr int kColumnTiles = decltype(tiles)::value;
-    return raw ? launch<kColumnTiles, true>(g, options, stream) : launch<kColumnTiles, false>(g, options, stream);
+  const auto run = [&](auto columns) {
+    constexpr int kColumns = decltype(columns)::value;
+    return raw ? launch<kColumns, true>(g, options, stream) : launch<kColumns, false>(g, options, stream);
   };
-  if (n <= 8) return run(std::integral_constant<int, 1>());
-  if (n <= 16) return run(std::integral_constant<int, 2>());
-  return run(std::integral_constant<int, 4>());
+  if (n <= 8) return run(std::integral_constant<int, 8>());
+  if (n <= 16) return run(std::integral_constant<int, 16>());
+  return run(std::integral_constant<int, 32>());
 }
 
 }  // namespace jaxzip::tca_tbe

@@ -31,9 +31,9 @@ struct MatmulOptions {
 };
 
 // All pointers are device memory; the payload's arrays are 16-byte aligned (XLA's and cudaMalloc's are), x needs 2 bytes. 1 <= n <=
-// kMaxColumns. `raw`: instead of the payload, bf16 weights in fragment order [block][band][tile][lane][4 words], zero padded: the
-// control, same tiling and order of sums. Returns cudaErrorInvalidValue for sizes out of range.
+// kMaxColumns. `raw`: instead of the payload, bf16 weights in the order of the payload's positions [block][FragTile][64], zero
+// padded, 16-byte aligned: the control, same tiling and order of sums. Returns cudaErrorInvalidValue for sizes out of range.
 cudaError_t launch_matmul(const Payload& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue, float* workspace,
-                          cudaStream_t stream, const MatmulOptions& options = {}, const uint32_t* raw = nullptr);
+                          cudaStream_t stream, const MatmulOptions& options = {}, const uint16_t* raw = nullptr);
 
 }  // namespace jaxzip::tca_tbe
