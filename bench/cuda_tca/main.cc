@@ -124,7 +124,7 @@ int check(const ExponentClasses& classes, bool small, cudaStream_t stream) {
   };
   int failures = 0;
   for (const Case& c : {Case{64, 64, "gaussian"}, Case{1, 1, "gaussian"}, Case{256, 256, "patterns"}, Case{65, 1096, "patterns"},
-                        Case{200, 330, "real"}, Case{130, 200, "escapes"}, Case{130, 200, "zeros"}, Case{1024, 4096, "real"},
+                        Case{200, 330, "real"}, Case{130, 200, "escapes"}, Case{130, 200, "zeros"}, Case{192, 320, "sevenths"}, Case{1024, 4096, "real"},
                         Case{1000, 3000, "real"}, Case{96, 20000, "gaussian"}, Case{4096, 2048, "gaussian"},
                         Case{6144, 4096, "real"}}) {
     if (small && static_cast<int64_t>(c.m) * c.k > 100000) continue;

@@ -105,6 +105,8 @@ TcaProblem make_tca_problem(int m, int k, const std::string& weights, const Expo
     std::vector<uint16_t> host(size);
     for (size_t i = 0; i < size; ++i)
       host[i] = weights == "zeros" ? (i % 7 ? 0 : 0x8000)
+                : weights == "sevenths"
+                    ? static_cast<uint16_t>((i * 40503u & 0x807F) | (i % 7 == 3 ? i % 5 : 120 + i % 7) << 7)
                 : weights == "escapes"
                     ? static_cast<uint16_t>(i % 3 << 15 | (64 + i % 4 * 32) << 7 | i % 128)
                     : static_cast<uint16_t>(i * 40503u);

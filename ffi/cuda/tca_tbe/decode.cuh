@@ -49,16 +49,19 @@ __device__ __forceinline__ uint32_t run_length(uint32_t start, uint32_t end, uin
   return stop > start ? min(stop - start, room) & ~(kUnit - 1) : 0;
 }
 
-// A block's runs of sign_mantissa and full: where they start, and how many bytes of each to stage (in the low and the high half).
+// A block's runs of sign_mantissa and full: where they start, and how many bytes of each to stage, in the low and the high half of a
+// word whose highest bit says that `full` has more.
 struct Runs {
   uint32_t low, full, bytes;
-  __device__ __forceinline__ Runs() = default;
-  __device__ __forceinline__ Runs(const Source& s, int block, int next) {
+  __device__ __forceinline__ void load(const Source& s, int block, int next) {
     const uint2 from = s.tile_offsets[block], to = s.tile_offsets[next];
     low = from.x & ~15u, full = from.y & ~7u;
     bytes = run_length<16>(low, to.x, s.sign_mantissa_len, layout::kBlockSize) |
-            2 * run_length<8>(full, to.y, s.full_len, kFullStaged) << 16;
+            2 * run_length<8>(full, to.y, s.full_len, kFullStaged) << 16 | (to.y - full > kFullStaged ? 0x80000000u : 0);
   }
+  __device__ __forceinline__ uint32_t low_bytes() const { return bytes & 0xFFFF; }
+  __device__ __forceinline__ uint32_t full_bytes() const { return bytes >> 16 & 0x7FFF; }
+  __device__ __forceinline__ bool has_more() const { return bytes >> 31; }
   // Lane `from`'s, as a sum: its result the compiler knows to be the same in all lanes.
   __device__ __forceinline__ Runs of_lane(int from, int lane) const {
     const auto pick = [&](uint32_t v) { return __reduce_add_sync(kAllLanes, lane == from ? v : 0); };
@@ -79,11 +82,11 @@ struct Ring {
     __syncwarp();
 #endif
   }
-  __device__ __forceinline__ uint32_t stage(int turn) const { return stages + turn % kStages * kStageBytes; }
+  __device__ __forceinline__ uint32_t stage(uint32_t turn) const { return stages + turn % kStages * kStageBytes; }
 
   // Starts the copies of a block; its bitmaps' place must be free.
-  __device__ __forceinline__ void copy(const Source& s, int turn, int block, const Runs& runs, int lane) const {
-    const uint32_t low_bytes = runs.bytes & 0xFFFF, full_bytes = runs.bytes >> 16;
+  __device__ __forceinline__ void copy(const Source& s, uint32_t turn, int block, const Runs& runs, int lane) const {
+    const uint32_t low_bytes = runs.low_bytes(), full_bytes = runs.full_bytes();
     const uint32_t low_to = stage(turn), full_to = low_to + layout::kBlockSize;
     const int64_t word = int64_t{block} * (kBitmapBytes / 4);
 #ifdef JAXZIP_BULK_COPIES
@@ -107,7 +110,7 @@ struct Ring {
 #endif
   }
   // Waits for them, and for this thread's other asynchronous copies.
-  __device__ __forceinline__ void wait(int turn) const {
+  __device__ __forceinline__ void wait(uint32_t turn) const {
     copy_async_wait();
 #ifdef JAXZIP_BULK_COPIES
     barrier_wait(barriers + turn % kStages * 8, turn / kStages & 1);
@@ -230,18 +233,19 @@ struct Decoder {
   Exponents exponents;
   uint32_t stage, fallbacks;  // of the block; as if all positions of the block were fallbacks before this lane's first
   const uint16_t* unstaged;   // the block's fallbacks in global memory, where they are not all staged
-  uint32_t unstaged_left;
+  uint32_t unstaged_count;
   uint32_t free;              // shared memory for a band's fallbacks in that case, behind the block's sign_mantissa
   __device__ __forceinline__ Decoder(uint32_t start_exp, uint32_t plane, int lane)
       : half(plane + lane / 2 * kFragBytes + lane % 2 * (4 * kRowBytes)), exponents(start_exp) {}
 
-  __device__ __forceinline__ void begin_block(const Source& s, int block, uint32_t stage_of_block, const Ranks& ranks, int lane) {
+  __device__ __forceinline__ void begin_block(const Source& s, int block, uint32_t stage_of_block, const Runs& runs, const Ranks& ranks,
+                                              int lane) {
     stage = stage_of_block;
     fallbacks = stage + layout::kBlockSize + lane * 64;
     unstaged = nullptr;
-    if (layout::kBlockSize - ranks.inside > kFullStaged) {
-      const uint32_t start = s.tile_offsets[block].y;
-      unstaged = s.full + start, unstaged_left = s.full_len - min(start, s.full_len);
+    if (runs.has_more()) {
+      const uint32_t start = min(s.tile_offsets[block].y, s.full_len);
+      unstaged = s.full + start, unstaged_count = min(s.full_len - start, layout::kBlockSize - ranks.inside);
       free = stage + (ranks.inside + 31 & ~15u);
     }
   }
@@ -252,7 +256,8 @@ struct Decoder {
     if (unstaged) stage_band(band * kBandSize, before, lane);
     const uint32_t any = b[0] | b[1] | b[2];
     // From the lowest position up. The first fallbacks' loads go out now, their values are placed below.
-    uint32_t left = __brev(~any), value_at = fallbacks + 2 * band * kBandSize - 2 * before;
+    uint32_t left = __brev(~any);
+    uint32_t value_at = min(fallbacks + 2 * band * kBandSize - 2 * before, stage + kStageBytes);  // whatever the payload says
     Fallback early[kEarly];
     uint32_t value[kEarly];
 #pragma unroll
@@ -275,10 +280,10 @@ struct Decoder {
   // A band's fallbacks, to where `free` has room for the most there can be.
   __device__ __forceinline__ void stage_band(uint32_t position, uint32_t before, int lane) {
     constexpr uint32_t kMost = layout::kBandRows * layout::kBlock;
-    static_assert(kMost + 32 <= 2 * kFullStaged, "4096 - n sign_mantissa and n values fit where 4096 and kFullStaged do");
+    static_assert(layout::kBlockSize - kMost + 31 + 2 * kMost <= kStageBytes, "n fallbacks fit behind 4096 - n sign_mantissa");
     const uint32_t first = position - __shfl_sync(kAllLanes, before, 0);
-    for (uint32_t i = lane; i < kMost; i += 32)
-      if (first + i < layout::kBlockSize) store_half(free + 2 * i, first + i < unstaged_left ? unstaged[first + i] : 0);
+#pragma unroll 1
+    for (uint32_t i = lane; i < kMost && first + i < unstaged_count; i += 32) store_half(free + 2 * i, unstaged[first + i]);
     fallbacks = free - 2 * first + lane * 64;
     __syncwarp();
   }

@@ -41,7 +41,8 @@ __device__ __forceinline__ void store_piece(const Arguments& g, uint32_t from, i
 
 // The plane, whose first row and column in the result are row0 and column0.
 __device__ __forceinline__ void store_band(const Arguments& g, uint32_t plane, int row0, int column0, int lane) {
-  const int piece = lane & 3 | lane >> 1 & 4, row = lane >> 2 & 1 | lane >> 3 & 2;  // 8 lanes next to each other take two rows: no bank conflicts
+  // 8 lanes next to each other take two rows: no bank conflicts.
+  const int piece = lane & 3 | lane >> 1 & 4, row = lane >> 2 & 1 | lane >> 3 & 2;
 #pragma unroll
   for (int i = 0; i < layout::kBandRows / 4; ++i) {
     const int r = i * 4 + row;
@@ -86,14 +87,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
   // Neighbours in the result are neighbours in this order.
   const auto block_at = [&](int i) { return kTransposed ? i % g.row_blocks * g.k_blocks + i / g.row_blocks : i; };
   const Ring ring(own, scratch, lane);
-  Runs runs;  // of the next block to copy, loaded a turn ahead
+  Runs runs = {}, next_runs = {};  // of the next block to copy, loaded a turn ahead; of the last whose copies were started
   const auto load_runs = [&](int turn) {
     const int i = mine + turn * step;
-    if (i < last) runs = Runs(g.source, block_at(i), block_at(i) + 1);
+    if (i < last) runs.load(g.source, block_at(i), block_at(i) + 1);
   };
   const auto copy = [&](int turn) {
     const int i = mine + turn * step;
     if (i < last) ring.copy(g.source, turn, block_at(i), runs, lane);
+    next_runs = runs;
     load_runs(turn + 1);
   };
   load_runs(0);
@@ -106,10 +108,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
     Bitmaps bits;
     bits.load(ring.bitmaps, lane);
     __syncwarp();
+    const Runs its_runs = next_runs;
     copy(turn + 1);
     Ranks ranks;
     ranks.count(bits);
-    decoder.begin_block(g.source, block, ring.stage(turn), ranks, lane);
+    decoder.begin_block(g.source, block, ring.stage(turn), its_runs, ranks, lane);
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
       decoder.band(bits.b[band], ranks.before[band], band, lane, [] {});

@@ -205,14 +205,17 @@ __global__ void __launch_bounds__(32 * Shape<kColumns>::max_warps, 1) product(co
   if (begin < end) x.fetch(g, column0, k_block, lane);
   const uint32_t start_exp = kRaw ? 0 : *g.source.start_exp;
   const Ring ring(own, scratch, lane);
-  Runs runs;  // of 32 blocks from `runs_from` on, one a lane
+  Runs runs, next_runs;  // of 32 blocks from `runs_from` on, one a lane; of the last block whose copies were started
   int runs_from = begin;
-  const auto load_runs = [&](int block) { runs_from = block, runs = Runs(g.source, min(block + lane, blocks), min(block + lane + 1, blocks)); };
+  const auto load_runs = [&](int block) {
+    runs_from = block, runs.load(g.source, min(block + lane, blocks), min(block + lane + 1, blocks));
+  };
   const auto copy = [&](int block) {
     if constexpr (!kRaw) {
       if (block >= end) return;
       if (block - runs_from == 32) load_runs(block);
-      ring.copy(g.source, block - begin, block, runs.of_lane(block - runs_from, lane), lane);
+      next_runs = runs.of_lane(block - runs_from, lane);
+      ring.copy(g.source, block - begin, block, next_runs, lane);
     }
   };
   if constexpr (!kRaw) {
@@ -226,7 +229,8 @@ __global__ void __launch_bounds__(32 * Shape<kColumns>::max_warps, 1) product(co
   const uint32_t lane_rows = plane + lane % 4 * (2 * kFragBytes) + lane / 4 * kRowBytes;
   bool whole = k_block == 0;  // the sums' row block was begun by this warp
   for (int block = begin; block < end; ++block) {
-    const int turn = block - begin, next_k = k_block + 1 == g.k_blocks ? 0 : k_block + 1;
+    const uint32_t turn = block - begin;
+    const int next_k = k_block + 1 == g.k_blocks ? 0 : k_block + 1;
     Bitmaps bits;
     Ranks ranks;
     if constexpr (kRaw) {
@@ -236,9 +240,10 @@ __global__ void __launch_bounds__(32 * Shape<kColumns>::max_warps, 1) product(co
       ring.wait(turn);
       bits.load(ring.bitmaps, lane);
       __syncwarp();
+      const Runs its_runs = next_runs;
       copy(block + 1);
       ranks.count(bits);
-      decoder.begin_block(g.source, block, ring.stage(turn), ranks, lane);
+      decoder.begin_block(g.source, block, ring.stage(turn), its_runs, ranks, lane);
     }
     Band weights;
 #pragma unroll
