@@ -21,7 +21,6 @@ import time
 import harness
 import jax
 import jax.numpy as jnp
-import kernels
 import numpy as np
 import synthetic
 from jaxzip.models import GREEDY, Llama, LlamaConfig, fuse_projections
@@ -57,6 +56,20 @@ PARTS = {
     "matmul": ("matmul", "gemm", "nvjet", "cutlass", "gemv", "splitk", "dot_general", "lane_planar", "tca_tbe"),
     "attention": ("attend", "attention", "gather_chunks"),
 }
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by XLA's copies of 1 GiB, whose dispatch costs little against them."""
+    copy = jax.jit(lambda a: a ^ jnp.uint32(1))
+    a = jax.block_until_ready(copy(jnp.zeros(1 << 28, jnp.uint32)))
+    rates = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(8):
+            a = copy(a)
+        jax.block_until_ready(a)
+        rates.append(8 * 2 * a.nbytes / (time.perf_counter() - start))
+    return statistics.median(rates)
 
 
 def dense_layer(config: LlamaConfig, kind: str) -> dict:
@@ -299,7 +312,7 @@ def main() -> None:
         content = json.loads(source.read_text())
         plot([row for model in content["models"].values() for row in model["rows"]], source.with_suffix(".png"))
         return
-    bandwidth = kernels.copy_bandwidth()
+    bandwidth = copy_bandwidth()
     models: dict[str, dict] = {}
 
     def save(name, about, rows):

@@ -72,7 +72,10 @@ class Attention(nnx.Module):
         single = x.shape[1] == 1
         has_kernel = decode_attention.supported(config.head_dim, config.dtype) and gpu_is_here()
         if has_kernel and (single or execution.batch_invariant):
-            kernel = _kernel_for_one if single else functools.partial(_kernel_for_each, num_heads=config.num_heads)
+            if single:
+                kernel = functools.partial(_kernel_for_one, batch_invariant=execution.batch_invariant)
+            else:
+                kernel = functools.partial(_kernel_for_each, num_heads=config.num_heads)
             out, keys, values = jax.lax.platform_dependent(*operands, cuda=kernel, default=xla)
         else:
             out, keys, values = xla(*operands)
@@ -98,9 +101,10 @@ def _append(k, v, keys, values, end):
     return keys, jax.lax.dynamic_update_slice(values, v.swapaxes(1, 2), (0, 0, end, 0))
 
 
-def _kernel_for_one(qkv, cos, sin, keys, values, start, end):
+def _kernel_for_one(qkv, cos, sin, keys, values, start, end, *, batch_invariant=False, interpret=False):
+    options = {"append": True, "batch_invariant": batch_invariant, "interpret": interpret}
     out, keys, values = decode_attention.decode_attention(
-        qkv[:, 0], cos[:, 0], sin[:, 0], keys, values, start, end[None], append=True
+        qkv[:, 0], cos[:, 0], sin[:, 0], keys, values, start, end[None], **options
     )
     return out[:, None], keys, values
 
@@ -114,7 +118,7 @@ def _kernel_for_each(qkv, cos, sin, keys, values, start, end, *, num_heads, inte
     def block(_, first, count):
         rows = [jax.lax.dynamic_slice_in_dim(a, first, count, 1).reshape(-1, a.shape[-1]) for a in (qkv, cos, sin)]
         own = end + first + jnp.arange(count, dtype=jnp.int32)
-        options = {"append": False, "interpret": interpret}
+        options = {"append": False, "batch_invariant": True, "interpret": interpret}
         out, *_ = decode_attention.decode_attention(*rows, keys, values, start, own, **options)
         return out.reshape(batch, count, -1)
 

@@ -7,7 +7,8 @@ kernel puts the chunks' sums together, in order:
     row b     | chunk 0   | chunk 1   | chunk 2   |  -   -        program (b, kv head, chunk) -> max, sum, values [G, D]
                                                                    program (b, head) -> output [D]
 
-So a row's result depends neither on the other rows, nor on the padding before it, nor on the cache's length.
+With chunks of one length a row's result depends neither on the other rows, nor on the padding before it, nor on the
+cache's length. Where there are rows enough, chunks are longer, and a single one needs no second kernel.
 It is written for Pallas' Triton backend; where a JAX has none, ``supported`` is false and XLA computes attention.
 """
 
@@ -25,10 +26,16 @@ try:
 except ImportError:  # a JAX without this backend
     plt = None
 
-#: Slots that one program attends to.
-CHUNK = 128
+#: Slots that one program attends to, and where there are programs enough without cutting sequences short.
+CHUNK, LONG_CHUNK = 128, 1024
+MANY_PROGRAMS = 256
+#: Slots that a program has in one step of its loop.
+BLOCK = 64
+WARPS, STAGES = 4, 3
 #: Chunks whose sums are put together at a time.
 GATHER = 16
+#: Stands for minus infinity where two are subtracted.
+_LOW = -1e30
 #: Least number of rows of a matrix product on Tensor Cores.
 _MIN_ROWS = 16
 _DTYPES = (jnp.bfloat16, jnp.float16)
@@ -49,6 +56,7 @@ def decode_attention(
     own: jax.Array,
     *,
     append: bool,
+    batch_invariant: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attends with one query a row to the row's slots of the cache, the query's own slot included.
@@ -59,6 +67,7 @@ def decode_attention(
       keys, values: the cache ``[B, KVH, T, D]``; ``N`` is a multiple of ``B``, and consecutive rows share a sequence.
       start: int32 ``[B]``, the sequence's first slot.
       own: int32 ``[N // B]``, the slot of each of a sequence's queries.
+      batch_invariant: a row's result must not depend on the number of rows: chunks have one length.
       append: ``N == B``, and the new keys and values go into the cache first. Otherwise they are there already.
       interpret: run on any device, slowly.
 
@@ -67,37 +76,41 @@ def decode_attention(
     """
     rows, (batch, kv_heads, slots, head_dim) = qkv.shape[0], keys.shape
     group = qkv.shape[1] // head_dim // kv_heads - 2
-    chunks = pl.cdiv(slots, CHUNK)
-    shapes = {"group": group, "kv_heads": kv_heads, "queries": rows // batch}
-    operands = (start, own, qkv, cos, sin, keys, values)
-    partial = [
-        jax.ShapeDtypeStruct((rows, kv_heads, chunks, group, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((rows, kv_heads, group, chunks), jnp.float32),
-        jax.ShapeDtypeStruct((rows, kv_heads, group, chunks), jnp.float32),
-    ]
+    long = not batch_invariant and rows * kv_heads >= MANY_PROGRAMS
+    chunk = LONG_CHUNK if long else CHUNK
+    chunks = pl.cdiv(slots, chunk)
+    shapes = {"group": group, "kv_heads": kv_heads, "queries": rows // batch, "chunk_slots": chunk}
+    out = jax.ShapeDtypeStruct((rows, kv_heads, group, head_dim), qkv.dtype)
+    each = jax.ShapeDtypeStruct((rows, kv_heads, group, chunks), jnp.float32)
+    sums = jax.ShapeDtypeStruct((rows, kv_heads, chunks, group, head_dim), jnp.float32)
+    results = [out] if chunks == 1 else [sums, each, each]
     cache = [jax.ShapeDtypeStruct(keys.shape, keys.dtype)] * 2 if append else []
-    sums, largest, total, *updated = pl.pallas_call(
-        functools.partial(_attend_chunk, append=append, **shapes),
+    found = pl.pallas_call(
+        functools.partial(_attend_chunk, append=append, results=len(results), **shapes),
         grid=(chunks, kv_heads, rows),
-        out_shape=(*partial, *cache),
-        input_output_aliases={5: 3, 6: 4} if append else {},
+        out_shape=(*results, *cache),
+        input_output_aliases={5 + i: len(results) + i for i in range(len(cache))},
         interpret=interpret,
-        **_compiler(interpret, num_warps=4),
+        **_compiler(interpret, num_warps=WARPS, num_stages=STAGES),
         name="decode_attention",
-    )(*operands)
-    out = pl.pallas_call(
-        functools.partial(_gather_chunks, **shapes),
-        grid=(group, kv_heads, rows),
-        out_shape=jax.ShapeDtypeStruct((rows, kv_heads, group, head_dim), qkv.dtype),
-        interpret=interpret,
-        **_compiler(interpret, num_warps=2),
-        name="gather_attention",
-    )(start, own, sums, largest, total)
+    )(start, own, qkv, cos, sin, keys, values)
+    results, updated = found[: len(results)], found[len(results) :]
+    if chunks > 1:
+        out = pl.pallas_call(
+            functools.partial(_gather_chunks, **shapes),
+            grid=(group, kv_heads, rows),
+            out_shape=out,
+            interpret=interpret,
+            **_compiler(interpret, num_warps=2, num_stages=1),
+            name="gather_attention",
+        )(start, own, *results)
+    else:
+        (out,) = results
     return out.reshape(rows, -1), *(updated or (keys, values))
 
 
-def _compiler(interpret: bool, num_warps: int) -> dict:
-    return {} if interpret else {"compiler_params": plt.CompilerParams(num_warps=num_warps, num_stages=1)}
+def _compiler(interpret: bool, **parameters: int) -> dict:
+    return {} if interpret else {"compiler_params": plt.CompilerParams(**parameters)}
 
 
 def _slots(start_ref, own_ref, queries):
@@ -107,65 +120,95 @@ def _slots(start_ref, own_ref, queries):
 
 
 def _attend_chunk(
-    start_ref, own_ref, qkv_ref, cos_ref, sin_ref, keys_ref, values_ref, sums_ref, largest_ref, total_ref, *cache,
-    append, group, kv_heads, queries,
+    start_ref, own_ref, qkv_ref, cos_ref, sin_ref, keys_ref, values_ref, *written,
+    append, results, group, kv_heads, queries, chunk_slots,
 ):  # fmt: skip
+    results, cache = written[:results], written[results:]
     chunk, head = pl.program_id(0), pl.program_id(1)
     row, sequence, start, own = _slots(start_ref, own_ref, queries)
-    first = start + chunk * CHUNK
+    first = start + chunk * chunk_slots
+
+    head_dim, dtype = keys_ref.shape[-1], keys_ref.dtype
+    half, rows = head_dim // 2, max(_MIN_ROWS, pl.next_power_of_2(group))
+    each, feature = jnp.arange(rows, dtype=jnp.int32), jnp.arange(head_dim, dtype=jnp.int32)
+    whole, members, inside = pl.ds(0, head_dim), pl.ds(0, rows), each < group
+    of_heads = jnp.broadcast_to(inside[:, None], (rows, head_dim))
+
+    if len(results) == 1:
+
+        @pl.when(first > own)
+        def _():  # a query in the padding
+            _store(results[0], (row, head, members, whole), jnp.zeros((rows, head_dim), dtype), of_heads)
 
     @pl.when(first <= own)
     def _():
-        head_dim = keys_ref.shape[-1]
-        half = head_dim // 2
-        slot = first + jnp.arange(CHUNK, dtype=jnp.int32)
-        stored = slot < own if append else slot <= own
-        window = (sequence, head, pl.ds(first, CHUNK))
-        low, high = pl.ds(0, half), pl.ds(half, half)
-        key_low = _load(keys_ref, (*window, low), stored[:, None])
-        key_high = _load(keys_ref, (*window, high), stored[:, None])
-        value = _load(values_ref, (*window, pl.ds(0, head_dim)), stored[:, None])
-        cos, sin = cos_ref[row], sin_ref[row]
+        cos = _load(cos_ref, (row, feature % half), feature >= 0)
+        sin = _load(sin_ref, (row, feature % half), feature >= 0) * jnp.where(feature < half, -1.0, 1.0)
 
         def rotated(at, inside):
-            low, high = (_load(qkv_ref, (row, where), inside).astype(jnp.float32) for where in (at, at + half))
-            return (low * cos - high * sin).astype(value.dtype), (high * cos + low * sin).astype(value.dtype)
+            this = _wide(_load(qkv_ref, (row, at + feature), inside))
+            other = _wide(_load(qkv_ref, (row, at + (feature + half) % head_dim), inside))
+            return (this * cos + other * sin).astype(dtype)
 
-        rows = max(_MIN_ROWS, pl.next_power_of_2(group))
-        each, feature = jnp.arange(rows, dtype=jnp.int32), jnp.arange(half, dtype=jnp.int32)
-        query = (head * group + each)[:, None] * head_dim + feature[None, :]
-        query_low, query_high = rotated(query, jnp.broadcast_to((each < group)[:, None], query.shape))
+        query = rotated((head * group + each)[:, None] * head_dim, of_heads)
         if append:
             new = (kv_heads * group + head) * head_dim
-            new_low, new_high = rotated(new + feature, feature >= 0)
+            new_key = rotated(new, feature >= 0)
             new_value = qkv_ref[row, pl.ds(new + kv_heads * head_dim, head_dim)]
-            is_new = (slot == own)[:, None]
-            key_low = jnp.where(is_new, new_low[None, :], key_low)
-            key_high = jnp.where(is_new, new_high[None, :], key_high)
-            value = jnp.where(is_new, new_value[None, :], value)
+        last = own if append else own + 1
+        used = jnp.minimum(last - first, chunk_slots)
 
-            @pl.when(own < first + CHUNK)
+        def add(i, carry):
+            before, total, sums = carry
+            at = first + i * BLOCK
+            stored = at + jnp.arange(BLOCK, dtype=jnp.int32) < last
+            window = (sequence, head, pl.ds(at, BLOCK), whole)
+            key = _load(keys_ref, window, stored[:, None])
+            value = _load(values_ref, window, stored[:, None])
+            scores = jnp.where(stored[None, :], _dot(query, key, trans_b=True) / math.sqrt(head_dim), -jnp.inf)
+            largest = jnp.maximum(before, jnp.max(scores, axis=1))
+            kept, weights = jnp.exp(before - largest), jnp.exp(scores - largest[:, None])
+            sums = sums * kept[:, None] + _dot(weights.astype(dtype), value)
+            return largest, total * kept + jnp.sum(weights, axis=1), sums
+
+        begin = (
+            jnp.full(rows, _LOW, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+            jnp.zeros((rows, head_dim), jnp.float32),
+        )
+        largest, total, sums = jax.lax.fori_loop(0, pl.cdiv(used, BLOCK), add, begin)
+        if append:
+            is_here = own < first + chunk_slots
+            # The slot that this step fills: one more score, and its value times its weight.
+            score = jnp.sum(_wide(query) * _wide(new_key)[None, :], axis=1) / math.sqrt(head_dim)
+            score = jnp.where(is_here, score, _LOW)
+            before, largest = largest, jnp.maximum(largest, score)
+            kept, weight = jnp.exp(before - largest), jnp.exp(score - largest)
+            total = total * kept + weight
+            sums = sums * kept[:, None] + _wide(weight.astype(dtype))[:, None] * _wide(new_value)[None, :]
+
+            @pl.when(is_here)
             def _():
                 new_keys_ref, new_values_ref = cache
-                new_keys_ref[sequence, head, own, low] = new_low
-                new_keys_ref[sequence, head, own, high] = new_high
+                new_keys_ref[sequence, head, own, :] = new_key
                 new_values_ref[sequence, head, own, :] = new_value
 
-        scores = _dot(query_low, key_low, trans_b=True) + _dot(query_high, key_high, trans_b=True)
-        scores = jnp.where((slot <= own)[None, :], scores / math.sqrt(head_dim), -jnp.inf)
-        largest = jnp.max(scores, axis=1)
-        weights = jnp.exp(scores - largest[:, None])
-        inside, members = each < group, pl.ds(0, rows)
-        sums = _dot(weights.astype(value.dtype), value)
-        _store(sums_ref, (row, head, chunk, members, pl.ds(0, head_dim)), sums, inside[:, None])
-        _store(largest_ref, (row, head, members, chunk), largest, inside)
-        _store(total_ref, (row, head, members, chunk), jnp.sum(weights, axis=1), inside)
+        if len(results) == 1:  # the only chunk
+            out = (sums / total[:, None]).astype(dtype)
+            _store(results[0], (row, head, members, whole), out, inside[:, None])
+        else:
+            sums_ref, largest_ref, total_ref = results
+            _store(sums_ref, (row, head, chunk, members, whole), sums, inside[:, None])
+            _store(largest_ref, (row, head, members, chunk), largest, inside)
+            _store(total_ref, (row, head, members, chunk), total, inside)
 
 
-def _gather_chunks(start_ref, own_ref, sums_ref, largest_ref, total_ref, out_ref, *, group, kv_heads, queries):
+def _gather_chunks(
+    start_ref, own_ref, sums_ref, largest_ref, total_ref, out_ref, *, group, kv_heads, queries, chunk_slots
+):
     member, head = pl.program_id(0), pl.program_id(1)
     row, _, start, own = _slots(start_ref, own_ref, queries)
-    used = (own - start) // CHUNK + 1
+    used = (own - start) // chunk_slots + 1
     head_dim = out_ref.shape[-1]
 
     def add(i, carry):
@@ -183,7 +226,12 @@ def _gather_chunks(start_ref, own_ref, sums_ref, largest_ref, total_ref, out_ref
 
     begin = (jnp.float32(-jnp.inf), jnp.float32(0), jnp.zeros(head_dim, jnp.float32))
     _, total, sums = jax.lax.fori_loop(0, pl.cdiv(used, GATHER), add, begin)
-    out_ref[row, head, member, :] = (sums / total).astype(out_ref.dtype)
+    # A query in the padding has no chunk; NaN from there would spread.
+    out_ref[row, head, member, :] = jnp.where(used > 0, sums / total, 0).astype(out_ref.dtype)
+
+
+def _wide(x):
+    return x.astype(jnp.float32)
 
 
 def _load(ref, at, mask, other=0):

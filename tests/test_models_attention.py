@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxzip.models.attention import QUERY_BLOCK, _append_and_attend, _kernel_for_each
-from jaxzip.models.decode_attention import CHUNK, GATHER, decode_attention, supported
+from jaxzip.models import decode_attention
+from jaxzip.models.attention import QUERY_BLOCK, _append_and_attend, _kernel_for_each, _kernel_for_one
+from jaxzip.models.decode_attention import CHUNK, GATHER, supported
 from jaxzip.models.layers import RMSNorm
 from jaxzip.models.rms_norm import rms_norm
 
@@ -24,11 +25,7 @@ def case(batch, heads, kv_heads, head_dim, slots, length=1, seed=0):
     return draw(batch, length, (heads + 2 * kv_heads) * head_dim), jnp.cos(angles), jnp.sin(angles), *cache
 
 
-def one(qkv, cos, sin, keys, values, start, end):
-    out, *cache = decode_attention(
-        qkv[:, 0], cos[:, 0], sin[:, 0], keys, values, start, end[None], append=True, interpret=True
-    )
-    return out[:, None], *cache
+one = functools.partial(_kernel_for_one, interpret=True)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +38,9 @@ def one(qkv, cos, sin, keys, values, start, end):
         (2, 2, 1, 64, CHUNK + 1, [0, 1], CHUNK),
     ],
 )
-def test_one_query_a_row(batch, heads, kv_heads, head_dim, slots, start, end):
+@pytest.mark.parametrize("many", [1, 1 << 20])
+def test_one_query_a_row(monkeypatch, many, batch, heads, kv_heads, head_dim, slots, start, end):
+    monkeypatch.setattr(decode_attention, "MANY_PROGRAMS", many)  # long chunks from one row on, or never
     arguments = (*case(batch, heads, kv_heads, head_dim, slots), jnp.array(start, jnp.int32), jnp.int32(end))
     out, keys, values = one(*arguments)
     expected, *cache = jax.jit(functools.partial(_append_and_attend, num_heads=heads))(*arguments)
@@ -60,15 +59,18 @@ def test_every_query_for_itself():
     expected, *cache = _append_and_attend(*arguments, num_heads=heads)
     seen = np.arange(length) + 17 >= np.array([[0], [300]])
     np.testing.assert_allclose(np.asarray(out, np.float32)[seen], np.asarray(expected, np.float32)[seen], atol=0.02)
+    assert not np.asarray(out, np.float32)[~seen].any()
     assert np.array_equal(bits(keys), bits(cache[0])) and np.array_equal(bits(values), bits(cache[1]))
 
 
-def test_a_row_depends_on_neither_batch_nor_padding_nor_the_length_of_the_cache():
+def test_a_row_depends_on_neither_batch_nor_padding_nor_the_length_of_the_cache(monkeypatch):
     qkv, cos, sin, keys, values = case(3, 8, 2, 64, 400)
-    alone = one(qkv[1:2], cos[1:2], sin[1:2], keys[1:2], values[1:2], jnp.array([0]), jnp.int32(300))[0]
+    fixed = functools.partial(one, batch_invariant=True)
+    alone = fixed(qkv[1:2], cos[1:2], sin[1:2], keys[1:2], values[1:2], jnp.array([0]), jnp.int32(300))[0]
     # The same sequence, 57 slots later, between others, in a longer cache.
     moved = [jnp.pad(a, ((0, 0), (0, 0), (57, 200), (0, 0))) for a in (keys, values)]
-    together = one(qkv, cos, sin, *moved, jnp.array([4, 57, 200]), jnp.int32(357))[0]
+    monkeypatch.setattr(decode_attention, "MANY_PROGRAMS", 2)
+    together = fixed(qkv, cos, sin, *moved, jnp.array([4, 57, 200]), jnp.int32(357))[0]
     assert np.array_equal(bits(alone[0]), bits(together[1]))
 
 
