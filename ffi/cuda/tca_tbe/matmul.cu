@@ -311,20 +311,23 @@ __global__ void __launch_bounds__(32 * Shape<kColumns>::max_warps, 1) product(co
   }
 }
 
-// CTA i: the row block that the border between CTAs i and i + 1 of the product cuts, unless an earlier border cuts it too.
+constexpr int kAddThreads = 256;
+
+// CTA (i, column group, part): the row block that the border between CTAs i and i + 1 of the product cuts, unless an earlier border
+// cuts it too; a pair of sums a thread.
 template <int kColumns>
-__global__ void add_parts(const __grid_constant__ Arguments g, int ctas) {
-  using S = Shape<kColumns>;
+__global__ void __launch_bounds__(kAddThreads) add_parts(const __grid_constant__ Arguments g, int ctas) {
   wait_for_previous_grid();
   const int before = blockIdx.x, border = cta_start(g, before + 1), row = border / g.k_blocks;
   const int row_begin = row * g.k_blocks, row_end = row_begin + g.k_blocks;
   if (border == row_begin || cta_start(g, before) > row_begin) return;
-  for (int i = threadIdx.x; i < S::pairs * 32; i += blockDim.x) {
-    float2 v = reinterpret_cast<const float2*>(cta_part<kColumns>(g, before, 1))[i];
-    for (int cta = before + 1; cta < ctas && cta_start(g, cta) < row_end; ++cta)
-      add(v, reinterpret_cast<const float2*>(cta_part<kColumns>(g, cta, 0))[i]);
-    store_pair<kColumns>(g.epilogue, g.m, g.n, row * layout::kBlock, blockIdx.y * kColumns, i / 32, i % 32, v);
-  }
+  const int i = blockIdx.z * kAddThreads + threadIdx.x;
+  const auto part = [&](int cta, int which) { return reinterpret_cast<const float2*>(cta_part<kColumns>(g, cta, which))[i]; };
+  float2 v = part(before, 1);
+  const float2 next = part(before + 1, 0);
+  add(v, next);
+  for (int cta = before + 2; cta < ctas && cta_start(g, cta) < row_end; ++cta) add(v, part(cta, 0));
+  store_pair<kColumns>(g.epilogue, g.m, g.n, row * layout::kBlock, blockIdx.y * kColumns, i / 32, i % 32, v);
 }
 
 template <int kColumns, bool kRaw>
@@ -358,8 +361,9 @@ cudaError_t launch(Arguments& g, const MatmulOptions& options, cudaStream_t stre
   if (status != cudaSuccess || ctas == 1 || !cut) return status;
 
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(ctas - 1, groups);
-  config.blockDim = dim3(256);
+  static_assert(S::pairs * 32 % kAddThreads == 0);
+  config.gridDim = dim3(ctas - 1, groups, S::pairs * 32 / kAddThreads);
+  config.blockDim = dim3(kAddThreads);
   config.stream = stream;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
