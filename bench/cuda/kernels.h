@@ -56,23 +56,22 @@ inline void add_direct_candidates(const jaxzip::lane_planar::Matrix& w, int n, s
 
 inline void add_wgmma_candidates(const jaxzip::lane_planar::Matrix& w, int n, std::vector<Candidate>& found) {
   using namespace jaxzip::lane_planar;
-  struct Shape {
-    int groups, k_groups, ctas;
-  };
-  for (const Shape s : {Shape{4, 1, 1}, {4, 2, 1}, {4, 4, 1}, {3, 1, 1}, {3, 3, 1}, {2, 1, 1}, {2, 2, 1}, {2, 1, 2}, {2, 2, 2}, {1, 1, 4}})
+  const int groups = wgmma_groups(n);
+  for (int k_groups = 1; k_groups <= groups; k_groups *= 2)
     for (int cluster = 1; cluster <= 8; ++cluster) {
-      WgmmaConfig c = {s.groups, s.k_groups, s.ctas, cluster, w.m_blocks()};
+      WgmmaConfig c = {k_groups, cluster, w.m_blocks()};
       const int resident = std::min(wgmma_resident_clusters(w, n, c), w.m_blocks());
       if (!resident) continue;
       // As few clusters as the rounds allow that those resident at once need; then whole rounds of all teams, in one or two waves.
-      const int teams = s.groups / s.k_groups, rounds = (w.m_blocks() + resident - 1) / resident;
+      const int teams = groups / k_groups, rounds = (w.m_blocks() + resident - 1) / resident;
       std::vector<int> tried;
       for (const int r : {rounds, (rounds + teams - 1) / teams * teams, std::max(1, rounds / teams) * teams, teams}) {
         c.clusters = (w.m_blocks() + r - 1) / r;
         if (std::find(tried.begin(), tried.end(), c.clusters) != tried.end()) continue;
         tried.push_back(c.clusters);
+        if (!wgmma_shared_bytes(w, n, c)) continue;
         char name[96];
-        std::snprintf(name, sizeof(name), "wgmma g%d/%dx%d C%d cl%d R%d", s.groups, s.k_groups, s.ctas, cluster, c.clusters, r);
+        std::snprintf(name, sizeof(name), "wgmma %d/%d C%d cl%d R%d", groups, k_groups, cluster, c.clusters, r);
         found.push_back(candidate(name, c));
       }
     }

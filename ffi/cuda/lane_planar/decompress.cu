@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kMinCtas) decompress(const __grid_co
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t a[4];
-      LanePlanar::decode(a, registers, {kConstantPair, kConstantPair, kConstantPair, kConstantPair}, j);
+      LanePlanar::decode(a, registers, {kPlaneWord, kPlaneWord}, j);
       ptx::store_matrices<kTransposed>(at + j * (kTransposed ? 16 * kPitch : 32), a);
     }
     const uint32_t ends = __shfl_sync(~0u, words[0], 0);

@@ -36,7 +36,7 @@ constexpr int kMaxEntries = 2 * (kMaxBlockWords - kEntryStart);
 // Exponents are stored shifted by their row's `shift`, so that the window is 120..127: high five bits 01111.
 constexpr uint32_t kHighMask = 0x7C00u;
 constexpr uint32_t kConstantHigh = 0x3C00u;
-constexpr uint32_t kConstantPair = 0x3C003C00u;
+constexpr uint32_t kPlaneWord = 0x3C3C3C3Cu;  // of a patch plane: four upper bytes of kConstantHigh
 
 // An entry is position (12 bits: tile, k-step, lane, register, half) | code << 12; the code stands for the five high
 // exponent bits: 0 for 0, else code + 3. Anything else, and what finds no room in the block, is an overflow entry.

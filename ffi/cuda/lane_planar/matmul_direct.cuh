@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
 #pragma unroll
           for (int j = 2 * half; j < 2 * half + 2; ++j) {
             uint32_t a[4];
-            Weights::decode(a, tiles[slot], plane.base + t * Weights::kPlaneBytes + lane * 16, j);
+            Weights::decode(a, tiles[slot], plane.base + t * Weights::kPlaneBytes + lane * 8, j);
 #pragma unroll
             for (int c = 0; c < kColumnTiles; ++c) ptx::mma(sums[t][c], a, b[c][2 * (j & 1)], b[c][2 * (j & 1) + 1]);
           }

@@ -9,54 +9,41 @@
 
 namespace jaxzip::lane_planar {
 
-WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, const WgmmaConfig& c, int plane_bytes, int limit) {
+WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const WgmmaConfig& c, int plane_bytes, int limit) {
   WgmmaPlan p = {};
-  p.groups = c.groups;
   p.k_groups = c.k_groups;
-  p.teams = c.groups / c.k_groups;
-  p.inverse_k_groups = inverse(p.k_groups);
-  p.inverse_teams = inverse(p.teams);
+  p.teams = groups / c.k_groups;
+  while (1 << p.log_k_groups < p.k_groups) ++p.log_k_groups;
+  while (1 << p.log_teams < p.teams) ++p.log_teams;
   p.cluster = c.cluster;
   p.clusters = c.clusters;
   p.row_blocks = (w.m_blocks() + c.clusters - 1) / c.clusters;
-  p.k_blocks = w.k_blocks() / c.cluster;
+  p.chunks = w.k_blocks() / c.cluster;
   p.k_longer = w.k_blocks() % c.cluster;
   p.items = kTiles * instruction_n / 8;
   p.owned = (p.items + c.cluster - 1) / c.cluster;
   const int sources = c.cluster * c.k_groups;
   p.received_bytes = sources > 1 ? sources * p.owned * kItemBytes : 0;
 
-  const int chunks = p.k_blocks + (p.k_longer > 0), chunk = chunk_bytes(instruction_n);
-  constexpr int kStageBytes = 16384, kMaxStageUnits = 8;
-  p.stage_chunks = std::min(std::max(1, kStageBytes / (chunk * c.k_groups)), kMaxStageUnits) * c.k_groups;
-  while ((chunks + p.stage_chunks - 1) / p.stage_chunks > kMaxStages && p.stage_chunks < 64) p.stage_chunks += c.k_groups;
-
-  constexpr int kBytesInFlight = 72 * 1024;  // of an SM
-  const int block = w.block_words * 4;
-  const int enough = std::clamp(kBytesInFlight / (c.groups * c.ctas_per_sm * block) + 1, 3, kMaxRing);
-  const int fixed = 4 * c.groups * plane_bytes + c.groups / c.k_groups * p.received_bytes + kBarrierBytes + kUnusedBytes;
-  for (p.ring = c.ring ? c.ring : enough; p.ring >= 2; --p.ring) {
-    const int left = limit - fixed - c.groups * p.ring * block;
-    const int room = left / (chunk * p.stage_chunks), needed = (chunks + p.stage_chunks - 1) / p.stage_chunks;
-    p.resident = left >= 0 && needed <= room && needed <= kMaxStages;
-    p.stages = p.resident ? needed : std::min({room, needed - 1, kMaxStages});
-    if (left >= 0 && (p.resident || p.stages >= kMinStages)) break;
-    // A ring of single chunks before fewer bytes in flight.
-    if (p.stage_chunks > c.k_groups) {
-      p.stage_chunks = c.k_groups;
-      ++p.ring;
-    } else if (c.ring) {
-      return p;
-    }
-  }
-  if (p.ring < 2 || p.row_blocks + kMaxGroups > kMaxDivided || chunks + p.stage_chunks > kMaxDivided) return p;
-  p.inverse_stage_chunks = inverse(p.stage_chunks);
-  p.blocks = p.stages * p.stage_chunks * chunk;
-  p.planes = p.blocks + c.groups * p.ring * block;
-  p.received = p.planes + 4 * c.groups * plane_bytes;
-  p.barriers = p.received + c.groups / c.k_groups * p.received_bytes;
-  p.unused = p.barriers + kBarrierBytes;
-  p.bytes = p.unused + kUnusedBytes;
+  const int block = w.block_words * 4, slot_x = c.k_groups * chunk_bytes(instruction_n), slot = slot_x + groups * block;
+  const int fixed = groups * 4 * plane_bytes + kUnusedBytes + kBarrierBytes;
+  int sum_bytes = p.teams * p.received_bytes;
+  // Of a single pass sums can use the slots, after the last of them. That costs a wait for all of the cluster, so only where few
+  // slots are left otherwise.
+  constexpr int kEnoughSlots = 5;
+  const int slots_of_pass = (p.chunks + (p.k_longer > 0) + c.k_groups - 1) / c.k_groups;
+  const bool enough = (limit - fixed - sum_bytes) / slot >= std::min(kEnoughSlots, slots_of_pass);
+  p.sums_in_slots = sum_bytes > 0 && !enough && p.row_blocks <= p.teams && sum_bytes <= limit - fixed;
+  if (p.sums_in_slots) sum_bytes = 0;
+  const int fitting = std::min((limit - fixed - sum_bytes) / slot, kMaxSlots);
+  p.slots = c.slots ? std::min(c.slots, kMaxSlots) : fitting;
+  if (p.slots < kMinSlots || p.slots > fitting) return p;
+  const int ring = std::max(p.slots * slot, p.sums_in_slots ? p.teams * p.received_bytes : 0);
+  p.blocks = p.slots * slot_x;
+  p.planes = ring;
+  p.received = p.sums_in_slots ? 0 : p.planes + groups * 4 * plane_bytes;
+  p.barriers = p.planes + groups * 4 * plane_bytes + sum_bytes + kUnusedBytes;
+  p.bytes = p.barriers + kBarrierBytes;
   return p;
 }
 
@@ -65,32 +52,31 @@ namespace {
 constexpr int kSharedPerSm = 227 * 1024;
 
 struct Variant {
-  int n, threads;
+  int n;
   bool raw;
   const void* kernel;
+  int groups() const { return wgmma_groups(n); }
+  int threads() const { return (groups() + 1) * 128; }
 };
 
-template <class Weights, int kN, int kGroups, bool kOverlap>
+template <class Weights, int kN>
 Variant variant() {
-  return {kN, kGroups * 128, !Weights::kHasEscapes, reinterpret_cast<const void*>(&matmul_wgmma<Weights, kN, kGroups * 128, kOverlap>)};
+  return {kN, !Weights::kHasEscapes, reinterpret_cast<const void*>(&matmul_wgmma<Weights, kN, wgmma_groups(kN)>)};
 }
 
 const Variant* find_variant(int n, bool raw) {
   static const Variant variants[] = {
-      variant<LanePlanar, 8, 4, true>(),  variant<LanePlanar, 16, 4, true>(),  variant<LanePlanar, 32, 4, false>(),
-      variant<LanePlanar, 64, 4, false>(), variant<LanePlanar, 128, 4, false>(), variant<LanePlanar, 256, 2, true>(),
-      variant<Raw, 8, 4, true>(),         variant<Raw, 16, 4, true>(),         variant<Raw, 32, 4, false>(),
-      variant<Raw, 64, 4, false>(),        variant<Raw, 128, 4, false>(),        variant<Raw, 256, 2, true>(),
+      variant<LanePlanar, 8>(), variant<LanePlanar, 16>(), variant<LanePlanar, 32>(), variant<LanePlanar, 64>(), variant<LanePlanar, 128>(),
+      variant<LanePlanar, 256>(), variant<Raw, 8>(), variant<Raw, 16>(), variant<Raw, 32>(), variant<Raw, 64>(), variant<Raw, 128>(),
+      variant<Raw, 256>(),
   };
   for (const Variant& v : variants)
     if (v.raw == raw && n <= v.n) return &v;
   return nullptr;
 }
 
-int shared_limit(int ctas_per_sm) { return ctas_per_sm > 1 ? 228 * 1024 / ctas_per_sm - 1024 : kSharedPerSm; }
-
 WgmmaPlan plan_for(const Matrix& w, const Variant& v, const WgmmaConfig& c) {
-  return plan_wgmma(w, v.n, c, v.raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes, shared_limit(c.ctas_per_sm));
+  return plan_wgmma(w, v.n, v.groups(), c, v.raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes, kSharedPerSm);
 }
 
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
@@ -105,13 +91,13 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// x[n][k] as [k / 64][n][64], so that one copy brings a stage, or as one [n][k] where k is ragged. What lies outside reads as zero.
-bool make_x_map(CUtensorMap* map, const __nv_bfloat16* x, int n, int k, int instruction_n, int stage_chunks, bool whole_chunks) {
+// x[n][k] as [k / 64][n][64], so that one copy brings a slot's, or as one [n][k] where k is ragged. What lies outside reads as zero.
+bool make_x_map(CUtensorMap* map, const __nv_bfloat16* x, int n, int k, int instruction_n, int slot_chunks, bool whole_chunks) {
   const cuuint64_t row = static_cast<cuuint64_t>(k) * 2;
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(whole_chunks ? kBlock : k), static_cast<cuuint64_t>(n),
                                static_cast<cuuint64_t>(whole_chunks ? k / kBlock : 1)};
   const cuuint64_t strides[2] = {row, whole_chunks ? kBlock * 2 : row * n};
-  const cuuint32_t box[3] = {kBlock, static_cast<cuuint32_t>(instruction_n), static_cast<cuuint32_t>(whole_chunks ? stage_chunks : 1)};
+  const cuuint32_t box[3] = {kBlock, static_cast<cuuint32_t>(instruction_n), static_cast<cuuint32_t>(whole_chunks ? slot_chunks : 1)};
   const cuuint32_t steps[3] = {1, 1, 1};
   return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<__nv_bfloat16*>(x), sizes, strides, box, steps,
                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -122,9 +108,9 @@ struct Launch {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
 
-  Launch(const WgmmaConfig& c, int shared_bytes, bool overlap, cudaStream_t stream) {
+  Launch(const WgmmaConfig& c, int threads, int shared_bytes, bool overlap, cudaStream_t stream) {
     config.gridDim = dim3(c.clusters * c.cluster);
-    config.blockDim = dim3(c.groups * 128);
+    config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
@@ -141,13 +127,24 @@ struct Launch {
 
 }  // namespace
 
-int wgmma_shared_bytes(const Matrix& w, int n, const WgmmaConfig& c, bool raw) {
-  if (n < 1 || n > kWgmmaMaxN || c.cluster < 1 || c.cluster > 8 || c.clusters < 1 || c.clusters > w.m_blocks() || c.groups < 1 ||
-      c.k_groups < 1 || c.groups % c.k_groups || c.ctas_per_sm < 1 || w.k_blocks() / c.cluster < c.k_groups)
-    return 0;
-  const Variant* v = find_variant(n, raw);
-  if (!v || c.groups * 128 > v->threads) return 0;
-  return plan_for(w, *v, c).bytes;
+namespace {
+
+// With `bytes` 0 if there is none.
+WgmmaPlan any_plan(const Matrix& w, int n, const WgmmaConfig& c, bool raw) {
+  const Variant* v = n < 1 || n > kWgmmaMaxN ? nullptr : find_variant(n, raw);
+  if (!v || c.cluster < 1 || c.cluster > 8 || c.clusters < 1 || c.clusters > w.m_blocks() || c.k_groups < 1 ||
+      v->groups() % c.k_groups || w.k_blocks() / c.cluster < c.k_groups)
+    return {};
+  return plan_for(w, *v, c);
+}
+
+}  // namespace
+
+int wgmma_shared_bytes(const Matrix& w, int n, const WgmmaConfig& c, bool raw) { return any_plan(w, n, c, raw).bytes; }
+
+int wgmma_slots(const Matrix& w, int n, const WgmmaConfig& c, bool raw) {
+  const WgmmaPlan plan = any_plan(w, n, c, raw);
+  return plan.bytes ? plan.slots : 0;
 }
 
 int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& c) {
@@ -159,11 +156,11 @@ int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& c) {
   if (c.cluster == 1) {
     int device, sms;
     if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) ||
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, v.kernel, c.groups * 128, bytes))
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, v.kernel, v.threads(), bytes))
       return 0;
     return sms * clusters;
   }
-  Launch launch(c, bytes, false, nullptr);
+  Launch launch(c, v.threads(), bytes, false, nullptr);
   if (cudaOccupancyMaxActiveClusters(&clusters, v.kernel, &launch.config)) return 0;
   return clusters;
 }
@@ -176,12 +173,12 @@ cudaError_t launch_matmul_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, 
   WgmmaArgs args = {{}, w, x, epilogue, n, overlap, XLoad::kPlain, plan_for(w, v, c)};
   if (w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
     if (!tensor_map_encoder()) return cudaErrorNotSupported;
-    args.x_load = w.k % kBlock == 0 ? XLoad::kStage : XLoad::kChunk;
-    if (!make_x_map(&args.x_map, x, n, w.k, v.n, args.plan.stage_chunks, args.x_load == XLoad::kStage)) return cudaErrorInvalidValue;
+    args.x_load = w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk;
+    if (!make_x_map(&args.x_map, x, n, w.k, v.n, c.k_groups, args.x_load == XLoad::kSlot)) return cudaErrorInvalidValue;
   }
   // A property of the function on the current device; setting it again costs nothing.
   if (const cudaError_t error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerSm)) return error;
-  Launch launch(c, bytes, overlap, stream);
+  Launch launch(c, v.threads(), bytes, overlap, stream);
   void* parameters[] = {&args};
   return cudaLaunchKernelExC(&launch.config, v.kernel, parameters);
 }

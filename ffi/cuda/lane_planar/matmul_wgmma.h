@@ -11,13 +11,14 @@ namespace jaxzip::lane_planar {
 constexpr int kWgmmaMaxN = 256;
 
 struct WgmmaConfig {
-  int groups;       // warp groups of a CTA, 1..4 (at most 2 above n = 128); each works on 64 rows at a time
-  int k_groups;     // divides `groups`: so many of them share a row block and split its part of K, chunk by chunk
-  int ctas_per_sm;  // how many CTAs must fit an SM
-  int cluster;      // K is split over so many CTAs, 1..8
-  int clusters;     // any number in 1..ceil(m / 64); row blocks are dealt to them in turn
-  int ring = 0;     // encoded blocks that a warp group has room for, 2..16; 0: enough bytes in flight, if they fit
+  int k_groups;   // 1, 2 or 4: so many of a CTA's warp groups share a row block and split its part of K, chunk by chunk
+  int cluster;    // K is split over so many CTAs, 1..8
+  int clusters;   // any number in 1..ceil(m / 64); row blocks are dealt to them in turn
+  int slots = 0;  // of the ring, 3..16; 0: as many as fit
 };
+
+// Warp groups of a CTA that multiply, each 64 rows at a time.
+constexpr int wgmma_groups(int n) { return n <= 128 ? 4 : 2; }
 
 // The configuration for this shape: measured on an H200, else by a model fitted to its 132 SMs. There is one for every m, k >= 1 and
 // n in 1..256. Asks nothing of the driver.
@@ -28,6 +29,9 @@ WgmmaConfig choose_batch_invariant(const Matrix& w);
 
 // Shared memory that a CTA needs, or 0 if there is no such kernel or more is needed than an SM has.
 int wgmma_shared_bytes(const Matrix& w, int n, const WgmmaConfig& config, bool raw = false);
+
+// Slots of the ring then; 0 as well.
+int wgmma_slots(const Matrix& w, int n, const WgmmaConfig& config, bool raw = false);
 
 // How many clusters of this configuration run at once on the current device; asks the driver.
 int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& config);

@@ -11,6 +11,9 @@ __device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t address) 
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address));
 }
+__device__ __forceinline__ void load_shared(uint32_t (&v)[2], uint32_t address) {
+  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(address));
+}
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
@@ -51,6 +54,13 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t 
   else
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
                  "r"(v[2]), "r"(v[3]) : "memory");
+}
+// The mask's bits of x, the others of y: one instruction, which the compiler does not find.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t select_bits(uint32_t x, uint32_t y) {
+  uint32_t selected;
+  asm("lop3.b32 %0,%1,%2,%3,0xCA;" : "=r"(selected) : "n"(kMask), "r"(x), "r"(y));
+  return selected;
 }
 // Two products; subnormals are kept.
 __device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {

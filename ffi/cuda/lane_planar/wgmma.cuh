@@ -8,7 +8,9 @@ namespace jaxzip::ptx {
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// All but the last `kPending` groups are done.
+template <int kPending = 0>
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
 
 // Keeps the compiler from reading sums before the wait.
 template <int kSize>
@@ -19,7 +21,7 @@ __device__ __forceinline__ void wgmma_done(float (&d)[kSize]) {
 
 // Keeps a loop's constant in a register: where registers of the warp are scarce the compiler would compute it anew in every round.
 __device__ __forceinline__ uint32_t keep(uint32_t v) {
-  asm("" : "+r"(v));
+  asm volatile("" : "+r"(v));
   return v;
 }
 
@@ -126,6 +128,12 @@ __device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {
   asm volatile("ld.shared.u16 %0,[%1];" : "=h"(v) : "r"(address));
   return v;
 }
+
+// Registers of each thread of a warp group, which all its warps change together; a multiple of 8.
+template <int kCount>
+__device__ __forceinline__ void registers_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount)); }
+template <int kCount>
+__device__ __forceinline__ void registers_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount)); }
 
 // True in one lane of a whole warp; the compiler knows that it is one.
 __device__ __forceinline__ bool elect_one() {

@@ -5,40 +5,36 @@
 namespace jaxzip::lane_planar {
 
 struct WgmmaPlan {
-  int groups, k_groups, teams;
-  int inverse_k_groups, inverse_teams, inverse_stage_chunks;  // x / y = x * inverse >> 16 for x < kMaxDivided
+  int k_groups, teams, log_k_groups, log_teams;
   int cluster;     // CTAs that share a row block, each with its part of K
   int clusters;
   int row_blocks;  // of the clusters with most
-  int k_blocks, k_longer;  // chunks of 64 k of a rank; the first k_longer ranks have one more
-  // x lies in stages of `stage_chunks` chunks. `resident`: all of a rank's K has its place and is loaded once; else the stages
-  // are a ring, filled anew for every row block of a team.
-  int stage_chunks, stages;
-  bool resident;
+  int chunks, k_longer;  // chunks of 64 k of a rank; the first k_longer ranks have one more
+  int slots;       // of the ring: each has a chunk of x for every k group and an encoded block for every warp group
   int items;       // 64 x 8 sums of a row block are items of 512 bytes: (8 columns, 16 rows); item i belongs to rank i % cluster
   int owned;       // of the rank with most
   int received_bytes;  // a team's
-  int ring;        // encoded blocks that each warp group has room for
-  int blocks, planes, received, barriers, unused, bytes;  // offsets in shared memory; x is at 0
+  bool sums_in_slots;  // they arrive where the slots were, when all warps of the cluster have done with these
+  int blocks, planes, received, barriers, bytes;  // offsets in shared memory; x is at 0
+  // Before the barriers is a word for each warp that nobody reads, where lanes without an escape store.
 };
 
-// A kernel that divides by multiplying keeps its counters uniform. y <= 64.
-constexpr int kMaxDivided = 1024;
-constexpr int inverse(int y) { return 65536 / y + 1; }
-
 constexpr int kItemBytes = 512;
-constexpr int kMaxStages = 64;
-constexpr int kMinStages = 3;  // of x, where they are a ring
-constexpr int kRefillLag = 2;  // a stage is filled anew so many stages after it was used
 constexpr int kMaxGroups = 4;
-constexpr int kMaxRing = 16;
-// full[kMaxStages], empty[kMaxStages], received[kMaxGroups], free[kMaxGroups], ring full[kMaxGroups][kMaxRing], ring empty[...]
-constexpr int kBarrierBytes = (2 * kMaxStages + 2 * kMaxGroups + 2 * kMaxGroups * kMaxRing) * 8;
-constexpr int kUnusedBytes = kMaxGroups * 4 * 4;  // a word a warp, where lanes without an escape store
+constexpr int kUnusedBytes = 4 * 4 * kMaxGroups;
+constexpr int kMaxSlots = 16, kMinSlots = 2;
+
+// Barriers of a slot: it is full, it was used.
+constexpr int kFull = 0, kEmpty = 8, kSlotBarriers = 16;
+// Then of each team: sums of other CTAs have arrived, and may be sent again.
+constexpr int kArrived = kMaxSlots * kSlotBarriers, kMaySend = kArrived + 8 * kMaxGroups;
+// And one of the CTA: no warp of the cluster needs a slot any more.
+constexpr int kIdle = kMaySend + 8 * kMaxGroups;
+constexpr int kBarrierBytes = kIdle + 16;
 
 __host__ __device__ constexpr int chunk_bytes(int instruction_n) { return instruction_n * kBlock * 2; }
 
-// `bytes` is 0 if it does not fit into `limit`.
-WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, const WgmmaConfig& config, int plane_bytes, int limit);
+// For `groups` warp groups that multiply. `bytes` is 0 if it does not fit into `limit`.
+WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const WgmmaConfig& config, int plane_bytes, int limit);
 
 }  // namespace jaxzip::lane_planar

@@ -1,5 +1,5 @@
-// What a warp of the wgmma matmul does with a 16x64 tile whose block lies in shared memory: escapes to its patch plane, words to
-// registers.
+// What is done with an encoded block in shared memory: a warp of its own puts the block's escapes into a patch plane, and each warp
+// that multiplies reads the words of its tile.
 #pragma once
 #include "weights.cuh"
 #include "wgmma.cuh"
@@ -28,60 +28,64 @@ struct TileWords<LanePlanar> {
 template <>
 struct TileWords<Raw> {
   uint32_t start;
-  __device__ __forceinline__ TileWords(int tile, int lane) : start((tile * 512 + lane * 4) * 4) {}
+  __device__ __forceinline__ TileWords(int tile, int lane) : start(ptx::keep((tile * 512 + lane * 4) * 4)) {}
   __device__ __forceinline__ void read(uint32_t (&w)[Raw::kRegisters], uint32_t block) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) ptx::load_shared_words<4>(w + 4 * j, block + start + j * 512);
   }
 };
 
-// A warp's patch plane and the escapes that it holds at the moment. A lane takes one entry of the tile; more, and overflow
-// entries, are rare.
+// What a patch plane holds.
+struct Patch {
+  uint32_t at;  // where this lane put a byte
+  bool rare;    // there were more than a byte a lane
+};
+
+// Puts the escapes of a warp's tile into its patch plane and takes them back. A lane takes one entry; more, and overflow entries, are
+// rare.
 struct Patches {
-  PatchPlane<1> plane;
-  uint32_t biased;             // the plane's address less the tile's positions
+  uint32_t plane;              // shared address
   uint32_t first_of, last_of;  // byte selectors: entries of the block before the tile's first, and up to its last
-  uint32_t patched = 0;
-  uint32_t unused;  // an address that nobody reads, for lanes without an entry
-  bool rare = false;
+  uint32_t unused;             // an address that nobody reads, for lanes without an entry
+  uint32_t biased;             // the plane's address less the tile's first position
+  uint32_t entry_at;           // this lane's first entry, if it is the block's
+  int tile, lane;
 
-  __device__ __forceinline__ Patches(uint32_t base, uint32_t unused, int tile, int lane)
-      : plane{base, lane}, biased(ptx::keep(base - tile * (2 * kTileElements))),
-        first_of(ptx::keep(0x4440 | (tile ? tile - 1 : 4))), last_of(ptx::keep(0x4440 | tile)), unused(unused) {}
+  __device__ __forceinline__ Patches(uint32_t plane, uint32_t unused, int tile, int lane)
+      : plane(plane), first_of(0x4440 | (tile ? tile - 1 : 4)), last_of(0x4440 | tile), unused(unused),
+        biased(plane - tile * kTileElements), entry_at(ptx::keep(kEntryStart * 4 + 2 * lane)), tile(tile), lane(lane) {}
 
-  __device__ __forceinline__ void scatter(uint32_t entries, uint32_t index, uint32_t last) {
-    const uint32_t entry = ptx::load_shared_u16(entries + 2 * index);  // past the block's end where it is not active
-    const uint32_t code = entry & 0xF000u;
-    patched = index < last ? biased + 2 * (entry & 0xFFFu) : unused;
-    ptx::store_shared_u16(patched, code ? (code + (kHighCodeBias << 12)) >> 2 : 0);
+  __device__ __forceinline__ uint32_t scatter(uint32_t at, bool active) const {
+    const uint32_t entry = ptx::load_shared_u16(at);  // past the block's end where there is none
+    const uint32_t to = active ? biased + plane_offset(entry & 0xFFFu) : unused;
+    ptx::store_shared_u8(to, high_of_code(entry >> kPositionBits) >> 8);
+    return to;
   }
-
-  // `words` is the block's shared address, `block()` the index that overflow entries give.
+  // `words` is the block's shared address, `block()` the index that overflow entries give. The plane holds constants before.
   template <class BlockIndex>
-  __device__ __forceinline__ void put(uint32_t words, const Matrix& w, const BlockIndex& block, int tile) {
+  __device__ __forceinline__ Patch put(uint32_t words, const Matrix& w, const BlockIndex& block) const {
     uint32_t header[2];  // ends, overflow
     ptx::load_shared_words<2>(header, words + kHeaderStart * 4);
-    const uint32_t first = __byte_perm(header[0], 0, first_of), last = __byte_perm(header[0], 0, last_of);
-    scatter(words + kEntryStart * 4, first + plane.lane, last);
-    rare = header[1] || last - first > 32;
-    if (rare) {
+    const uint32_t first = __byte_perm(header[0], 0, first_of), count = __byte_perm(header[0], 0, last_of) - first;
+    const uint32_t entries = words + entry_at + 2 * first;
+    const Patch patch = {scatter(entries, lane < count), header[1] || count > 32};
+    if (patch.rare) {
 #pragma unroll 1
-      for (uint32_t at = first + 32; at < last; at += 32) scatter(words + kEntryStart * 4, at + plane.lane, last);
+      for (uint32_t i = 32; i < count; i += 32) scatter(entries + 2 * i, i + lane < count);
       if (header[1])
-        scatter_overflow(w.overflow, w.overflow_length, header[1] - 1, block(), plane.base, tile * kTileElements, kTileElements);
+        scatter_overflow(w.overflow, w.overflow_length, header[1] - 1, block(), plane, tile * kTileElements, kTileElements);
     }
-    __syncwarp();
+    return patch;
   }
   // After every lane has read the plane.
-  __device__ __forceinline__ void take_back() {
-    ptx::store_shared_u16(patched, kConstantHigh);
-    if (rare) fill();
+  __device__ __forceinline__ void take_back(const Patch& patch) const {
+    ptx::store_shared_u8(patch.at, kConstantHigh >> 8);
+    if (patch.rare) fill();
   }
   // A loop, so that it is a branch and not instructions without effect.
   __device__ __forceinline__ void fill() const {
 #pragma unroll 1
-    for (int i = 0; i < 4; ++i)
-      ptx::store_shared(plane.base + i * 512 + plane.lane * 16, kConstantPair, kConstantPair, kConstantPair, kConstantPair);
+    for (int i = 0; i < 2; ++i) ptx::store_shared(plane + i * 512 + lane * 16, kPlaneWord, kPlaneWord, kPlaneWord, kPlaneWord);
   }
 };
 

@@ -9,7 +9,7 @@
 
 namespace jaxzip::lane_planar {
 
-enum class XLoad : int { kStage, kChunk, kPlain };  // one tensor copy a stage (k % 64 == 0), one a chunk, or no tensor map
+enum class XLoad : int { kSlot, kChunk, kPlain };  // one tensor copy a slot (k % 64 == 0), one a chunk, or no tensor map
 
 struct WgmmaArgs {
   CUtensorMap x_map;
@@ -22,38 +22,30 @@ struct WgmmaArgs {
   WgmmaPlan plan;
 };
 
-// Puts stage `stage` of this rank's x into `slot`; a warp calls it.
+// Asks for `chunks` chunks of x, the first of them chunk `first` of K, at `to`; one thread calls it. What is outside of x becomes zero.
 template <int kN>
-__device__ __forceinline__ void fill_stage(const WgmmaArgs& args, uint32_t x_at, uint32_t barrier, int first_block, int my_blocks,
-                                           int stage, int lane) {
-  constexpr int kChunkBytes = chunk_bytes(kN);
-  const int chunks = args.plan.stage_chunks;
-  const int block = first_block + stage * chunks;
-  if (args.x_load != XLoad::kPlain) {
-    if (ptx::elect_one()) {
-      ptx::barrier_expect(barrier, chunks * kChunkBytes);
-      if (args.x_load == XLoad::kStage)
-        ptx::tensor_copy(x_at, &args.x_map, 0, 0, block, barrier);
-      else
-        for (int i = 0; i < chunks; ++i)
-          ptx::tensor_copy(x_at + i * kChunkBytes, &args.x_map, (block + i) * kBlock, 0, 0, barrier);
-    }
-    __syncwarp();
-    return;
-  }
-  const int used = min(chunks, my_blocks - stage * chunks);
+__device__ __forceinline__ void copy_x(const WgmmaArgs& args, uint32_t to, uint32_t barrier, int first, int chunks) {
+  if (args.x_load == XLoad::kSlot) {
+    ptx::tensor_copy(to, &args.x_map, 0, 0, first, barrier);
+  } else {
 #pragma unroll 1
-  for (int i = lane; i < used * kN * kBlock; i += 32) {
-    const int k = i % kBlock, n = i / kBlock % kN, chunk = i / (kBlock * kN), column = (block + chunk) * kBlock + k;
+    for (int i = 0; i < chunks; ++i) ptx::tensor_copy(to + i * chunk_bytes(kN), &args.x_map, (first + i) * kBlock, 0, 0, barrier);
+  }
+}
+
+// The same by a warp, without a tensor map; x is there when it returns.
+template <int kN>
+__device__ __forceinline__ void load_plain_x(const WgmmaArgs& args, uint32_t to, int first, int chunks, int lane) {
+#pragma unroll 1
+  for (int i = lane; i < chunks * kN * kBlock; i += 32) {
+    const int k = i % kBlock, n = i / kBlock % kN, chunk = i / (kBlock * kN), column = (first + chunk) * kBlock + k;
     uint16_t v = 0;
-    if (n < args.n && column < args.w.k)
-      v = reinterpret_cast<const uint16_t*>(args.x)[static_cast<size_t>(n) * args.w.k + column];
+    if (n < args.n && column < args.w.k) v = reinterpret_cast<const uint16_t*>(args.x)[static_cast<size_t>(n) * args.w.k + column];
     const uint32_t at = n * kBlock * 2 + k * 2;
-    ptx::store_shared_u16(x_at + chunk * kChunkBytes + (at ^ ((n & 7) << 4)), v);
+    ptx::store_shared_u16(to + chunk * chunk_bytes(kN) + (at ^ ((n & 7) << 4)), v);
   }
   ptx::fence_async_proxy();
   __syncwarp();
-  if (lane == 0) ptx::barrier_arrive(barrier);
 }
 
 }  // namespace jaxzip::lane_planar
