@@ -1,4 +1,6 @@
 """Pallas kernels of jaxzip's operations, implementation ``"pallas"``.
 
-`backend` registers them; `lane_planar_portable` uses public Pallas only (interpreted on the CPU, Triton on a GPU).
+backend ──► lane_planar_portable                       public Pallas: interpreted on the CPU, Triton on a GPU
+        └─► matmul_configs ──► lane_planar_matmul ──► sums_epilogue ─┐   Mosaic, on a Hopper GPU
+        └─► lane_planar_decompress ──► lane_planar_block ────────────┴─► mosaic_lanes (all of private jax)
 """

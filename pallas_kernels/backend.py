@@ -1,4 +1,8 @@
-"""Registers the Pallas kernels as implementation ``"pallas"``: interpreted on the CPU, compiled on a GPU."""
+"""Registers the Pallas kernels as implementation ``"pallas"``.
+
+On the CPU they are interpreted, which is for tests. On a Hopper GPU they are Mosaic kernels; on another GPU, or with a
+jax that changed what those lean on, Triton compiles what the CPU interprets.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,50 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxzip.pallas_kernels import lane_planar_portable, mosaic_lanes
 
 from jaxzip.ops import registry
 from jaxzip.ops.matmul import finish
-from jaxzip.pallas_kernels import lane_planar_portable
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 LANE_PLANAR = "lane-planar"
-#: An interpreted kernel is for tests: nobody gets it without asking.
-INTERPRETED_PRIORITY = -1
+#: Ahead of the FFI kernels (10) where it was measured to be faster than they are, else behind them and ahead of XLA.
+PREFERRED_PRIORITY, MOSAIC_PRIORITY = 20, 5
+#: Nobody gets it without asking.
+PORTABLE_PRIORITY = -1
+MOST_ROWS = 256
+#: Where Mosaic's matmul is faster than the FFI one: rows of x, and weights of a matrix at least.
+PREFERRED_ROWS, PREFERRED_SIZE = range(33, 129), 1 << 24
+HOPPER = "9.0"
 
 
 def register_backend() -> None:
     """Entry point of the group ``jaxzip.backends``."""
-    add = functools.partial(registry.register, name="pallas", platforms=("cpu",), priority=INTERPRETED_PRIORITY)
-    add("decompress", fn=functools.partial(_decompress, interpret=True), check=_check_format)
-    add("matmul", fn=functools.partial(_matmul, interpret=True), check=_check_matmul)
+    _register_portable("cpu", interpret=True)
+    register_cuda()
+
+
+def _register_portable(platform: str, interpret: bool) -> None:
+    add = functools.partial(registry.register, name="pallas", platforms=(platform,), priority=PORTABLE_PRIORITY)
+    on_gpu = platform == "cuda"
+    options = {"interpret": interpret}
+    check_decompress = _check_portable_on_gpu if on_gpu else _check_format
+    check_matmul = functools.partial(_check_portable_matmul, on_gpu=on_gpu)
+    add("decompress", fn=functools.partial(_portable_decompress, **options), check=check_decompress)
+    add("matmul", fn=functools.partial(_portable_matmul, **options), check=check_matmul)
+
+
+def register_cuda() -> None:
+    """Registers the Mosaic kernels, or says why they cannot be, and what stands in for them."""
+    _register_portable("cuda", interpret=False)
+    reason = mosaic_lanes.unavailable_reason()
+    if reason:
+        registry.report_missing("pallas", f"Mosaic kernels: {reason}")
+        return
+    add = functools.partial(registry.register, name="pallas", platforms=("cuda",))
+    add("decompress", fn=_mosaic_decompress, check=_check_mosaic, priority=MOSAIC_PRIORITY)
+    add("matmul", fn=_mosaic_matmul, check=_check_mosaic_matmul, priority=MOSAIC_PRIORITY)
+    add("matmul", fn=_mosaic_matmul, check=_check_preferred, priority=PREFERRED_PRIORITY)
 
 
 def _check_format(z: CompressedTensor) -> None:
@@ -29,35 +61,101 @@ def _check_format(z: CompressedTensor) -> None:
         raise NotImplementedError(f"no Pallas kernel for format {z.format}")
 
 
-def _check_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> None:
-    if w.format == "raw":
-        if w.dtype != jnp.bfloat16:
-            raise NotImplementedError(f"the Pallas kernels multiply raw bfloat16 weights, this one is {w.dtype}")
-    else:
-        _check_format(w)
-        if w.output_axis != KERNEL_AXIS:
-            raise NotImplementedError(
-                "the kernel contracts along K; this tensor's first axis is its output axis: use w.T"
-            )
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"the Pallas kernels take bfloat16 and float32, x is {x.dtype}")
+def _check_kernel_order(w: CompressedTensor, batch_invariant: bool) -> None:
+    if w.format != "raw" and w.output_axis != KERNEL_AXIS:
+        raise NotImplementedError("the kernel contracts along K; this tensor's first axis is its output axis: use w.T")
     if batch_invariant:
         raise NotImplementedError("the Pallas kernels' order of accumulation depends on the rows of x")
 
 
-def _decompress(z: CompressedTensor, *, interpret: bool) -> jax.Array:
+def _check_portable_on_gpu(z: CompressedTensor) -> None:
+    _check_format(z)
+    if not (mosaic_lanes.unavailable_reason() or _other_gpus()):
+        raise NotImplementedError("the Triton kernels stand in where the Mosaic ones cannot be")
+
+
+def _check_portable_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, on_gpu: bool) -> None:
+    if on_gpu:
+        _check_portable_on_gpu(w)
+    if w.format != "raw":
+        _check_format(w)
+    elif w.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"the Pallas kernels multiply raw bfloat16 weights, this one is {w.dtype}")
+    _check_kernel_order(w, batch_invariant)
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"the Pallas kernels take bfloat16 and float32, x is {x.dtype}")
+
+
+def _check_mosaic(z: CompressedTensor) -> None:
+    _check_format(z)
+    if other := _other_gpus():
+        raise NotImplementedError(f"the Mosaic kernels need compute capability {HOPPER}, here is {', '.join(other)}")
+
+
+@functools.cache
+def _other_gpus() -> frozenset[str]:
+    """Compute capabilities of the GPUs here that are no Hopper; none without a GPU: programs are for one elsewhere."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return frozenset()
+    return frozenset(device.compute_capability for device in devices) - {HOPPER}
+
+
+def _check_mosaic_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> None:
+    _check_mosaic(w)
+    _check_kernel_order(w, batch_invariant)
+    for name, value in (("x", x), ("bias", bias), ("residual", residual)):
+        if value is not None and value.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"the Mosaic kernels take bfloat16, {name} is {value.dtype}")
+    if out_dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"the Mosaic kernels return bfloat16 and float32, not {out_dtype}")
+    if x.shape[0] > MOST_ROWS:
+        raise NotImplementedError(f"the Mosaic kernels take up to {MOST_ROWS} rows of x, here are {x.shape[0]}")
+
+
+def _check_preferred(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> None:
+    _check_mosaic_matmul(x, w, bias, residual, out_dtype=out_dtype, batch_invariant=batch_invariant)
+    m, k = w.matrix_shape
+    if x.shape[0] not in PREFERRED_ROWS or m * k < PREFERRED_SIZE:
+        raise NotImplementedError("preferred for other shapes only")
+
+
+def _portable_decompress(z: CompressedTensor, *, interpret: bool) -> jax.Array:
+    return _each_matrix(functools.partial(lane_planar_portable.decompress, interpret=interpret), z)
+
+
+def _mosaic_decompress(z: CompressedTensor) -> jax.Array:
+    from jaxzip.pallas_kernels import lane_planar_decompress
+
+    return _each_matrix(lane_planar_decompress.decompress, z)
+
+
+def _each_matrix(decompress, z: CompressedTensor) -> jax.Array:
     m, k = z.matrix_shape
-    options = {"transposed": z.output_axis == KERNEL_AXIS, "interpret": interpret}
-    one = functools.partial(lane_planar_portable.decompress, m=m, k=k, **options)
+    one = functools.partial(decompress, m=m, k=k, transposed=z.output_axis == KERNEL_AXIS)
     for _ in z.batch_shape:
         one = jax.vmap(one)
     return one(dict(z.payload))
 
 
-def _matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, interpret: bool) -> jax.Array:
+def _portable_matmul(
+    x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, interpret: bool
+) -> jax.Array:
     if w.format == "raw":
         values = w.payload["values"]
         sums = lane_planar_portable.raw_matmul(x, values, rows_first=w.raw_transposed, interpret=interpret)
     else:
         sums = lane_planar_portable.matmul(x, w.payload, *w.matrix_shape, interpret=interpret)
     return finish(sums, bias, residual, out_dtype)
+
+
+def _mosaic_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
+    from jaxzip.pallas_kernels import lane_planar_matmul, matmul_configs
+
+    m, k = w.matrix_shape
+    if x.shape[0] == 0:
+        return jnp.zeros((0, m), out_dtype)
+    config = matmul_configs.choose(x.shape[0], m, k, w.payload["blocks"].shape[2])
+    options = {"bias": bias, "residual": residual, "out_dtype": out_dtype}
+    return lane_planar_matmul.matmul(x, w.payload, m, k, config=config, **options)

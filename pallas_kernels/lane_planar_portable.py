@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jaxzip.pallas_kernels.manual_axes import result_like, varying_alike
 
 from jaxzip.formats import lane_planar as layout
 
@@ -37,9 +38,10 @@ def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: 
         out_ref[...] = (bits.T if transposed else bits).astype(jnp.uint16)
 
     shape = (columns, rows) if transposed else (rows, columns)
+    operands = varying_alike((payload["shift"], payload["blocks"], _never_empty(payload["overflow"])))
     out = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(tuple(layout.BLOCK * side for side in shape), jnp.uint16),
+        out_shape=result_like(tuple(layout.BLOCK * side for side in shape), jnp.uint16, operands[0]),
         grid=(rows, columns),
         in_specs=[
             pl.BlockSpec((layout.BLOCK,), lambda i, j: (i,)),
@@ -50,7 +52,7 @@ def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: 
             (layout.BLOCK, layout.BLOCK), (lambda i, j: (j, i)) if transposed else (lambda i, j: (i, j))
         ),
         **_options("jaxzip_lane_planar_decompress", interpret),
-    )(payload["shift"], payload["blocks"], _never_empty(payload["overflow"]))
+    )(*operands)
     out = out[:k, :m] if transposed else out[:m, :k]
     return lax.bitcast_convert_type(out, jnp.bfloat16)
 
@@ -104,9 +106,10 @@ def _matmul(x, scale, w, overflow, w_spec, weights: Callable, m: int, k: int, in
         sums = lax.fori_loop(0, columns, add, jnp.zeros((step, layout.BLOCK), jnp.float32))
         y_ref[...] = sums * scale_ref[...][None, :]
 
+    operands = varying_alike((x, scale, w, overflow))
     y = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((padded_n, rows * layout.BLOCK), jnp.float32),
+        out_shape=result_like((padded_n, rows * layout.BLOCK), jnp.float32, operands[0]),
         grid=(padded_n // step, rows),
         in_specs=[
             pl.BlockSpec((step, columns * layout.BLOCK), lambda i, j: (i, 0)),
@@ -116,7 +119,7 @@ def _matmul(x, scale, w, overflow, w_spec, weights: Callable, m: int, k: int, in
         ],
         out_specs=pl.BlockSpec((step, layout.BLOCK), lambda i, j: (i, j)),
         **_options("jaxzip_lane_planar_matmul", interpret),
-    )(x, scale, w, overflow)
+    )(*operands)
     return y[:n, :m]
 
 
@@ -138,7 +141,7 @@ def _shift_exponents(bits: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def _decode(read: Callable, overflow_ref, block) -> jax.Array:
-    """uint32 ``[64, 64]``: the shifted bf16 bits of one block, whose number is ``block``; ``read(i)`` gives its words."""
+    """uint32 ``[64, 64]``: the shifted bf16 bits of block number ``block``; ``read(i)`` gives its words."""
     row = lax.broadcasted_iota(jnp.int32, (layout.BLOCK, layout.BLOCK), 0)
     column = lax.broadcasted_iota(jnp.int32, (layout.BLOCK, layout.BLOCK), 1)
     tile, j, half = row >> 4, column >> 4, column & 1
