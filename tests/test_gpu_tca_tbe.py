@@ -10,7 +10,7 @@ from weights import named_weights
 import jaxzip
 from jaxzip.compress import encode_as
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS
-from jaxzip.testing import all_bit_patterns, bits, gaussian_weights
+from jaxzip.testing import BF16, all_bit_patterns, bits, gaussian_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 WEIGHTS = named_weights()
@@ -58,6 +58,21 @@ def test_one_hot_rows_give_the_weights_themselves(name):
     x = jnp.eye(k, w.shape[0], dtype=jnp.bfloat16)
     # Tensor Cores take subnormals; only the sign of a zero is lost in a sum.
     assert np.array_equal(np.asarray(fused(x, encoded(w)), np.float64), values[:k])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.13, 0.16, 0.25, 0.6, 1.0])
+def test_any_share_of_fallbacks(share):
+    """A block stages 13% of its weights as fallbacks in shared memory; one with more fetches them a band at a time."""
+    rng = np.random.default_rng(3)
+    words = rng.integers(0, 1 << 16, (256, 192)) & 0x807F | rng.integers(120, 127, (256, 192)) << 7
+    outside = rng.integers(0, 1 << 16, words.shape) & 0xBFFF  # finite: no exponent above 127
+    w = np.where(rng.random(words.shape) < share, outside, words).astype(np.uint16).view(BF16)
+    z = encoded(w)
+    assert np.array_equal(bits(jaxzip.decompress(z, implementation="ffi")), bits(w))
+    for n in (8, 16, 32):
+        k = jnp.arange(n) * 7
+        x = jax.nn.one_hot(k, w.shape[0], dtype=jnp.bfloat16)
+        assert np.array_equal(np.asarray(fused(x, z), np.float32), w[np.asarray(k)].astype(np.float32))
 
 
 def test_nan_and_infinity_arrive():

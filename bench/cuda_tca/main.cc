@@ -1,6 +1,6 @@
 // Bare CUDA benchmark of the TCA-TBE kernels.
 //
-//   bench check [small]            correctness: bits of decompression, products against double precision and the raw control
+//   bench check [small|tiny]       correctness: bits of decompression, products against double precision and the raw control
 //   bench speed OUT.json [weights=real] [n=1,8,16,32] [shapes=28672x4096,...] [decompress=28672x4096,...] [warps=0]
 #include <cmath>
 #include <cstring>
@@ -117,22 +117,24 @@ int check_products(const TcaProblem& p, const std::string& weights, int n, cudaS
   return failures;
 }
 
-int check(const ExponentClasses& classes, bool small, cudaStream_t stream) {
+int check(const ExponentClasses& classes, const std::string& size, cudaStream_t stream) {
   struct Case {
     int m, k;
     const char* weights;
   };
   int failures = 0;
-  for (const Case& c : {Case{64, 64, "gaussian"}, Case{1, 1, "gaussian"}, Case{256, 256, "patterns"}, Case{65, 1096, "patterns"},
-                        Case{200, 330, "real"}, Case{130, 200, "escapes"}, Case{130, 200, "zeros"}, Case{192, 320, "sevenths"}, Case{1024, 4096, "real"},
-                        Case{1000, 3000, "real"}, Case{96, 20000, "gaussian"}, Case{4096, 2048, "gaussian"},
-                        Case{6144, 4096, "real"}}) {
-    if (small && static_cast<int64_t>(c.m) * c.k > 100000) continue;
+  for (const Case& c :
+       {Case{64, 64, "gaussian"}, Case{64, 128, "gaussian"}, Case{1, 1, "gaussian"}, Case{256, 256, "patterns"},
+        Case{65, 1096, "patterns"}, Case{200, 330, "real"}, Case{130, 200, "escapes"}, Case{130, 200, "zeros"},
+        Case{192, 320, "sevenths"}, Case{1024, 4096, "real"}, Case{1000, 3000, "real"}, Case{96, 20000, "gaussian"},
+        Case{4096, 2048, "gaussian"}, Case{6144, 4096, "real"}}) {
+    if (size != "all" && static_cast<int64_t>(c.m) * c.k > 100000) continue;
+    if (size == "tiny" && !(c.m == 64 && c.k == 128)) continue;
     const TcaProblem p = make_tca_problem(c.m, c.k, c.weights, classes, 0);
     int wrong = check_decompression(p, stream);
     double worst = 0;
     for (const int n : {1, 3, 8, 11, 16, 32, 33, 70, 256})
-      if (c.m < 4096 || n == 8 || n == 32) wrong += check_products(p, c.weights, n, stream, &worst);
+      if ((c.m < 4096 && size != "tiny") || n == 8 || n == 32) wrong += check_products(p, c.weights, n, stream, &worst);
     std::printf("check %-8s M%-5d K%-5d %.3f bits, fallbacks %.2f%%: worst error %.1e, %d wrong\n", c.weights, c.m, c.k,
                 p.bits_per_weight, 100 * p.fallback_share, worst, wrong);
     std::fflush(stdout);
@@ -178,7 +180,7 @@ void measure(const TcaProblem& p, const std::string& weights, int n, const std::
   std::fflush(stdout);
 }
 
-void measure_decompression(const TcaProblem& p, cudaStream_t stream, std::ostream& json) {
+void measure_decompression(const TcaProblem& p, const std::string& weights, cudaStream_t stream, std::ostream& json) {
   const size_t size = static_cast<size_t>(p.m) * p.k, bytes = p.payload_bytes + 2 * size, half = bytes / 2 / 16 * 16;
   const int copies = static_cast<int>(kColdBytes / half) + 1;
   DeviceArray<uint8_t> from(half * copies), to(half * copies);
@@ -207,7 +209,7 @@ void measure_decompression(const TcaProblem& p, cudaStream_t stream, std::ostrea
     std::printf("%6dx%-5d decompress %s %.2f us, %.2f TB/s; copy of as many bytes %.2f us: %.1f%%\n", p.m, p.k, order, us,
                 bytes / us / 1e6, copy_us, 100 * copy_us / us);
     json << "{\"m\": " << p.m << ", \"k\": " << p.k << ", \"fallback_share\": " << p.fallback_share << ", \"decompress\": \"" << order
-         << "\", \"us\": " << us << ", \"copy_us\": " << copy_us << "},\n";
+         << "\", \"weights\": \"" << weights << "\", \"us\": " << us << ", \"copy_us\": " << copy_us << "},\n";
   }
   std::fflush(stdout);
 }
@@ -216,13 +218,13 @@ void measure_decompression(const TcaProblem& p, cudaStream_t stream, std::ostrea
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: bench check [small] | bench speed OUT.json [option=value ...]\n");
+    std::fprintf(stderr, "usage: bench check [small|tiny] | bench speed OUT.json [option=value ...]\n");
     return 2;
   }
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
   const ExponentClasses classes = read_exponents(option(argc, argv, "exponents", "bench/cuda/exponents.json").c_str());
-  if (!std::strcmp(argv[1], "check")) return check(classes, argc > 2 && !std::strcmp(argv[2], "small"), stream) != 0;
+  if (!std::strcmp(argv[1], "check")) return check(classes, argc > 2 ? argv[2] : "all", stream) != 0;
 
   CublasReference cublas(stream);
   std::ofstream json(argc > 2 ? argv[2] : "/dev/null");
@@ -236,7 +238,7 @@ int main(int argc, char** argv) {
     }
   };
   each(option(argc, argv, "decompress", ""),
-       [&](const TcaProblem& p, const std::string&) { measure_decompression(p, stream, json); });
+       [&](const TcaProblem& p, const std::string& weights) { measure_decompression(p, weights, stream, json); });
   each(option(argc, argv, "shapes", ""), [&](const TcaProblem& p, const std::string& weights) {
     for (const std::string& n : split(option(argc, argv, "n", "1,8,16,32")))
       measure(p, weights, std::stoi(n), split(option(argc, argv, "warps", "0")), stream, cublas, json);

@@ -200,19 +200,20 @@ __device__ __forceinline__ void decode_rows(const uint32_t (&b)[3], uint32_t any
   const uint32_t before = four << 4 & 0xF0F0F0F0u;  // in the row and before these four
   const uint32_t rank[4] = {before, before + inside[0], before + first_two, before + first_two + inside[2]};
   const uint32_t of_row = four + (four >> 4) & 0x0F0F0F0Fu;  // a byte a row
-  uint32_t words[4][3], shift[4];
+  // Two words a row and the first of the next: a third one of its own would only be needed where the next row begins in it.
+  uint32_t words[9], shift[4];
 #pragma unroll
   for (int row = 0; row < 4; ++row) {
-    const uint32_t start = row == 0 ? at : __dp4a(of_row, 0x00010101u >> 8 * (3 - row), at);
+    const uint32_t start = row == 0 ? at : __dp4a(of_row, 0x00010101u >> 8 * (3 - row), at), word = start & ~3u;
     shift[row] = start * 8;
-#pragma unroll
-    for (int i = 0; i < 3; ++i) words[row][i] = load_word((start & ~3u) + 4 * i);
+    words[2 * row] = load_word(word), words[2 * row + 1] = load_word(word + 4);
+    if (row == 3) words[8] = load_word(word + 8);
   }
   meanwhile();
 #pragma unroll
   for (int row = 0; row < 4; ++row) {
-    const uint32_t low = __funnelshift_r(words[row][0], words[row][1], shift[row]);
-    const uint32_t high = __funnelshift_r(words[row][1], words[row][2], shift[row]);
+    const uint32_t low = __funnelshift_r(words[2 * row], words[2 * row + 1], shift[row]);
+    const uint32_t high = __funnelshift_r(words[2 * row + 1], words[2 * row + 2], shift[row]);
     const uint32_t pick = row | (4 + row) << 4;
     uint32_t pair[2][2];
 #pragma unroll

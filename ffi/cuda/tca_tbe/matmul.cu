@@ -6,6 +6,7 @@
 // of k, and what the CTA does not have whole goes to the workspace for the second kernel, which adds in the order of k again.
 #include <algorithm>
 
+#include "columns.cuh"
 #include "decode.cuh"
 #include "epilogue.cuh"
 #include "matmul.h"
@@ -18,12 +19,10 @@ constexpr int kFragRows = layout::kBlock / layout::kFrag;  // rows of FragTiles 
 
 template <int kColumns>  // of x: 8, 16 or 32
 struct Shape {
-  static constexpr int tiles = (kColumns + 15) / 16;      // rows of mma.m16n8k16 hold x, its columns the weight's rows
-  static constexpr int halves = kColumns == 8 ? 1 : 2;    // of a tile that hold anything
+  static constexpr int tiles = Columns<kColumns>::tiles, halves = Columns<kColumns>::halves;
   static constexpr int pairs = kFragRows * tiles * halves;  // float2 a lane and row block
   static constexpr int part_bytes = pairs * 32 * 8;
-  static constexpr int x_bytes = kColumns < 32 ? 0 : kColumns * layout::kBlock * 2;  // of one block's k, where registers are too few
-  static constexpr int warp_bytes = kStages * kStageBytes + kScratchBytes + x_bytes;
+  static constexpr int warp_bytes = kStages * kStageBytes + kScratchBytes + Columns<kColumns>::shared_bytes;
   static constexpr int max_warps = kColumns == 32 ? 12 : kMaxWarps;  // registers: 168 and 128 a thread
   static_assert(part_bytes <= warp_bytes, "parts take the place of the ring");
 };
@@ -31,96 +30,14 @@ struct Shape {
 struct Arguments {
   Source source;
   const uint4* raw;
-  const __nv_bfloat16* x;
+  Activations x;
   Epilogue epilogue;
   float* workspace;  // [column group][row block or 2 * CTA + ...][part]
   int m, k, n, k_blocks, row_blocks;
   int share, extra;  // blocks a CTA; the first `extra` CTAs have one more
-  uint32_t zero;
-  bool x_aligned;
 };
 
 __device__ __forceinline__ int cta_start(const Arguments& g, int cta) { return cta * g.share + min(cta, g.extra); }
-
-// x of one block's k, as the A operand: lane 4 g + t has rows g and g + 8 of a tile and of each k 8 t .. 8 t + 7 and 32 more. The order of
-// k inside an instruction is the lanes', the same for x and the weights. Zeros outside x. The next block's x is fetched meanwhile.
-template <int kColumns>
-struct Columns {
-  using S = Shape<kColumns>;
-  uint32_t a[S::tiles][4][4];
-  uint4 fetched[S::tiles][S::halves][2];
-  uint32_t shared;  // 32 columns: where they are fetched to
-  const __nv_bfloat16* first;  // 32 columns: of x, what the lane fetches first of a block's with k = 0
-
-  __device__ __forceinline__ Columns(const Arguments& g, int column0, uint32_t shared, int lane)
-      : shared(shared), first(g.x + static_cast<size_t>(column0 + lane / 8) * g.k + lane % 8 * 8) {}
-  __device__ __forceinline__ void fetch(const Arguments& g, int column0, int k_block, int lane) {
-    const int k = k_block * layout::kBlock;
-    if (S::x_bytes && g.x_aligned && column0 + kColumns <= g.n && k + layout::kBlock <= g.k) {
-      const __nv_bfloat16* from = first + k;
-#pragma unroll
-      for (int i = 0; i < kColumns / 4; ++i, from += static_cast<size_t>(g.k) * 4) copy_async_16(place(i * 4 + lane / 8, lane % 8), from);
-    } else if (S::x_bytes) {
-#pragma unroll
-      for (int i = 0; i < kColumns / 4; ++i) {
-        const int column = i * 4 + lane / 8, piece = lane % 8, from = k + piece * 8;
-        const uint32_t to = place(column, piece);
-        if (g.x_aligned) {
-          const bool valid = column0 + column < g.n && from < g.k;
-          copy_async_16(to, valid ? g.x + static_cast<size_t>(column0 + column) * g.k + from : g.x, valid ? 16 : 0);
-        } else {
-          const uint4 v = gather(g, column0 + column, from);
-          store_16(to, v.x, v.y, v.z, v.w);
-        }
-      }
-    } else {
-      each([&](int t, int half, int i) {
-        const int column = column0 + t * 16 + half * 8 + lane / 4, from = k + i * 32 + lane % 4 * 8;
-        if (g.x_aligned) {
-          fetched[t][half][i] = load_if(column < g.n && from < g.k, g.x + static_cast<size_t>(column) * g.k + from);
-        } else {
-          fetched[t][half][i] = gather(g, column, from);
-        }
-      });
-    }
-  }
-  // What was fetched together is not what an instruction takes together: joined to a zero that the compiler does not know, words are
-  // moved here once and not again before each instruction.
-  __device__ __forceinline__ void arrange(uint32_t zero, int lane) {
-    each([&](int t, int half, int i) {
-      const uint4 v = S::x_bytes ? load_16(place(t * 16 + half * 8 + lane / 4, lane % 4 + i * 4)) : fetched[t][half][i];
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        uint32_t* to = a[t][2 * i + j / 2] + j % 2 * 2;
-        to[half] = words[j] | zero;
-        if (S::halves == 1) to[1] = words[j] & zero;
-      }
-    });
-  }
-
- private:
-  // Of 8 k of a column in shared memory: no bank conflicts for 8 pieces of a column and for 4 of two.
-  __device__ __forceinline__ uint32_t place(int column, int piece) const {
-    return shared + column * (layout::kBlock * 2) + (piece ^ column % 2 * 4) * 16;
-  }
-  static __device__ __forceinline__ uint4 gather(const Arguments& g, int column, int k) {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(g.x) + static_cast<size_t>(column) * g.k + k;
-    uint32_t v[8];
-#pragma unroll
-    for (int e = 0; e < 8; ++e) v[e] = column < g.n && k + e < g.k ? __ldg(from + e) : 0;
-    return make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
-  }
-  template <class Body>
-  static __device__ __forceinline__ void each(Body&& body) {
-#pragma unroll
-    for (int t = 0; t < S::tiles; ++t)
-#pragma unroll
-      for (int half = 0; half < S::halves; ++half)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) body(t, half, i);
-  }
-};
 
 // A band's weights, as the B operand: of rows g of its two rows of FragTiles the k that x has.
 struct Band {
@@ -201,8 +118,8 @@ __global__ void __launch_bounds__(32 * Shape<kColumns>::max_warps, 1) product(co
 
   const uint32_t plane = scratch + 3 * kBitmapBytes;
   int row_block = begin / g.k_blocks, k_block = begin - row_block * g.k_blocks;
-  Columns<kColumns> x(g, column0, scratch + kScratchBytes, lane);
-  if (begin < end) x.fetch(g, column0, k_block, lane);
+  Columns<kColumns> x(g.x, column0, scratch + kScratchBytes, lane);
+  if (begin < end) x.fetch(g.x, column0, k_block, lane);
   const uint32_t start_exp = kRaw ? 0 : *g.source.start_exp;
   const Ring ring(own, scratch, lane);
   Runs runs, next_runs;  // of 32 blocks from `runs_from` on, one a lane; of the last block whose copies were started
@@ -261,10 +178,10 @@ __global__ void __launch_bounds__(32 * Shape<kColumns>::max_warps, 1) product(co
         weights.load([&](int frag) { return load_16(lane_rows + frag * kFragBytes); });
         __syncwarp();
       }
-      if (band == 0) x.arrange(g.zero, lane);
-      if (band == (S::x_bytes ? 0 : 2)) {
-        if (S::x_bytes) __syncwarp();
-        if (block + 1 < end) x.fetch(g, column0, next_k, lane);
+      if (band == 0) x.arrange(g.x, lane);
+      if (band == (Columns<kColumns>::shared_bytes ? 0 : 2)) {
+        if (Columns<kColumns>::shared_bytes) __syncwarp();
+        if (block + 1 < end) x.fetch(g.x, column0, next_k, lane);
       }
     }
     sums.add(kBands - 1, x, weights);
@@ -383,13 +300,12 @@ cudaError_t launch_matmul(const Payload& w, const __nv_bfloat16* x, int n, const
   Arguments g = {};
   g.source = MakeSource(w);
   g.raw = reinterpret_cast<const uint4*>(raw);
-  g.x = x;
+  g.x = {x, n, static_cast<int>(w.k), 0, w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0};
   g.epilogue = epilogue;
   g.workspace = workspace;
   g.m = static_cast<int>(w.m), g.k = static_cast<int>(w.k), g.n = n;
   g.k_blocks = static_cast<int>(layout::CeilDiv(w.k, layout::kBlock));
   g.row_blocks = static_cast<int>(layout::CeilDiv(w.m, layout::kBlock));
-  g.x_aligned = w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
   const auto run = [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
     return raw ? launch<kColumns, true>(g, options, stream) : launch<kColumns, false>(g, options, stream);
