@@ -10,12 +10,13 @@ import pytest
 from hlo import made_of_shape, weight_shapes
 from jaxzip.models import GREEDY, Llama, LlamaConfig, fuse_projections, generate, memory_plan, random_params
 from jaxzip.models.attention import _append_and_attend, _kernel_for_each, _kernel_for_one
-from jaxzip.models.decode_attention import CHUNK
+from jaxzip.models.decode_attention import FIXED
 
 import jaxzip
 from jaxzip.testing import bits
 
 internals = importlib.import_module("jaxzip.models.generate")
+CHUNK = FIXED[0]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,9 +38,9 @@ def compressed(params, format):
     return jax.tree_util.tree_map_with_path(compress, params)
 
 
-def model(config, params, format, fused=False):
+def model(config, params, format, fused=False, implementation="ffi"):
     tree = compressed(params, format)
-    return Llama.from_params(config, fuse_projections(tree) if fused else tree, implementation="ffi")
+    return Llama.from_params(config, fuse_projections(tree) if fused else tree, implementation=implementation)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -111,7 +112,7 @@ def test_prefill_decodes_weights_into_one_scratch():
 
     def temporary(layers):
         deep = dataclasses.replace(config, num_layers=layers)
-        encoded = model(deep, random_params(deep), "lane-planar", fused=True)
+        encoded = model(deep, random_params(deep), "lane-planar", fused=True, implementation=None)
         setup = internals._Setup.of(encoded, [list(range(400))], 16, GREEDY, None, None, 0)
         return internals._start.lower(setup.static, False, setup.weights, setup.inputs).compile().memory_analysis()
 
@@ -123,7 +124,7 @@ def test_peak_memory_is_the_planned():
     config = dataclasses.replace(
         CONFIG, hidden_size=2048, intermediate_size=8192, num_heads=16, head_dim=128, num_layers=4, vocab_size=32000
     )
-    encoded = model(config, random_params(config), "lane-planar", fused=True)
+    encoded = model(config, random_params(config), "lane-planar", fused=True, implementation=None)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(encoded.to_params()))
     setup = internals._Setup.of(encoded, [list(range(500))] * 8, 64, GREEDY, None, None, 0)
     a = internals._generate.lower(setup.static, False, setup.weights, setup.inputs).compile().memory_analysis()

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from jaxzip.models import decode_attention
 from jaxzip.models.attention import QUERY_BLOCK, _append_and_attend, _kernel_for_each, _kernel_for_one
-from jaxzip.models.decode_attention import CHUNK, GATHER, supported
+from jaxzip.models.decode_attention import FIXED, GATHER, supported
 from jaxzip.models.layers import RMSNorm
 from jaxzip.models.rms_norm import rms_norm
 
 from jaxzip.testing import bits
+
+CHUNK = FIXED[0]
 
 pytestmark = pytest.mark.skipif(not supported(64, "bfloat16"), reason="this JAX has no Pallas Triton backend")
 
@@ -38,9 +40,10 @@ one = functools.partial(_kernel_for_one, interpret=True)
         (2, 2, 1, 64, CHUNK + 1, [0, 1], CHUNK),
     ],
 )
-@pytest.mark.parametrize("many", [1, 1 << 20])
-def test_one_query_a_row(monkeypatch, many, batch, heads, kv_heads, head_dim, slots, start, end):
-    monkeypatch.setattr(decode_attention, "MANY_PROGRAMS", many)  # long chunks from one row on, or never
+@pytest.mark.parametrize("long", [False, True])
+def test_one_query_a_row(monkeypatch, long, batch, heads, kv_heads, head_dim, slots, start, end):
+    # The longest chunks, of which a short cache has one, or the shortest.
+    monkeypatch.setattr(decode_attention, "CHUNKS", ((0, decode_attention.CHUNKS[0 if long else -1][1]),))
     arguments = (*case(batch, heads, kv_heads, head_dim, slots), jnp.array(start, jnp.int32), jnp.int32(end))
     out, keys, values = one(*arguments)
     expected, *cache = jax.jit(functools.partial(_append_and_attend, num_heads=heads))(*arguments)
@@ -69,7 +72,7 @@ def test_a_row_depends_on_neither_batch_nor_padding_nor_the_length_of_the_cache(
     alone = fixed(qkv[1:2], cos[1:2], sin[1:2], keys[1:2], values[1:2], jnp.array([0]), jnp.int32(300))[0]
     # The same sequence, 57 slots later, between others, in a longer cache.
     moved = [jnp.pad(a, ((0, 0), (0, 0), (57, 200), (0, 0))) for a in (keys, values)]
-    monkeypatch.setattr(decode_attention, "MANY_PROGRAMS", 2)
+    monkeypatch.setattr(decode_attention, "CHUNKS", ((2, (1024, 2)), *decode_attention.CHUNKS))
     together = fixed(qkv, cos, sin, *moved, jnp.array([4, 57, 200]), jnp.int32(357))[0]
     assert np.array_equal(bits(alone[0]), bits(together[1]))
 
