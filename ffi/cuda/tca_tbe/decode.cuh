@@ -285,6 +285,7 @@ struct Decoder {
     const uint32_t first = position - __shfl_sync(kAllLanes, before, 0);
 #pragma unroll 1
     for (uint32_t i = lane; i < kMost && first + i < unstaged_count; i += 32) store_half(free + 2 * i, unstaged[first + i]);
+    fence_stores_before_copies();  // the next of this stage
     fallbacks = free - 2 * first + lane * 64;
     __syncwarp();
   }

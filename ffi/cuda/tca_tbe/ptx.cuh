@@ -89,6 +89,12 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, int
 }
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Puts this thread's stores to shared memory before bulk copies that a later barrier allows.
+__device__ __forceinline__ void fence_stores_before_copies() {
+#ifdef JAXZIP_BULK_COPIES
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 #ifdef JAXZIP_BULK_COPIES
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
