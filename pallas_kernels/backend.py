@@ -17,13 +17,11 @@ from jaxzip.ops.matmul import finish
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 LANE_PLANAR = "lane-planar"
-#: Ahead of the FFI kernels (10) where it was measured to be faster than they are, else behind them and ahead of XLA.
-PREFERRED_PRIORITY, MOSAIC_PRIORITY = 20, 5
+#: Ahead of XLA, behind the FFI kernels (10).
+MOSAIC_PRIORITY = 5
 #: Nobody gets it without asking.
 PORTABLE_PRIORITY = -1
 MOST_ROWS = 256
-#: Where Mosaic's matmul is faster than the FFI one: rows of x, and weights of a matrix at least.
-PREFERRED_ROWS, PREFERRED_SIZE = range(33, 129), 1 << 24
 HOPPER = "9.0"
 
 
@@ -53,7 +51,6 @@ def register_cuda() -> None:
     add = functools.partial(registry.register, name="pallas", platforms=("cuda",))
     add("decompress", fn=_mosaic_decompress, check=_check_mosaic, priority=MOSAIC_PRIORITY)
     add("matmul", fn=_mosaic_matmul, check=_check_mosaic_matmul, priority=MOSAIC_PRIORITY)
-    add("matmul", fn=_mosaic_matmul, check=_check_preferred, priority=PREFERRED_PRIORITY)
 
 
 def _check_format(z: CompressedTensor) -> None:
@@ -112,13 +109,6 @@ def _check_mosaic_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, b
         raise NotImplementedError(f"the Mosaic kernels return bfloat16 and float32, not {out_dtype}")
     if x.shape[0] > MOST_ROWS:
         raise NotImplementedError(f"the Mosaic kernels take up to {MOST_ROWS} rows of x, here are {x.shape[0]}")
-
-
-def _check_preferred(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> None:
-    _check_mosaic_matmul(x, w, bias, residual, out_dtype=out_dtype, batch_invariant=batch_invariant)
-    m, k = w.matrix_shape
-    if x.shape[0] not in PREFERRED_ROWS or m * k < PREFERRED_SIZE:
-        raise NotImplementedError("preferred for other shapes only")
 
 
 def _portable_decompress(z: CompressedTensor, *, interpret: bool) -> jax.Array:

@@ -16,21 +16,42 @@ from jaxzip.pallas_kernels import mosaic_lanes as lanes
 
 from jaxzip.formats import lane_planar as layout
 
-#: bf16 bits of the constant high exponent bits, twice.
-_CONSTANT_PAIR = 0x3C003C00
-_TILE_BYTES = 2048  # of a patch plane
-#: u16 elements of a warp group's planes, with a word a warp where lanes without an escape store.
-PLANE_SHAPE = (layout.POSITIONS + 8,)
-_UNUSED = 4 * _TILE_BYTES
+#: Of a plane that nothing is patched in: the upper bytes of weights without sign and code.
+_CONSTANT_WORD = 0x3C3C3C3C
+_TILE_BYTES = 1024  # of a plane
+#: Bytes of a warp group's planes, with a word a warp where lanes without an escape store.
+PLANE_SHAPE = (layout.POSITIONS + 16,)
+_UNUSED = layout.POSITIONS
 #: Words of a block as a TMA box: a product of two numbers up to 256, the inner one a multiple of 4 and wide.
 BOXES = {1424: (89, 16), 1440: (6, 240), 1456: (7, 208), 1464: (6, 244), 1472: (8, 184)}
 _BLOCK_A = plgpu.ShapeDtypeStruct((layout.BLOCK, layout.BLOCK), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
-_SIGN_MANTISSA, _CODE = 0x807F807F, 0x03800380
+_CODE, _HIGH = 0x03800380, 0x7C007C00
+
+# A word of a plane has two registers of a lane, where their signs and mantissas lie in the packed word: byte 2 h + 1 is
+# half h of the even register, byte 2 h that of the odd one. From a position in $at to its place, with b as scratch:
+_TO_PLANE = """and.b32 b, $at, 3;
+or.b32 b, b, 0x4440;
+prmt.b32 b, 0x02000301, 0, b;
+and.b32 $at, $at, 4092;
+or.b32 $at, $at, b;
+add.u32 $at, $at, $planes;
+"""
+# The byte of an entry's code in c: 0 for 0, else the five high exponent bits, two up.
+_CODE_TO_BYTE = """setp.ne.u32 q, c, 0;
+add.u32 c, c, 12288;
+shr.u32 c, c, 10;
+selp.b32 c, c, 0, q;
+"""
+
+
+def _to_plane(at: str, planes: str) -> str:
+    return _TO_PLANE.replace("$at", at).replace("$planes", planes)
+
 
 # Entries of the tile from the lane's 33rd, 65th, ... on; then the block's overflow entries, a lane each.
-_RARE = """{
+_RARE = f"""{{
 .reg .pred p, q;
-.reg .b32 i, e, c, a;
+.reg .b32 i, e, c, a, b;
 .reg .b16 h;
 .reg .b64 g;
 setp.eq.u32 p, $0, 0;
@@ -42,17 +63,9 @@ setp.ge.u32 p, i, $2;
 shl.b32 a, i, 1;
 add.u32 a, a, $3;
 ld.shared.b16 h, [a];
-cvt.u32.u16 e, h;
-and.b32 a, e, 4095;
-shl.b32 a, a, 1;
-add.u32 a, a, $4;
-and.b32 c, e, 61440;
-setp.ne.u32 q, c, 0;
-add.u32 c, c, 12288;
-shr.u32 c, c, 2;
-selp.b32 c, c, 0, q;
-cvt.u16.u32 h, c;
-st.shared.b16 [a], h;
+cvt.u32.u16 a, h;
+and.b32 c, a, 61440;
+{_to_plane("a", "$4")}{_CODE_TO_BYTE}st.shared.b8 [a], c;
 add.u32 i, i, 32;
 bra INSIDE;
 SPILLED:
@@ -64,23 +77,30 @@ OVERFLOW:
 setp.ge.u32 p, i, $7;
 @p bra DONE;
 mad.wide.u32 g, i, 8, $6;
-ld.global.nc.v2.b32 {a, e}, [g];
-setp.ne.u32 p, a, $8;
+ld.global.nc.v2.b32 {{c, e}}, [g];
+setp.ne.u32 p, c, $8;
 @p bra DONE;
-and.b32 c, e, 4095;
-shr.u32 a, c, 10;
+shr.u32 a, e, 10;
+and.b32 a, a, 3;
 setp.eq.u32 q, a, $10;
-shl.b32 c, c, 1;
-add.u32 c, c, $4;
-shr.u32 a, e, 12;
-and.b32 a, a, 31;
-shl.b32 a, a, 10;
-cvt.u16.u32 h, a;
-@q st.shared.b16 [c], h;
+mov.b32 a, e;
+{_to_plane("a", "$4")}shr.u32 c, e, 12;
+shl.b32 c, c, 2;
+@q st.shared.b8 [a], c;
 add.u32 i, i, 32;
 bra OVERFLOW;
 DONE:
-}"""
+}}"""
+
+_FIRST_ENTRY = f"""{{
+.reg .pred p, q;
+.reg .b32 b, c;
+and.b32 c, $2, 61440;
+mov.b32 $0, $2;
+{_to_plane("$0", "$3")}{_CODE_TO_BYTE}mov.b32 $1, c;
+setp.lt.u32 p, $4, $5;
+selp.b32 $0, $0, $6, p;
+}}"""
 
 _FILL_IF = """{
 .reg .pred p;
@@ -88,8 +108,6 @@ setp.eq.u32 p, $0, 0;
 @p bra DONE;
 st.shared.v4.b32 [$1], {$2, $2, $2, $2};
 st.shared.v4.b32 [$1+512], {$2, $2, $2, $2};
-st.shared.v4.b32 [$1+1024], {$2, $2, $2, $2};
-st.shared.v4.b32 [$1+1536], {$2, $2, $2, $2};
 DONE:
 }"""
 
@@ -111,9 +129,9 @@ def fill_plane(plane_ref) -> None:
 
     @lanes.inline([plgpu.RefType()])
     def fill(plane):
-        at = lanes.add(lanes.shared_address(plane), lanes.multiply(lanes.thread(), 64))
-        for i in range(4):
-            lanes.asm(f"st.shared.v4.b32 [$0+{16 * i}], {{$1, $1, $1, $1}};", "r,r", at, lanes.constant(_CONSTANT_PAIR))
+        at = lanes.add(lanes.shared_address(plane), lanes.multiply(lanes.thread(), 32))
+        for i in range(2):
+            lanes.asm(f"st.shared.v4.b32 [$0+{16 * i}], {{$1, $1, $1, $1}};", "r,r", at, lanes.constant(_CONSTANT_WORD))
         lanes.warp_group_barrier()
 
     fill(plane_ref)
@@ -124,7 +142,7 @@ def decode(block_ref, plane_ref, overflow_ref, number: jax.Array) -> jax.Array:
 
     Args:
       block_ref: u32 words of the block in shared memory, in any shape.
-      plane_ref: u16 PLANE_SHAPE in shared memory, filled; the same after the call.
+      plane_ref: u8 PLANE_SHAPE in shared memory, filled; the same after the call.
       overflow_ref: u32 ``[2 V]`` in global memory.
       number: int32, 1 + the block's number, as overflow entries give it.
     """
@@ -154,7 +172,6 @@ def decode_words(block, plane, overflow, overflow_length: int, number) -> tuple[
     thread = lanes.thread()
     tile, lane = lanes.shift_left(thread, -5), both(thread, 31)
     block_at, planes_at = lanes.shared_address(block), lanes.shared_address(plane)
-    tile_plane = add(planes_at, multiply(tile, _TILE_BYTES))  # where a position of the block is at 2 * position
 
     # Escapes to the plane: a lane takes one entry of its tile.
     ends, first_overflow = _load(block_at, 4 * layout.HEADER, 2)
@@ -168,14 +185,11 @@ def decode_words(block, plane, overflow, overflow_length: int, number) -> tuple[
         " cvt.u32.u16 $0, h; }",
         "=r,r,r,r", add(entries_at, lanes.shift_left(index, 1)), index, last, results=[i32],
     )  # fmt: skip
-    patched, high = lanes.asm(
-        "{ .reg .pred p, q; .reg .b32 c; and.b32 $0, $2, 4095; mad.lo.u32 $0, $0, 2, $3; setp.lt.u32 p, $4, $5;"
-        " selp.b32 $0, $0, $6, p; and.b32 c, $2, 61440; setp.ne.u32 q, c, 0; add.u32 c, c, 12288; shr.u32 c, c, 2;"
-        " selp.b32 $1, c, 0, q; }",
-        "=&r,=&r,r,r,r,r,r", entry, planes_at, index, last, add(planes_at, _UNUSED, multiply(tile, 4)),
+    patched, value = lanes.asm(
+        _FIRST_ENTRY, "=&r,=&r,r,r,r,r,r", entry, planes_at, index, last, add(planes_at, _UNUSED, multiply(tile, 4)),
         results=[i32, i32], pure=True,
     )  # fmt: skip
-    _store_half(patched, high)
+    _store_byte(patched, value)
     (rare,) = lanes.asm(
         "{ .reg .pred p; .reg .b32 c; sub.u32 c, $1, $2; setp.gt.u32 p, c, 32; selp.b32 c, 1, 0, p;"
         " or.b32 $0, c, $3; }",
@@ -193,13 +207,19 @@ def decode_words(block, plane, overflow, overflow_length: int, number) -> tuple[
     codes += _load(add(codes_at, multiply(lane, 4)), 4 * layout.CODE_START + 256, 1)
 
     lanes.warp_barrier()
-    own_plane = add(tile_plane, multiply(lane, 16))
-    high = sum((_load(own_plane, 512 * j, 4) for j in range(4)), [])
+    tile_plane = add(planes_at, multiply(tile, _TILE_BYTES))
+    own_plane = add(tile_plane, multiply(lane, 8))
+    high = sum((_load(own_plane, 256 * j, 2) for j in range(4)), [])
     lanes.warp_barrier()
-    _store_half(patched, lanes.constant(_CONSTANT_PAIR & 0xFFFF))
-    lanes.asm(_FILL_IF, "r,r,r", rare, own_plane, lanes.constant(_CONSTANT_PAIR))
+    _store_byte(patched, lanes.constant(_CONSTANT_WORD & 0xFF))
+    lanes.asm(_FILL_IF, "r,r,r", rare, add(tile_plane, multiply(lane, 16)), lanes.constant(_CONSTANT_WORD))
     lanes.warp_barrier()
     return _merge(sign_mantissa, codes, high), first_overflow
+
+
+def _select(mask: int, a, b):
+    """Bits of ``a`` where ``mask`` has ones, else of ``b``."""
+    return lanes.either(lanes.both(a, mask), lanes.both(b, ~mask))
 
 
 def _merge(sign_mantissa: list, codes: list, high: list) -> list:
@@ -208,14 +228,15 @@ def _merge(sign_mantissa: list, codes: list, high: list) -> list:
     for p in range(16):
         if p < 15:
             placed = lanes.shift_left(codes[p // 5], 7 - layout.CODE_BITS[p % 5])
-            exponent = both(placed, _CODE)
         else:
             bits = [lanes.shift_left(both(codes[q], 0x00010001), 7 + q) for q in range(3)]
-            exponent = either(either(bits[0], bits[1]), bits[2])
-        packed = sign_mantissa[p // 2]
-        if p % 2:  # odd registers lie byte-swapped in the same word
-            (packed,) = lanes.asm("prmt.b32 $0, $1, 0, 0x2301;", "=r,r", packed, results=[lanes.i32()], pure=True)
-        registers.append(either(both(packed, _SIGN_MANTISSA), either(exponent, high[p])))
+            placed = either(either(bits[0], bits[1]), bits[2])
+        if p % 2:  # odd registers lie byte-swapped in the same words
+            others = _select(_HIGH >> 8, high[p // 2], sign_mantissa[p // 2])
+            (others,) = lanes.asm("prmt.b32 $0, $1, 0, 0x2301;", "=r,r", others, results=[lanes.i32()], pure=True)
+        else:
+            others = _select(_HIGH, high[p // 2], sign_mantissa[p // 2])
+        registers.append(_select(_CODE, placed, others))
     return registers
 
 
@@ -229,5 +250,5 @@ def _selector(tile, of: int):
     return selector
 
 
-def _store_half(address, value) -> None:
-    lanes.asm("{ .reg .b16 h; cvt.u16.u32 h, $1; st.shared.b16 [$0], h; }", "r,r", address, value)
+def _store_byte(address, value) -> None:
+    lanes.asm("st.shared.b8 [$0], $1;", "r,r", address, value)

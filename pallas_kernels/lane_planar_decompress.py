@@ -6,6 +6,7 @@ TMA's 128-byte swizzle, and from there by TMA to its place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -49,23 +50,19 @@ def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: 
 
         def step(index, blocks):
             first = (part * _STEPS + index[0]) * _PER_STEP
-            for i in range(_PER_STEP):
-                column = first + i
-                tile = tiles.at[i % _TILES]
+
+            def decode(i):
+                column, tile = first + i, tiles.at[i % _TILES]
                 plgpu.wait_smem_to_gmem(_TILES - 1, wait_read_only=True)
-                _decode_to_tile(
-                    blocks.at[0, i],
-                    plane,
-                    overflow_ref,
-                    shift_ref,
-                    tile,
-                    row_block,
-                    1 + row_block * columns + column,
-                    transposed,
-                )
+                number = 1 + row_block * columns + column
+                _decode_to_tile(blocks.at[0, i], plane, overflow_ref, shift_ref, tile, row_block, number, transposed)
                 plgpu.commit_smem()
                 place = tuple(pl.ds(at * layout.BLOCK, layout.BLOCK) for at in (row_block, column))
                 plgpu.copy_smem_to_gmem(tile, out_ref.at[place[::-1] if transposed else place])
+
+            for i in range(_PER_STEP):
+                # Past the last column TMA would not drop the tile where the output is one tile wide.
+                pl.when(first + i < columns)(functools.partial(decode, i))
 
         plgpu.emit_pipeline(
             step,
@@ -86,7 +83,7 @@ def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: 
         grid_names=("row", "part"),
         kernel_name="jaxzip_lane_planar_decompress",
         scratch_types={
-            "plane": plgpu.SMEM(lane_planar_block.PLANE_SHAPE, jnp.uint16),
+            "plane": plgpu.SMEM(lane_planar_block.PLANE_SHAPE, jnp.uint8),
             "tiles": plgpu.SMEM((_TILES, layout.BLOCK, layout.BLOCK), jnp.bfloat16, transforms=_SWIZZLED),
         },
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),

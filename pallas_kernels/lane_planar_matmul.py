@@ -61,7 +61,7 @@ class Config:
 
     def room_for_stages(self) -> int:
         """Bytes of shared memory beside patch planes and barriers."""
-        return SHARED_BYTES - _FIXED_BYTES - self.groups * lane_planar_block.PLANE_SHAPE[0] * 2
+        return SHARED_BYTES - _FIXED_BYTES - self.groups * lane_planar_block.PLANE_SHAPE[0]
 
     def multiplier_registers(self) -> int:
         """A thread's registers where warp groups multiply; the copying one gives up what it does not need."""
@@ -147,7 +147,7 @@ def _kernel(config: Config, output, row_blocks: int, k_blocks: int, width: int, 
     )
     exchange = plgpu.SMEM((output.exchange_bytes // 4,), jnp.float32)
     scratch = {
-        "planes": plgpu.SMEM((config.groups, *lane_planar_block.PLANE_SHAPE), jnp.uint16),
+        "planes": plgpu.SMEM((config.groups, *lane_planar_block.PLANE_SHAPE), jnp.uint8),
         "memory": plgpu.RefUnion(ring, exchange) if output.exchange_bytes else ring,
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
         "empty": plgpu.Barrier(num_arrivals=config.groups, num_barriers=config.stages),

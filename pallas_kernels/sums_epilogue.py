@@ -4,7 +4,7 @@ wgmma leaves a lane with two rows (m) of two neighbouring columns (n) of every 8
 8 columns go through shared memory, [n][64 m] with m permuted by n so that neither side has bank conflicts:
 
     sums in registers ──(K is split)──► exchange: each item (row group, 8 columns) with its owner, from every source
-          └──────────────────────────────────┴──► staging [32 n][64 m] ──► scale, bias, residual ──► y
+          └──────────────────────────────────┴──► staging [16 n][64 m] ──► scale, bias, residual ──► y
 
 Sums cross CTAs by `st.async`, which counts bytes on a barrier of the owner: a fence of the whole cluster costs more.
 """
@@ -106,7 +106,7 @@ def finish(output: Output, sums, row_block, group, rank, stage, exchange, barrie
       row_block: int32, number of its 64 rows.
       group: as in `prepare`.
       rank: as in `prepare`.
-      stage: 8 KB of shared memory of the warp group's own.
+      stage: 4 KB of shared memory of the warp group's own.
       exchange: exchange_bytes of shared memory of the CTA, where operands may have been; None where K is not split.
       barriers: what `prepare` got; None where no cluster splits K.
       shift: int8 ``[64 R]`` in global memory; so are the following.

@@ -7,7 +7,7 @@ from jaxzip.pallas_kernels import mosaic_lanes as lanes
 
 GROUP = 8  # columns that are written together
 ITEM_BYTES = 64 * GROUP * 4
-STAGED = 4  # groups that the staging takes at a time: the 8 KB of a warp group's patch planes
+STAGED = 2  # groups that the staging takes at a time: the 4 KB of a warp group's patch planes
 
 
 class Writer:
