@@ -1,7 +1,7 @@
 """The fused GPU matmul as a user of jaxzip gets it, against XLA's bf16 dot, in the same run, with cold weights.
 
-A jitted loop, as one that generates tokens, multiplies in each step by copies of a weight that together exceed the L2
-cache, one after another. XLA runs its body as a CUDA graph, and it is long enough for its wall time to be the device's.
+A jitted program, as one that generates tokens, multiplies by copies of a weight that together exceed the L2 cache, one
+after another. XLA runs it as CUDA graphs; calls of it queue up, so that the wall time of many is the device's.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ SHAPES = (
 )  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COLD_BYTES = 420e6  # several times the L2 of an H200
-PROGRAM_US = 40000  # what one program should take, about: its dispatch costs 1000
-STEP_LAUNCHES = 24
+QUEUE_US = 60000  # what a timed queue of calls should take, about: the first call's dispatch costs 1000
+MOST_LAUNCHES = 240  # of a program, whose instructions XLA compiles one by one
+OUTPUT_BYTES = 16e9  # of a program: it returns every product
 LARGE = 50e6  # weights: where a matrix counts as large
 DENSE = "xla dot"
 
@@ -39,43 +40,47 @@ def copies_of(weight, count: int) -> list:
     return [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(count - 1))]
 
 
-def rounds_of(weights: list) -> int:
-    """How often one step of the loop goes through the weights: a step costs some 25 us of its own."""
-    return math.ceil(STEP_LAUNCHES / len(weights))
+def launches_of(weights: list, output_bytes: float) -> int:
+    """How often a program multiplies: whole rounds through the weights."""
+    rounds = min(MOST_LAUNCHES, int(OUTPUT_BYTES / output_bytes)) // len(weights)
+    return len(weights) * max(1, rounds)
 
 
-def program(multiply):
-    """``steps`` times x times every weight, in turns; no product may leave the loop or be merged with another."""
+def program(multiply, launches: int):
+    """Products of x by the weights in turns, all returned: XLA drops what nobody reads, and copies what a loop carries."""
 
-    def run(x, weights, steps):
-        def step(_, x):
-            for w in weights * rounds_of(weights):
-                # Every x stands behind the product before: the same bits, another value to XLA.
-                x, _ = jax.lax.optimization_barrier((x, multiply(x, w)))
-            return x
+    def run(x, weights):
+        products = []
+        for i in range(launches):
+            # Operands stand behind the product before: the same bits, another value to XLA, which merges what is alike.
+            x, w = jax.lax.optimization_barrier((x, weights[i % len(weights)]))
+            x, y = jax.lax.optimization_barrier((x, multiply(x, w)))
+            products.append(y)
+        return products, x  # without x XLA would see through the barriers
 
-        return jax.lax.fori_loop(0, steps, step, x)
-
-    return jax.jit(run, static_argnums=2)
+    return jax.jit(run)
 
 
-def median_us(compiled, arguments, launches: int, repeats: int) -> float:
-    """Median microseconds of one of a program's ``launches``."""
+def median_us(compiled, arguments, launches: int, repeats: int, expected_us: float) -> float:
+    """Median microseconds of one of a program's ``launches``, over queues of calls."""
+    calls = max(2, math.ceil(QUEUE_US / (launches * expected_us)))
     jax.block_until_ready(compiled(*arguments))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        times.append((time.perf_counter() - start) / launches * 1e6)
+        for _ in range(calls):
+            products = compiled(*arguments)
+        jax.block_until_ready(products)
+        times.append((time.perf_counter() - start) / (calls * launches) * 1e6)
     return statistics.median(times)
 
 
 def copy_bandwidth() -> float:
     """Bytes read and written a second by XLA's copies of 1 GiB."""
     sources = [jnp.full(1 << 28, i, jnp.uint32) for i in range(2)]
-    copy = program(lambda x, w: w ^ x)
-    us = median_us(copy.lower(jnp.uint32(1), sources, 4).compile(), (jnp.uint32(1), sources), 4 * STEP_LAUNCHES, 5)
-    return 2 * sources[0].nbytes / (us * 1e-6)
+    moved = 2 * sources[0].nbytes
+    copy = program(lambda x, w: w ^ x, 8).lower(jnp.uint32(1), sources).compile()
+    return moved / (median_us(copy, (jnp.uint32(1), sources), 8, 5, moved / 4e6) * 1e-6)
 
 
 def measure(shape, kind: str, rows: list[int], formats: list[str], repeats: int, bandwidth: float) -> list[dict]:
@@ -87,13 +92,11 @@ def measure(shape, kind: str, rows: list[int], formats: list[str], repeats: int,
         candidates[name] = (lambda x, z: jaxzip.matmul(x, z, implementation="ffi"), jaxzip.compress(w, format=name))
     weights = {name: copies_of(weight, count) for name, (_, weight) in candidates.items()}
 
-    launches = count * rounds_of(weights[DENSE])
-    steps = max(2, math.ceil(PROGRAM_US / (launches * w.nbytes / bandwidth * 1e6)))
-
     def build(job):
         name, n = job
         x = jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16)
-        return (x, weights[name]), program(candidates[name][0]).lower(x, weights[name], steps).compile()
+        launches = launches_of(weights[name], 2 * n * m)
+        return launches, (x, weights[name]), program(candidates[name][0], launches).lower(x, weights[name]).compile()
 
     jobs = [(name, n) for n in rows for name in candidates]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -102,12 +105,16 @@ def measure(shape, kind: str, rows: list[int], formats: list[str], repeats: int,
     for n in rows:
         us = {}
         for name in candidates:
-            arguments, compiled = built[name, n]
-            us[name] = median_us(compiled, arguments, steps * launches, repeats)
+            launches, arguments, compiled = built[name, n]
+            us[name] = median_us(compiled, arguments, launches, repeats, w.nbytes / bandwidth * 1e6)
         for name in formats:
             z = candidates[name][1]
             moved = z.nbytes + 2 * n * (m + k)
             floor = moved / bandwidth * 1e6
+            if min(us.values()) < floor / 2:
+                raise RuntimeError(
+                    f"M={m}, K={k}, N={n}: {us} us, memory alone takes {floor:.1f}: XLA dropped products"
+                )
             found.append(
                 {"M": m, "K": k, "N": n, "weights": kind, "format": name, "bits": z.bits_per_weight}
                 | {"us": us[name], "dense us": us[DENSE], "ratio": us[DENSE] / us[name]}
@@ -124,11 +131,10 @@ def measure_decompression(shape, kind: str, formats: list[str], repeats: int, ba
             w = synthetic.weights(kind, (k, m) if axis == -1 else (m, k))
             z = jaxzip.compress(w, format=name, output_axis=axis)
             count = min(16, max(1, math.ceil(COLD_BYTES / z.nbytes)))
-            decode = program(lambda _, z: jaxzip.decompress(z, implementation="ffi"))
             moved, zs, x = z.nbytes + w.nbytes, copies_of(z, count), jnp.zeros(())
-            launches = count * rounds_of(zs)
-            steps = max(2, math.ceil(PROGRAM_US / (launches * moved / bandwidth * 1e6)))
-            us = median_us(decode.lower(x, zs, steps).compile(), (x, zs), steps * launches, repeats)
+            launches = launches_of(zs, w.nbytes)
+            decode = program(lambda _, z: jaxzip.decompress(z, implementation="ffi"), launches).lower(x, zs).compile()
+            us = median_us(decode, (x, zs), launches, repeats, moved / bandwidth * 1e6)
             found.append(
                 {"M": m, "K": k, "weights": kind, "format": name, "order": order, "us": us}
                 | {"TB/s": moved / us / 1e6, "share of copy": moved / us * 1e6 / bandwidth}
@@ -198,7 +204,7 @@ def main() -> None:
                 "setup": {
                     "weights": {name: synthetic.ABOUT[name] for name in args.weights},
                     "cold": f"copies of {COLD_BYTES / 1e6:.0f} MB of dense weights or more, in turns",
-                    "times": "us a launch: wall time of a jitted loop over its launches, median",
+                    "times": "us a launch: wall time of queued calls of a jitted program over their launches, median",
                     "dense": "jnp.dot(x, w[K, M]) in bf16 by XLA, its autotuning on, same run",
                     "copy bandwidth TB/s": bandwidth / 1e12,
                     "floor": "bytes of payload, x and y over the copy bandwidth",

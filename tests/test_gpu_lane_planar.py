@@ -108,7 +108,8 @@ def test_shapes(shape):
         assert_same(y, fused(x, z, out_dtype=jnp.float32))
         assert_same(fused(x, z), y.astype(jnp.bfloat16))
         exact = jnp.dot(x, w, precision="highest", preferred_element_type=jnp.float32)
-        assert float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact)) < 1e-5
+        # Tensor Cores cut off what does not fit a sum's 24 bits, so that errors grow with the length of a sum.
+        assert float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact)) < max(1e-5, 2e-9 * k)
 
 
 @pytest.mark.parametrize("n", [1, 8, 40, 128, 300])
