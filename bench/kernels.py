@@ -101,10 +101,10 @@ def measure(
 
     def build(job):
         name, n = job
-        keys = jax.random.split(jax.random.key(n), rounds_of(weights[DENSE]))
-        xs = [jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys]
-        arguments = (xs, weights[name[0]])
-        return arguments, program(candidates[name]).lower(*arguments, steps).compile()
+        x = jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16)
+        arguments = (x, weights[name[0]])
+        launches = launches_of(arguments[1], 2 * n * m)
+        return launches, arguments, program(candidates[name], launches).lower(*arguments).compile()
 
     jobs = [(name, n) for n in rows for name in candidates]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -113,13 +113,19 @@ def measure(
     for n in rows:
         us = {}
         for name in candidates:
-            arguments, compiled = built[name, n]
-            us[name] = median_us(compiled, arguments, steps * launches, repeats)
-        dense = us.pop((DENSE, None))
-        for (name, implementation), own in us.items():
-            z = weights[name][0]
+            launches, arguments, compiled = built[name, n]
+            us[name] = median_us(compiled, arguments, launches, repeats, w.nbytes / bandwidth * 1e6)
+        dense = us[DENSE, None]
+        for name, implementation in candidates:
+            z, own = weights[name][0], us[name, implementation]
+            if name == DENSE:
+                continue
             moved = z.nbytes + 2 * n * (m + k)
             floor = moved / bandwidth * 1e6
+            if min(us.values()) < floor / 2:
+                raise RuntimeError(
+                    f"M={m}, K={k}, N={n}: {us} us, memory alone takes {floor:.1f}: XLA dropped products"
+                )
             found.append(
                 {"M": m, "K": k, "N": n, "weights": kind, "format": name, "by": implementation}
                 | {"bits": z.bits_per_weight, "us": own, "dense us": dense, "ratio": dense / own}
@@ -128,20 +134,27 @@ def measure(
     return found
 
 
-def measure_decompression(shape, kind: str, formats: list[str], repeats: int, bandwidth: float) -> list[dict]:
+def decompress_by(implementation: str):
+    return lambda _, z: jaxzip.decompress(z, implementation=implementation)
+
+
+def measure_decompression(
+    shape, kind: str, formats: list[str], implementations: list[str], repeats: int, bandwidth: float
+) -> list[dict]:
     m, k = shape
     found = []
-    for name in formats:
-        for axis, order in ((-1, "[K, M]"), (-2, "[M, K]")):
-            w = synthetic.weights(kind, (k, m) if axis == -1 else (m, k))
-            z = jaxzip.compress(w, format=name, output_axis=axis)
-            count = min(16, max(1, math.ceil(COLD_BYTES / z.nbytes)))
-            moved, zs, x = z.nbytes + w.nbytes, copies_of(z, count), jnp.zeros(())
-            launches = launches_of(zs, w.nbytes)
-            decode = program(lambda _, z: jaxzip.decompress(z, implementation="ffi"), launches).lower(x, zs).compile()
+    for name, axis in itertools.product(formats, (-1, -2)):
+        w = synthetic.weights(kind, (k, m) if axis == -1 else (m, k))
+        z = jaxzip.compress(w, format=name, output_axis=axis)
+        count = min(16, max(1, math.ceil(COLD_BYTES / z.nbytes)))
+        moved, zs, x = z.nbytes + w.nbytes, copies_of(z, count), jnp.zeros(())
+        launches = launches_of(zs, w.nbytes)
+        for implementation in implementations:
+            decode = program(decompress_by(implementation), launches).lower(x, zs).compile()
             us = median_us(decode, (x, zs), launches, repeats, moved / bandwidth * 1e6)
             found.append(
-                {"M": m, "K": k, "weights": kind, "format": name, "order": order, "us": us}
+                {"M": m, "K": k, "weights": kind, "format": name, "by": implementation}
+                | {"order": "[K, M]" if axis == -1 else "[M, K]", "us": us}
                 | {"TB/s": moved / us / 1e6, "share of copy": moved / us * 1e6 / bandwidth}
             )
     return found
@@ -152,21 +165,21 @@ def means(rows: list[dict]) -> list[dict]:
 
     Where there are several implementations, also of the best of them for each shape.
     """
-    groups: dict[tuple, list[float]] = {}
+    ratios: dict[tuple, list[float]] = {}
     best: dict[tuple, float] = {}
     for row in rows:
         size = "M*K >= 50M" if row["M"] * row["K"] >= LARGE else "smaller"
         group = row["format"], row["weights"], size, row["N"]
-        groups.setdefault((group, row["by"]), []).append(row["ratio"])
-        key = (group, row["M"], row["K"])
-        best[key] = max(best.get(key, 0), row["ratio"])
+        ratios.setdefault((*group, row["by"]), []).append(row["ratio"])
+        shape = (*group, row["M"], row["K"])
+        best[shape] = max(best.get(shape, 0), row["ratio"])
     if len({row["by"] for row in rows}) > 1:
-        for (group, *_), ratio in best.items():
-            groups.setdefault((group, "best"), []).append(ratio)
+        for (*group, _, _), ratio in best.items():
+            ratios.setdefault((*group, "best"), []).append(ratio)
     return [
-        {"format": f, "by": by, "weights": w, "size": s, "N": n, "shapes": len(r)}
+        {"format": f, "weights": w, "size": s, "N": n, "by": by, "shapes": len(r)}
         | {"geometric mean": statistics.geometric_mean(r), "least": min(r)}
-        for ((f, w, s, n), by), r in sorted(groups.items())
+        for (f, w, s, n, by), r in sorted(ratios.items())
     ]
 
 
@@ -200,7 +213,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[f"{m}x{k}" for m, k in SHAPES], help="MxK, output x input")
     parser.add_argument("--weights", nargs="+", default=["real"], choices=synthetic.KINDS)
     parser.add_argument("--formats", nargs="+", default=["lane-planar"])
-    parser.add_argument("--implementations", nargs="+", default=["ffi"], help="of jaxzip's operations: ffi, pallas")
+    parser.add_argument("--implementations", nargs="+", default=["ffi"], help="of the operations: ffi, pallas")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--name", default="gpu_kernels", help="of the files under bench/results")
     parser.add_argument("--plot", metavar="JSON", help="only draw the plot of an earlier result")
@@ -216,9 +229,9 @@ def main() -> None:
     rows, decompression = [], []
     for kind in args.weights:
         for shape in shapes:
-            given = (shape, kind), (args.formats, args.implementations, args.repeats, bandwidth)
-            rows += measure(*given[0], args.n, *given[1])
-            decompression += measure_decompression(*given[0], *given[1])
+            which = (args.formats, args.implementations, args.repeats, bandwidth)
+            rows += measure(shape, kind, args.n, *which)
+            decompression += measure_decompression(shape, kind, *which)
             content = {
                 "setup": {
                     "weights": {name: synthetic.ABOUT[name] for name in args.weights},
