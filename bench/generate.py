@@ -138,6 +138,7 @@ def measure(model: Llama, batch: int, prompt: int, new: int, repeats: int, bandw
     steps = -(-(new - 1) // s.static.look_every) * s.static.look_every
     first, rest, tokens = [], [], None
     for _ in range(repeats + 1):  # the first one warms up
+        run = None  # one cache at a time
         start = time.perf_counter()
         run = jax.block_until_ready(prefill(s.weights, s.inputs))
         middle = time.perf_counter()
@@ -227,15 +228,14 @@ def bench_model(name: str, args, bandwidth: float, save) -> None:
     layers = args.layers or layers_that_fit(config, max(args.batches), args.prompt, args.new, stats["bytes_limit"])
     config = dataclasses.replace(config, num_layers=min(layers, config.num_layers))
     about = {"layers": config.num_layers, "of": MODELS[name].num_layers, "note": NOTES.get(name, "")}
-    params, built = dense_layer(config, args.weights), {}
+    # On the host, so that the device holds the model and no more.
+    params, built = jax.device_get(dense_layer(config, args.weights)), {}
     rows = []
     for format in (*args.formats, DENSE):
         start = time.perf_counter()
         model = whole_model(config, params if format == DENSE else encode(params, format))
         jax.block_until_ready(jax.tree.leaves(model.to_params()))
         built[format] = time.perf_counter() - start
-        if format == DENSE:
-            params = None
         for batch in args.batches:
             row = measure(model, batch, args.prompt, args.new, args.repeats, bandwidth, args.split)
             rows.append({"model": name, "weights": format, **row})

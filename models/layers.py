@@ -5,6 +5,7 @@ New layers hold ``jax.ShapeDtypeStruct`` in place of weights: building a model a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from jaxzip import ops
 from jaxzip.ops import registry
 from jaxzip.tensor import CompressedTensor
 
+#: Rows of activations beyond which a GPU decodes a compressed weight once and multiplies by XLA's dot.
+PREFILL_ROWS = 256
 #: Rows up to which a norm is a kernel of its own on a GPU; XLA's is as fast for more, and may join with what follows.
 _FEW_ROWS = 256
 
@@ -63,14 +66,27 @@ def _matmul(
         weight = weight.T if transposed else weight
         return jaxzip.matmul(x, weight, residual=residual, out_dtype=out_dtype, **options)
 
-    def dense_on_gpu(x, weight, residual):
+    def on_gpu(x, weight, residual):
         # As cuBLAS has it: fp32 sums inside, a result in the output's dtype. An fp32 result would be written whole.
+        if isinstance(weight, CompressedTensor):
+            x, weight = jax.lax.optimization_barrier((x, weight))
+            weight = jaxzip.decompress(weight)
         y = jnp.dot(x, weight.T if transposed else weight, preferred_element_type=jnp.dtype(out_dtype))
         return y if residual is None else y + residual
 
-    if isinstance(weight, CompressedTensor) or execution.batch_invariant or x.dtype != weight.dtype:
-        return general(x, weight, residual)
-    return jax.lax.platform_dependent(x, weight, residual, cuda=dense_on_gpu, default=general)
+    if _is_xlas(x, weight, execution):
+        return jax.lax.platform_dependent(x, weight, residual, cuda=on_gpu, default=general)
+    return general(x, weight, residual)
+
+
+def _is_xlas(x: jax.Array, weight: Any, execution: Execution) -> bool:
+    """Whether XLA multiplies on a GPU: by dense weights, and by compressed ones where they are decoded first."""
+    if execution.batch_invariant or x.dtype != weight.dtype:
+        return False
+    if not isinstance(weight, CompressedTensor):
+        return True
+    rows = math.prod(x.shape[:-1])
+    return execution.implementation is None and (weight.format == "raw" or rows > PREFILL_ROWS)
 
 
 class Linear(nnx.Module):

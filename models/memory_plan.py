@@ -16,9 +16,8 @@ from jaxzip.models.attention import QUERY_BLOCK
 from jaxzip.models.batching import bucket
 from jaxzip.models.config import LlamaConfig
 from jaxzip.models.generate import LOOK_EVERY
+from jaxzip.models.layers import PREFILL_ROWS
 
-#: Rows of activations beyond which a compressed weight is decoded once and then multiplied by XLA.
-PREFILL_ROWS = 256
 #: What CUDA, its libraries and loaded programs take beside JAX's arrays, about.
 RUNTIME_BYTES = 1 << 30
 
@@ -55,12 +54,15 @@ def memory_plan(
     heads = config.num_kv_heads * config.head_dim
     cache = 2 * config.num_layers * batch * heads * slots * itemsize
     rows = batch * width
-    # Of the MLP: its inputs and outputs, gate and up, and their product.
-    activations = rows * (4 * config.hidden_size + 3 * config.intermediate_size) * itemsize
-    scores = batch * config.num_heads * min(width, QUERY_BLOCK) * slots * (4 + itemsize)
-    working = max(activations, scores) + batch * config.vocab_size * 4
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    # Of the MLP: gate and up, their product, and what is as wide as the model.
+    peaks = [rows * (3 * intermediate + 4 * hidden) * itemsize]
+    # Of attention: scores and probabilities of one block of queries.
+    peaks.append(batch * config.num_heads * min(width, QUERY_BLOCK) * slots * (4 + itemsize))
     if scratch and rows > PREFILL_ROWS:
-        working += config.hidden_size * 2 * config.intermediate_size * itemsize + rows * config.hidden_size * itemsize
+        # While gate and up are multiplied, their weight is there decoded.
+        peaks.append((rows * (2 * intermediate + 5 * hidden) + 2 * hidden * intermediate) * itemsize)
+    working = max(peaks) + batch * config.vocab_size * 4
     return MemoryPlan(weight_bytes, cache, working)
 
 
