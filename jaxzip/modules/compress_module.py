@@ -1,0 +1,206 @@
+"""``compress_module``: an NNX model in, the same model with compressed weights out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxzip.compress import compress
+from jaxzip.modules import equation
+from jaxzip.modules.embed import CompressedEmbed, TableOptions
+from jaxzip.modules.kernel import CompressedKernel, compress_kernel
+from jaxzip.modules.nnx_layers import KernelUse, kernel_use, set_hooks, takes_compressed_table
+from jaxzip.modules.rule import KernelRule
+from jaxzip.rules import (
+    DEFAULT_RULES,
+    CompressionReport,
+    CompressionRule,
+    TensorReport,
+    not_smaller,
+    rule_for,
+    tensor_report,
+)
+from jaxzip.tensor import TABLE_AXIS, CompressedTensor
+
+#: Stands in place of a KernelUse for tables of embeddings.
+TABLE = "table"
+
+
+def compress_module(
+    model: nnx.Module,
+    rules: Sequence[CompressionRule] = DEFAULT_RULES,
+    *,
+    implementation: str | None = None,
+    batch_invariant: bool = False,
+) -> nnx.Module:
+    """A copy of ``model`` whose layers hold compressed weights and multiply with them; ``model`` stays as it is.
+
+    ``nnx.Linear``, ``LinearGeneral`` and ``Einsum`` (and layers made of them: ``MultiHeadAttention``, ``LoRALinear``)
+    get a :class:`CompressedKernel` in their ``nnx.Param`` and our ``dot_general``, ``einsum_op`` and ``promote_dtype``
+    hooks; an ``nnx.Embed`` is replaced by a :class:`CompressedEmbed`. Parameters of other modules stay dense, unless a
+    :class:`KernelRule` names them. Weights of every rank keep their logical shape, and stacks of layers made with
+    ``nnx.vmap`` stay stacks. The result splits, merges, scans and trains as any NNX model (compressed weights are
+    frozen).
+
+    Args:
+      model: with bf16 parameters; others stay as they are.
+      rules: the first whose ``module_path`` matches a parameter's '/'-joined path decides; ``output_axis`` is not
+        looked at, since layers know it.
+      implementation, batch_invariant: of every product, see :func:`jaxzip.matmul`.
+
+    Raises:
+      TypeError: ``model`` is no NNX module, or a rule's format does not take a parameter's dtype.
+    """
+    return compress_with_report(model, rules, implementation=implementation, batch_invariant=batch_invariant)[0]
+
+
+def compress_with_report(
+    model: nnx.Module,
+    rules: Sequence[CompressionRule] = DEFAULT_RULES,
+    *,
+    implementation: str | None = None,
+    batch_invariant: bool = False,
+) -> tuple[nnx.Module, CompressionReport]:
+    """:func:`compress_module`, and the report: every parameter, its size, and why it stayed dense if it did."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"compress_module: expected an nnx.Module, got {type(model).__name__}")
+    rows = []
+
+    def convert(name: str, variable: nnx.Variable, use: KernelUse | str | None) -> Any:
+        value = variable.get_value()
+        rule = rule_for(name, value.shape, value.dtype, rules)
+        if isinstance(rule, str):
+            rows.append(dense_report(name, value, rule))
+            return None
+        if isinstance(rule, KernelRule) and rule.einsum is not None:
+            use = KernelUse(rule.kernel_ndim, *equation.kernel_axes(rule.einsum))
+        try:
+            z, note = compress_for(use, value, rule.format)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        rows.append(dense_report(name, value, note) if z is None else compressed_report(name, z))
+        return z
+
+    new = replace_parameters(model, convert, implementation=implementation, batch_invariant=batch_invariant)
+    names = [row.path for row in rows]
+    used = {next((rule for rule in rules if rule.matches(name)), None) for name in names}
+    return new, CompressionReport(tuple(rows), tuple(rule for rule in rules if rule not in used))
+
+
+def replace_parameters(
+    model: nnx.Module, convert: Any, *, implementation: str | None = None, batch_invariant: bool = False
+) -> nnx.Module:
+    """A copy of ``model`` with what ``convert`` makes of its parameters.
+
+    Args:
+      model: its arrays are shared, its variables are not.
+      convert: ``convert(name, variable, use)`` is called once for each ``nnx.Param`` that is not compressed yet, with
+        how its layer uses it (a KernelUse, ``TABLE``, or the reason why it must stay dense); it returns the compressed
+        value, or ``None`` to leave the variable. It may change the variable itself.
+      implementation, batch_invariant: see :func:`compress_module`.
+    """
+    graphdef, state = nnx.split(model)
+    new = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # variables of its own, the same arrays
+    uses = _uses(new)
+    for path, variable in nnx.to_flat_state(nnx.state(new, nnx.Param)):
+        if not _is_compressed(variable):
+            own = _at(new, path)  # rather than the state's, which may be a copy
+            value = convert("/".join(map(str, path)), own, uses.get(id(own), "no layer of Flax with hooks holds it"))
+            if value is not None:
+                own.set_value(value)
+    for _, layer in nnx.iter_modules(new):
+        if isinstance(kernel_use(layer), KernelUse) and _is_compressed(layer.kernel):
+            set_hooks(layer, implementation=implementation, batch_invariant=batch_invariant)
+    return _with_compressed_tables(new, TableOptions(implementation, batch_invariant))
+
+
+def compress_for(
+    use: KernelUse | str | None, w: Any, format: str, *, on_host: bool = False
+) -> tuple[CompressedKernel | CompressedTensor | None, str]:
+    """``w`` compressed for a use and "", or ``None`` and the reason why it stays dense."""
+    if use == TABLE:
+        z = matrix = compress(w, format=format, output_axis=TABLE_AXIS, on_host=on_host)
+    elif isinstance(use, str):
+        return None, use
+    else:
+        stack = w.ndim - use.ndim
+        if stack < 0:
+            return None, f"it has rank {w.ndim}, its layer or rule says {use.ndim}"
+        z = compress_kernel(w, use.contract, batch=use.batch, stack_ndim=stack, format=format, on_host=on_host)
+        matrix = z.matrix
+    return (None, not_smaller(matrix)) if matrix.format == "raw" else (z, "")
+
+
+def is_compressed(path: Sequence[Any], variable: Any) -> bool:
+    """An NNX filter, of compressed parameters: ``wrt=nnx.All(nnx.Param, nnx.Not(is_compressed))`` trains the others."""
+    return _is_compressed(variable)
+
+
+def _is_compressed(variable: Any) -> bool:
+    value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+    return isinstance(value, CompressedKernel | CompressedTensor)
+
+
+def _uses(model: nnx.Module) -> dict[int, KernelUse | str]:
+    """How each parameter (by id) is used; one that several layers hold must be used alike by all of them."""
+    uses: dict[int, KernelUse | str] = {}
+    for _, layer in nnx.iter_modules(model):
+        table = takes_compressed_table(layer)
+        if table:
+            held, use = layer.embedding, TABLE if table is True else table
+        else:
+            held, use = getattr(layer, "kernel", None), kernel_use(layer)
+        if use is not None and isinstance(held, nnx.Variable):
+            same = uses.setdefault(id(held), use) == use
+            if not same:
+                uses[id(held)] = "layers that use it in different ways share it"
+    return uses
+
+
+def _at(model: Any, path: Sequence[Any]) -> nnx.Variable:
+    node = model
+    for key in path:
+        node = getattr(node, key) if isinstance(key, str) and hasattr(node, key) else node[key]
+    return node
+
+
+def _with_compressed_tables(model: nnx.Module, options: TableOptions) -> nnx.Module:
+    """``model`` with a CompressedEmbed in place of each Embed whose table is compressed."""
+
+    def replace(path, node):
+        if type(node) is nnx.Embed and _is_compressed(node.embedding):
+            return CompressedEmbed(node, options)
+        return node
+
+    tables = [m for _, m in nnx.iter_modules(model) if type(m) is nnx.Embed and _is_compressed(m.embedding)]
+    return nnx.recursive_map(replace, model) if tables else model
+
+
+def dense_report(name: str, value: Any, note: str) -> TensorReport:
+    """The report row of a parameter that stays dense."""
+    nbytes = int(np.prod(value.shape, dtype=np.int64)) * np.dtype(value.dtype).itemsize
+    return TensorReport(name, tuple(value.shape), str(value.dtype), "raw", nbytes, nbytes, None, note)
+
+
+def compressed_report(name: str, z: CompressedKernel | CompressedTensor) -> TensorReport:
+    """The report row of a compressed parameter, under its logical shape."""
+    matrix = z.matrix if isinstance(z, CompressedKernel) else z
+    return dataclasses.replace(tensor_report(name, matrix), shape=z.shape)
+
+
+def transcode_module(model: nnx.Module, format: str) -> nnx.Module:
+    """A copy of ``model`` whose compressed weights have another format: ``"raw"`` gives the dense control.
+
+    See :func:`jaxzip.transcode`. The layers and their hooks stay, so that the same operations run.
+    """
+    from jaxzip.ops.transcode import transcode
+
+    graphdef, state = nnx.split(model)
+    compressed = lambda leaf: isinstance(leaf, CompressedTensor)  # noqa: E731
+    state = jax.tree.map(lambda z: transcode(z, format) if compressed(z) else z, state, is_leaf=compressed)
+    return nnx.merge(graphdef, state)

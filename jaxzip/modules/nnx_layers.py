@@ -1,0 +1,84 @@
+"""The NNX layers that take compressed weights: which axes of their kernels are contracted, and their hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from flax import nnx
+
+from jaxzip.modules import equation
+from jaxzip.modules.hooks import DotGeneral, Einsum, promote_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelUse:
+    """How a layer uses its parameter ``kernel``: the rank that it is written for, and see ``KernelAxes``."""
+
+    ndim: int
+    contract: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+
+
+def kernel_use(layer: nnx.Module) -> KernelUse | str | None:
+    """How ``layer`` uses its kernel; the reason why it cannot be compressed; ``None`` if it has no hooks at all."""
+    if isinstance(layer, nnx.LinearGeneral):
+        batch, inputs, outputs = len(layer.batch_axis), len(layer.in_features), len(layer.out_features)
+        use = KernelUse(batch + inputs + outputs, tuple(range(batch, batch + inputs)), tuple(range(batch)))
+        if layer.dot_general_cls is not None:
+            return "the layer has a dot_general_cls of its own"
+    elif isinstance(layer, nnx.Linear):
+        use = KernelUse(2, (0,))
+    elif isinstance(layer, nnx.Einsum):
+        axes = None if layer.einsum_str is None else equation.kernel_axes(layer.einsum_str)
+        if axes is None:
+            return f"its equation {layer.einsum_str!r} is not known to be a product of matrices"
+        use = KernelUse(len(layer.kernel_shape), *axes)
+    else:
+        return None
+    return _foreign_hook(layer) or use
+
+
+def set_hooks(layer: nnx.Module, *, implementation: str | None, batch_invariant: bool) -> None:
+    """Gives ``layer`` (one that :func:`kernel_use` knows) the hooks that multiply with compressed kernels."""
+    if isinstance(layer, nnx.Einsum):
+        layer.einsum_op = Einsum(implementation, batch_invariant)
+    else:
+        layer.dot_general = DotGeneral(implementation, batch_invariant)
+    layer.promote_dtype = promote_dtype
+
+
+def _foreign_hook(layer: nnx.Module) -> str | None:
+    """Why the layer's hooks are not ours to set: a user has put something else there."""
+    for name in ("einsum_op",) if isinstance(layer, nnx.Einsum) else ("dot_general",):
+        if getattr(layer, name) not in (None, _default(layer, name)) and not _is_ours(getattr(layer, name)):
+            return f"the layer has a {name} of its own"
+    if layer.promote_dtype not in (_default(layer, "promote_dtype"), promote_dtype):
+        return "the layer has a promote_dtype of its own"
+    return None
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(hook, DotGeneral | Einsum)
+
+
+def _default(layer: nnx.Module, argument: str) -> Any:
+    """What Flax's own layer has for a constructor argument by default."""
+    kinds = (nnx.LinearGeneral, nnx.Linear, nnx.Einsum, nnx.Embed)
+    kind = next(kind for kind in kinds if isinstance(layer, kind))
+    default = inspect.signature(kind.__init__).parameters[argument].default
+    if argument == "dot_general" and default is None:
+        default = inspect.signature(nnx.Linear.__init__).parameters[argument].default
+    return default
+
+
+def takes_compressed_table(layer: nnx.Module) -> bool | str:
+    """Whether ``layer`` is an ``nnx.Embed`` to be replaced by ``CompressedEmbed``, or why not."""
+    if not isinstance(layer, nnx.Embed):
+        return False
+    if type(layer) is not nnx.Embed:
+        return f"{type(layer).__name__} is a subclass of nnx.Embed, whose lookup has no hook"
+    if layer.promote_dtype != _default(layer, "promote_dtype"):
+        return "the layer has a promote_dtype of its own"
+    return True
