@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import time
 import types
 
 import jax
@@ -148,6 +149,21 @@ def test_no_weight_is_copied(monkeypatch):
     assert made_of_shape(program.as_text(), shapes) == []
     copying = jax.jit(lambda w: jax.tree.map(lambda a: a + 1, w)).lower(setup.weights).compile()
     assert made_of_shape(copying.as_text(), shapes)  # the search finds what it looks for
+
+
+def test_eighty_layers_are_traced_as_one_and_compile_in_three_minutes():
+    config = dataclasses.replace(CONFIG, num_layers=80, hidden_size=128, intermediate_size=256, dtype="bfloat16")
+    one = random_params(dataclasses.replace(config, num_layers=1))
+    packed = fuse_projections(jaxzip.compress_params(one, LANE_PLANAR)[0])
+    params = {**packed, "layers": {str(i): packed["layers"]["0"] for i in range(80)}}
+    setup = internals._Setup.of(Llama.from_params(config, params), PROMPTS, 8, GREEDY, None, None, 0)
+    run = jax.eval_shape(lambda w, i: internals._prefill(setup.static, False, w, i), setup.weights, setup.inputs)
+    start = time.perf_counter()
+    lowered = internals._advance.lower(setup.static, setup.weights, setup.inputs, run, np.int32(4))
+    text = lowered.as_text()
+    assert text.count("call @run_block") == 80 and text.count("func private @run_block") == 1
+    lowered.compile()
+    assert time.perf_counter() - start < 180
 
 
 def test_eos_defaults_to_the_config(params, batch):
