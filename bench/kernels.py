@@ -13,7 +13,6 @@ import json
 import math
 import pathlib
 import statistics
-import time
 
 import harness
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import synthetic
 
 import jaxzip
+from jaxzip.tuning import median_us, products
 
 # (M, K) of Llama 3.1 8B (fused projections, then some of their parts), Qwen3 14B and Llama 3.1 70B.
 SHAPES = (
@@ -47,41 +47,17 @@ def launches_of(weights: list, output_bytes: float) -> int:
     return len(weights) * max(1, rounds)
 
 
-def program(multiply, launches: int):
-    """Products of x by the weights in turns. All are returned: XLA drops what nobody reads."""
-
-    def run(x, weights):
-        products = []
-        for i in range(launches):
-            # Operands stand behind the product before: the same bits, another value to XLA, which merges what is alike.
-            x, w = jax.lax.optimization_barrier((x, weights[i % len(weights)]))
-            x, y = jax.lax.optimization_barrier((x, multiply(x, w)))
-            products.append(y)
-        return products, x  # without x XLA would see through the barriers
-
-    return jax.jit(run)
-
-
-def median_us(compiled, arguments, launches: int, repeats: int, expected_us: float) -> float:
-    """Median microseconds of one of a program's ``launches``, over queues of calls."""
-    calls = max(2, math.ceil(QUEUE_US / (launches * expected_us)))
-    jax.block_until_ready(compiled(*arguments))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            products = compiled(*arguments)
-        jax.block_until_ready(products)
-        times.append((time.perf_counter() - start) / (calls * launches) * 1e6)
-    return statistics.median(times)
+def calls_of(launches: int, expected_us: float) -> int:
+    """How many calls of a program queue up for one timing."""
+    return max(2, math.ceil(QUEUE_US / (launches * expected_us)))
 
 
 def copy_bandwidth() -> float:
     """Bytes read and written a second by XLA's copies of 1 GiB."""
-    sources = [jnp.full(1 << 28, i, jnp.uint32) for i in range(2)]
+    sources = [jnp.full(1 << 28, i, jnp.uint32) for i in range(8)]
     moved = 2 * sources[0].nbytes
-    copy = program(lambda x, w: w ^ x, 8).lower(jnp.uint32(1), sources).compile()
-    return moved / (median_us(copy, (jnp.uint32(1), sources), 8, 5, moved / 4e6) * 1e-6)
+    copy = jax.jit(lambda sources: [source + 1 for source in sources]).lower(sources).compile()
+    return moved / (median_us(copy, (sources,), 8, 5, calls_of(8, moved / 4e6)) * 1e-6)
 
 
 def multiply_by(implementation: str):
@@ -104,7 +80,7 @@ def measure(
         x = jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16)
         arguments = (x, weights[name[0]])
         launches = launches_of(arguments[1], 2 * n * m)
-        return launches, arguments, program(candidates[name], launches).lower(*arguments).compile()
+        return launches, arguments, products(candidates[name], launches).lower(*arguments).compile()
 
     jobs = [(name, n) for n in rows for name in candidates]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -114,7 +90,7 @@ def measure(
         us = {}
         for name in candidates:
             launches, arguments, compiled = built[name, n]
-            us[name] = median_us(compiled, arguments, launches, repeats, w.nbytes / bandwidth * 1e6)
+            us[name] = median_us(compiled, arguments, launches, repeats, calls_of(launches, w.nbytes / bandwidth * 1e6))
         dense = us[DENSE, None]
         for name, implementation in candidates:
             z, own = weights[name][0], us[name, implementation]
@@ -135,7 +111,7 @@ def measure(
 
 
 def decompress_by(implementation: str):
-    return lambda _, z: jaxzip.decompress(z, implementation=implementation)
+    return jax.jit(lambda zs: [jaxzip.decompress(z, implementation=implementation) for z in zs])
 
 
 def measure_decompression(
@@ -146,12 +122,14 @@ def measure_decompression(
     for name, axis in itertools.product(formats, (-1, -2)):
         w = synthetic.weights(kind, (k, m) if axis == -1 else (m, k))
         z = jaxzip.compress(w, format=name, output_axis=axis)
-        count = min(16, max(1, math.ceil(COLD_BYTES / z.nbytes)))
-        moved, zs, x = z.nbytes + w.nbytes, copies_of(z, count), jnp.zeros(())
-        launches = launches_of(zs, w.nbytes)
+        # Each weight once a program: XLA would do once what it sees twice.
+        launches = max(1, min(64, int(OUTPUT_BYTES / w.nbytes)))
+        moved, zs = z.nbytes + w.nbytes, copies_of(z, launches)
         for implementation in implementations:
-            decode = program(decompress_by(implementation), launches).lower(x, zs).compile()
-            us = median_us(decode, (x, zs), launches, repeats, moved / bandwidth * 1e6)
+            decode = decompress_by(implementation).lower(zs).compile()
+            us = median_us(decode, (zs,), launches, repeats, calls_of(launches, moved / bandwidth * 1e6))
+            if us < moved / bandwidth * 1e6 / 2:
+                raise RuntimeError(f"M={m}, K={k}: {us} us a decompression, more than memory can do")
             found.append(
                 {"M": m, "K": k, "weights": kind, "format": name, "by": implementation}
                 | {"order": "[K, M]" if axis == -1 else "[M, K]", "us": us}

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from jaxzip.cli import convert, demo, generate, inspect, restore, verify
+from jaxzip.cli import convert, demo, generate, inspect, restore, tune, verify
 from jaxzip.cli.console import fail
 from jaxzip.errors import JaxzipError
 
@@ -22,6 +22,7 @@ app.command("inspect")(inspect.inspect_command)
 app.command("verify")(verify.verify_command)
 app.command("restore")(restore.restore_command)
 app.command("generate")(generate.generate_command)
+app.command("tune")(tune.tune_command)
 app.command("demo")(demo.demo_command)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxzip.ops import registry
+from jaxzip.ops import measured, registry
 from jaxzip.ops.decompress import decompress
 from jaxzip.tensor import CompressedTensor
 
@@ -28,6 +28,9 @@ def matmul(
 ) -> jax.Array:
     """``x[..., K] @ w[K, M] + bias + residual`` with fp32 accumulation and one rounding to ``out_dtype``.
 
+    Fused kernels exist for bf16 weights. Others (fp16, fp32, fp8) are decoded whole, then XLA multiplies: the result is
+    that of the dense weight, its memory and time those of a dense copy on top.
+
     Fused implementations decode ``w`` in registers and never hold it whole. Their order of accumulation is fixed: the
     same bits from run to run, and the same bits for a ``raw`` tensor as for any other format. Differentiable in ``x``,
     ``bias`` and ``residual`` (``w`` is frozen: its cotangent is zero). Jittable; a stack of weights goes through
@@ -38,11 +41,12 @@ def matmul(
       w: compressed ``[K, M]``, or a dense array of that shape, which XLA multiplies.
       bias: ``[M]``, added in fp32 before the rounding.
       residual: ``[..., M]``, added in fp32 after the bias.
-      out_dtype: dtype of the result; default: the one that ``x`` and ``w`` promote to.
+      out_dtype: dtype of the result; default: the one that ``x`` and ``w`` promote to; ``x``'s for an fp8 weight.
       batch_invariant: a row of the result must not depend on how many other rows ``x`` has. On a GPU that fixes one
         configuration for all of them, which costs speed; XLA's own dot cannot promise it.
       implementation: ``"ffi"`` or ``"pallas"`` (fused), ``"decompress"`` (the best decode, then XLA's dot), ``"xla"``
-        (plain XLA throughout), or ``None`` for the best one here.
+        (plain XLA throughout), or ``None``: what :func:`jaxzip.tuning.tune` measured to be the fastest for this
+        shape on this kind of device, else the best one by rule.
 
     Returns:
       ``[..., M]``.
@@ -65,12 +69,12 @@ def matmul(
         raise ValueError(f"matmul: w has shape {w.shape}, expected a matrix [K, M]; map a stack with jax.vmap")
     if x.ndim < 1 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"matmul: x has shape {x.shape}, its last dimension must be K={w.shape[0]} of w {w.shape}")
-    out_dtype = jnp.dtype(jnp.promote_types(x.dtype, w.dtype) if out_dtype is None else out_dtype)
+    out_dtype = jnp.dtype(_common_dtype(x.dtype, w.dtype) if out_dtype is None else out_dtype)
     if not jnp.issubdtype(out_dtype, jnp.floating):
         raise TypeError(f"matmul: out_dtype is {out_dtype}, expected a floating-point dtype")
     _check_addend("bias", bias, (w.shape[1],))
     _check_addend("residual", residual, (*x.shape[:-1], w.shape[1]))
-    return _matmul(x, w, bias, residual, out_dtype, bool(batch_invariant), implementation)
+    return _matmul(x, w, bias, residual, out_dtype, bool(batch_invariant), implementation, measured.epoch())
 
 
 def _check_addend(name, value, shape):
@@ -84,8 +88,9 @@ def _check_addend(name, value, shape):
         raise ValueError(f"matmul: {name} has shape {tuple(value.shape)}, expected {shape}")
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _matmul(x, w, bias, residual, out_dtype, batch_invariant, implementation):
+# `epoch` only tells traces apart: another table of measurements may choose another implementation.
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def _matmul(x, w, bias, residual, out_dtype, batch_invariant, implementation, epoch):
     with jax.named_scope("jaxzip.matmul"):
         if not isinstance(w, CompressedTensor):
             if implementation not in (None, registry.XLA):
@@ -125,8 +130,13 @@ def _matmul_2d_bwd(out_dtype, batch_invariant, implementation, residuals, g):
 _matmul_2d.defvjp(_matmul_2d_fwd, _matmul_2d_bwd)
 
 
+def _common_dtype(x_dtype, w_dtype):
+    """What a product is made in; JAX promotes fp8 to nothing, but each of the activations' dtypes holds it exactly."""
+    return x_dtype if jnp.dtype(w_dtype).itemsize == 1 else jnp.promote_types(x_dtype, w_dtype)
+
+
 def _dot(x, w, out_dtype):
-    common = jnp.promote_types(x.dtype, w.dtype)
+    common = _common_dtype(x.dtype, w.dtype)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(x.astype(common), w.astype(common), dims, preferred_element_type=jnp.float32)
     return y.astype(out_dtype)
@@ -165,3 +175,14 @@ def matmul_decompressed(x, w: CompressedTensor, bias, residual, *, out_dtype, ba
 
 registry.register("matmul", registry.XLA, matmul_xla, check=_check_xla)
 registry.register("matmul", "decompress", matmul_decompressed, check=_check_xla, priority=1)
+
+
+def _measured_us(platform: str, x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant):
+    """What implementations were measured to take: bfloat16 products only; batch invariance is not a matter of speed."""
+    kind = measured.device_kind(platform)
+    if kind is None or batch_invariant or x.dtype != jnp.bfloat16 or x.shape[0] == 0:
+        return None
+    return measured.times(kind, w.format, *w.matrix_shape, x.shape[0])
+
+
+registry.choose_by("matmul", _measured_us)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,7 +40,11 @@ class Implementation:
     priority: int
 
 
+#: Given a platform and an operation's arguments, what implementations cost there, by name, or ``None`` if not known.
+CostTable = Callable[..., Mapping[str, float] | None]
+
 _registry: dict[str, list[Implementation]] = {}
+_costs: dict[str, CostTable] = {}
 _missing: dict[str, str] = {}
 
 
@@ -55,6 +60,11 @@ def register(
     """Adds implementation ``name`` of ``op``; a backend may register one per platform."""
     _registry.setdefault(op, []).append(Implementation(name, fn, check, platforms, priority))
     _registry[op].sort(key=lambda impl: -impl.priority)
+
+
+def choose_by(op: str, costs: CostTable) -> None:
+    """``costs(platform, *args, **options)`` decides before priorities do, if the caller named nothing."""
+    _costs[op] = costs
 
 
 def report_missing(name: str, reason: str) -> None:
@@ -79,6 +89,30 @@ def implementations(op: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(impl.name for impl in _registry[op]))
 
 
+def candidates(op: str, platform: str, *args, **options) -> list[str]:
+    """Names of the implementations that take these arguments on ``platform``, those left out that need asking for."""
+    load_backends()
+    return list(dict.fromkeys(impl.name for impl in _usable(op, None, args, options)[0] if _is_for(impl, platform)))
+
+
+def _is_for(impl: Implementation, platform: str) -> bool:
+    return platform in (impl.platforms or _PLATFORMS) and impl.priority >= 0
+
+
+def _usable(op: str, name: str | None, args, options) -> tuple[list[Implementation], list[str]]:
+    """Implementations that take these arguments, and why others do not."""
+    usable: list[Implementation] = []
+    reasons: list[str] = []
+    for impl in _registry[op]:
+        if name in (None, impl.name):
+            try:
+                impl.check(*args, **options)
+                usable.append(impl)
+            except NotImplementedError as error:
+                reasons.append(f"{impl.name} ({'/'.join(impl.platforms or ('any',))}): {error}")
+    return usable, reasons
+
+
 def run(op: str, implementation: str | None, *args, **options):
     """Runs ``op`` by the implementation asked for, or by the best one that takes these arguments.
 
@@ -95,20 +129,15 @@ def run(op: str, implementation: str | None, *args, **options):
             f" ({implementation} is missing here: {_missing[implementation]})" if implementation in _missing else ""
         )
         raise ValueError(f"{op}: unknown implementation {implementation!r}; there are: {', '.join(names)}{reason}")
-    reasons: list[str] = []
-    usable: list[Implementation] = []
-    for impl in _registry[op]:
-        if implementation in (None, impl.name):
-            try:
-                impl.check(*args, **options)
-                usable.append(impl)
-            except NotImplementedError as error:
-                reasons.append(f"{impl.name} ({'/'.join(impl.platforms or ('any',))}): {error}")
+    usable, reasons = _usable(op, implementation, args, options)
     branches = {}
     for platform in _PLATFORMS:
-        chosen = next((impl for impl in usable if platform in (impl.platforms or _PLATFORMS)), None)
-        if chosen is not None:
-            branches[platform] = chosen
+        here = [impl for impl in usable if platform in (impl.platforms or _PLATFORMS)]
+        if implementation is None and len(here) > 1 and op in _costs:
+            costs = _costs[op](platform, *args, **options) or {}
+            here.sort(key=lambda impl: costs.get(impl.name, math.inf))  # stable: priorities decide among the others
+        if here:
+            branches[platform] = here[0]
     default = next((impl for impl in usable if impl.platforms is None), None)
     missing = [f"{name}: {why}" for name, why in _missing.items()]
     refusal = f"{op}: no implementation takes these arguments here: {'; '.join(reasons + missing)}"

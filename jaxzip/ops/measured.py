@@ -1,0 +1,160 @@
+"""What was measured: for every kind of device, format, shape and number of rows, the microseconds of implementations.
+
+Two layers of JSON: files that come with the package (``measurements/*.json``) and one in the user's cache
+directory, which goes first. The table is read when a program is traced; a compiled program keeps what it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+
+VERSION = 1
+#: ``off`` (or ``0``): the table is not consulted.
+SWITCH = "JAXZIP_TUNING"
+#: Directory of the user's table, instead of the platform's cache directory.
+DIRECTORY = "JAXZIP_CACHE_DIR"
+SHIPPED = Path(__file__).parent / "measurements"
+
+Times = dict[str, float]  # microseconds by implementation
+
+_disabled = 0
+_epoch = 1
+
+
+def cache_file() -> Path:
+    """The user's table: ``$JAXZIP_CACHE_DIR``, ``$XDG_CACHE_HOME/jaxzip`` or ``~/.cache/jaxzip``, ``tuning.json``."""
+    if directory := os.environ.get(DIRECTORY):
+        return Path(directory) / "tuning.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxzip" / "tuning.json"
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Programs traced inside take the built-in order of implementations, whatever was measured."""
+    global _disabled
+    _disabled += 1
+    try:
+        yield
+    finally:
+        _disabled -= 1
+
+
+def is_on() -> bool:
+    return not _disabled and os.environ.get(SWITCH, "").lower() not in ("off", "0", "false")
+
+
+def epoch() -> int:
+    """Part of what identifies a trace: 0 where the table is off, else another number after every change of it."""
+    return _epoch if is_on() else 0
+
+
+def device_kind(platform_name: str) -> str | None:
+    """The kind of device that a table is for, or ``None`` if there is none of this platform (``cpu``, ``cuda``)."""
+    if platform_name == "cpu":
+        return f"{_processor()}, {os.cpu_count()} threads"
+    try:
+        devices = jax.local_devices(backend=platform_name)
+    except RuntimeError:
+        return None
+    return devices[0].device_kind
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def bucket(rows: int) -> int:
+    """Rows of x are measured at powers of two; others take the next larger one."""
+    return 1 << max(0, rows - 1).bit_length()
+
+
+def key(format: str, m: int, k: int, rows: int) -> str:
+    """Names a product: x ``[rows, K]`` times a weight of ``M`` output features."""
+    return f"{format} {m}x{k} n{bucket(rows)}"
+
+
+def times(kind: str, format: str, m: int, k: int, rows: int) -> Times | None:
+    """What was measured for this product on this kind of device, or ``None``."""
+    if not is_on():
+        return None
+    name = key(format, m, k, rows)
+    for layer in (_user_layer(), _shipped_layer()):
+        if found := layer.get(kind, {}).get(name):
+            return found
+    return None
+
+
+def record(kind: str, format: str, m: int, k: int, rows: int, measured: Times) -> None:
+    """Adds a measurement to the user's table, in place of an earlier one. Other processes may write meanwhile.
+
+    Raises:
+      OSError: the cache directory cannot be written.
+    """
+    global _epoch
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    devices = _read(path)
+    devices.setdefault(kind, {})[key(format, m, k, rows)] = {name: round(us, 3) for name, us in measured.items()}
+    content = json.dumps({"version": VERSION, "unit": "us", "devices": devices}, indent=1, sort_keys=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
+    _user_layer_of.cache_clear()
+    _epoch += 1
+
+
+def _user_layer() -> Mapping[str, Mapping[str, Times]]:
+    return _user_layer_of(cache_file())
+
+
+@functools.lru_cache(maxsize=4)
+def _user_layer_of(path: Path) -> Mapping[str, Mapping[str, Times]]:
+    return _read(path)
+
+
+@functools.cache
+def _shipped_layer() -> Mapping[str, Mapping[str, Times]]:
+    layer: dict[str, dict[str, Times]] = {}
+    for path in sorted(SHIPPED.glob("*.json")):
+        for kind, rows in _read(path).items():
+            layer.setdefault(kind, {}).update(rows)
+    return layer
+
+
+def _read(path: Path) -> dict[str, dict[str, Times]]:
+    """The devices of a table; empty if there is no such file, or if it is not one (said in a warning)."""
+    try:
+        content = json.loads(path.read_text())
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, this jaxzip reads {VERSION}")
+        devices = content["devices"]
+        if not all(us > 0 for rows in devices.values() for found in rows.values() for us in found.values()):
+            raise ValueError("a time that is not positive")
+        return devices
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"jaxzip: {path} is no table of measurements ({type(error).__name__}: {error}); it is ignored, and "
+            "replaced by the next measurement: delete it or run `jaxzip tune` again",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return {}
