@@ -1,7 +1,7 @@
 """Registers the Pallas kernels as implementation ``"pallas"``.
 
-On the CPU they are interpreted, which is for tests. On a Hopper GPU they are Mosaic kernels; on another GPU, or with a
-jax that changed what those lean on, Triton compiles what the CPU interprets.
+On the CPU they are interpreted, which is for tests. On a Hopper GPU they are Mosaic kernels; on another GPU, with a jax
+that changed what those lean on, or for a format that has none, Triton compiles what the CPU interprets.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxzip.pallas_kernels import lane_planar_portable, mosaic_lanes
+from jaxzip.pallas_kernels import lane_planar_portable, mosaic_lanes, tca_tbe_portable
 
 from jaxzip.ops import registry
 from jaxzip.ops.matmul import finish
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 LANE_PLANAR = "lane-planar"
+#: What decodes where there is no Mosaic kernel.
+PORTABLE_DECOMPRESS = {LANE_PLANAR: lane_planar_portable.decompress, "tca-tbe": tca_tbe_portable.decompress}
 #: Ahead of XLA, behind the FFI kernels (10).
 MOSAIC_PRIORITY = 5
 #: Nobody gets it without asking.
@@ -35,7 +37,7 @@ def _register_portable(platform: str, interpret: bool) -> None:
     add = functools.partial(registry.register, name="pallas", platforms=(platform,), priority=PORTABLE_PRIORITY)
     on_gpu = platform == "cuda"
     options = {"interpret": interpret}
-    check_decompress = _check_portable_on_gpu if on_gpu else _check_format
+    check_decompress = functools.partial(_check_portable, on_gpu=on_gpu)
     check_matmul = functools.partial(_check_portable_matmul, on_gpu=on_gpu)
     add("decompress", fn=functools.partial(_portable_decompress, **options), check=check_decompress)
     add("matmul", fn=functools.partial(_portable_matmul, **options), check=check_matmul)
@@ -65,17 +67,17 @@ def _check_kernel_order(w: CompressedTensor, batch_invariant: bool) -> None:
         raise NotImplementedError("the Pallas kernels' order of accumulation depends on the rows of x")
 
 
-def _check_portable_on_gpu(z: CompressedTensor) -> None:
-    _check_format(z)
-    if not (mosaic_lanes.unavailable_reason() or _other_gpus()):
+def _check_portable(z: CompressedTensor, *, on_gpu: bool) -> None:
+    if z.format not in PORTABLE_DECOMPRESS:
+        raise NotImplementedError(f"no Pallas kernel for format {z.format}")
+    if on_gpu and z.format == LANE_PLANAR and not (mosaic_lanes.unavailable_reason() or _other_gpus()):
         raise NotImplementedError("the Triton kernels stand in where the Mosaic ones cannot be")
 
 
 def _check_portable_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, on_gpu: bool) -> None:
-    if on_gpu:
-        _check_portable_on_gpu(w)
     if w.format != "raw":
         _check_format(w)
+        _check_portable(w, on_gpu=on_gpu)
     elif w.dtype != jnp.bfloat16:
         raise NotImplementedError(f"the Pallas kernels multiply raw bfloat16 weights, this one is {w.dtype}")
     _check_kernel_order(w, batch_invariant)
@@ -112,7 +114,7 @@ def _check_mosaic_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, b
 
 
 def _portable_decompress(z: CompressedTensor, *, interpret: bool) -> jax.Array:
-    return _each_matrix(functools.partial(lane_planar_portable.decompress, interpret=interpret), z)
+    return _each_matrix(functools.partial(PORTABLE_DECOMPRESS[z.format], interpret=interpret), z)
 
 
 def _mosaic_decompress(z: CompressedTensor) -> jax.Array:

@@ -145,6 +145,13 @@ def test_the_public_path_agrees():
     np.testing.assert_allclose(sums, pallas(x, z, out_dtype=jnp.float32), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_tca_tbe_decompress_gives_the_same_bits(name):
+    z = jax.tree.map(jnp.asarray, encode_as(WEIGHTS[name], "tca-tbe", KERNEL_AXIS))
+    assert_same(jaxzip.decompress(z, implementation="pallas"), jnp.asarray(WEIGHTS[name]))
+
+
 @pytest.mark.parametrize("n", [8, 64, 128])
 def test_agrees_with_the_ffi_kernels(n):
     registry.load_backends()

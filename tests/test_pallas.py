@@ -123,16 +123,17 @@ def test_without_mosaic_the_reason_is_given(own_registry, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(jax.sharding, "AbstractDevice"), reason="jax cannot name a device that is not there")
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")  # which later releases will not have
 def test_the_portable_kernels_become_triton_on_a_gpu():
     device = jax.sharding.AbstractDevice("NVIDIA H200", num_cores=132, platform="cuda")
     z = encoded(gaussian_weights((130, 200)))
-    # Pallas wants to give its Triton backend up; then this goes.
-    warned = pytest.warns(DeprecationWarning, match="Triton")
-    with warned, jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+    other = jax.tree.map(jnp.asarray, encode_as(gaussian_weights((130, 200)), "tca-tbe", -1))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         matmul = lambda x, p: lane_planar_portable.matmul(x, p, 200, 130, interpret=False)  # noqa: E731
         decompress = lambda p: lane_planar_portable.decompress(p, 200, 130, transposed=True, interpret=False)  # noqa: E731
         assert "triton" in lowered(matmul, rows(8, 130), z.payload)
         assert "triton" in lowered(decompress, z.payload)
+        assert "triton" in lowered(lambda z: jaxzip.decompress(z, implementation="pallas"), other)
 
 
 def test_a_tensor_without_an_overflow_list():
