@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxzip.models import decode_attention
 from jaxzip.models.config import LlamaConfig
-from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here
+from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here, with_gradient_of
 from jaxzip.models.layers import Linear
 from jaxzip.models.rope import rotate
 
@@ -76,6 +76,7 @@ class Attention(nnx.Module):
                 kernel = functools.partial(_kernel_for_one, batch_invariant=execution.batch_invariant)
             else:
                 kernel = functools.partial(_kernel_for_each, num_heads=config.num_heads)
+            kernel = with_gradient_of(xla, kernel)
             out, keys, values = jax.lax.platform_dependent(*operands, cuda=kernel, default=xla)
         else:
             out, keys, values = xla(*operands)

@@ -1,9 +1,11 @@
-"""``Execution``: how a model's operations are to be computed, the same for all of them."""
+"""``Execution``: how a model's operations are to be computed; where kernels of its own can run, and their gradients."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -28,11 +30,19 @@ DEFAULT = Execution()
 
 @functools.cache
 def gpu_is_here() -> bool:
-    """Whether this process has a CUDA device.
+    """Whether this process has CUDA devices, all of compute capability 8.0 or more: those that Triton's kernels need.
 
-    Lowering a Triton kernel needs to know the GPU: a program lowered for one that is not here gets XLA's operations.
+    Lowering such a kernel needs to know the GPU: a program lowered for one that is not here gets XLA's operations.
     """
     try:
-        return bool(jax.devices("cuda"))
+        devices = jax.devices("cuda")
     except RuntimeError:
         return False
+    return bool(devices) and all(int(str(d.compute_capability).split(".")[0]) >= 8 for d in devices)
+
+
+def with_gradient_of(reference: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel``, differentiated as ``reference`` is, which computes the same; both take arrays only."""
+    function = jax.custom_vjp(kernel)
+    function.defvjp(lambda *args: (kernel(*args), args), lambda args, found: jax.vjp(reference, *args)[1](found))
+    return function

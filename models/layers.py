@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxzip.models import rms_norm
-from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here
+from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here, with_gradient_of
 
 import jaxzip
 from jaxzip import ops
@@ -146,5 +146,6 @@ class RMSNorm(nnx.Module):
 
         few = rows.shape[0] <= _FEW_ROWS or execution.batch_invariant
         if few and rms_norm.supported(x.shape[-1]) and gpu_is_here():
+            kernel = with_gradient_of(xla, kernel)
             return jax.lax.platform_dependent(rows, scale, cuda=kernel, default=xla).reshape(x.shape)
         return xla(rows, scale).reshape(x.shape)

@@ -9,6 +9,7 @@ import pytest
 from jaxzip.models import decode_attention
 from jaxzip.models.attention import QUERY_BLOCK, _append_and_attend, _kernel_for_each, _kernel_for_one
 from jaxzip.models.decode_attention import FIXED, GATHER, supported
+from jaxzip.models.execution import with_gradient_of
 from jaxzip.models.layers import RMSNorm
 from jaxzip.models.rms_norm import rms_norm
 
@@ -88,6 +89,23 @@ def test_norm(rows, features):
     wide = np.asarray(x, np.float64)
     exact = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * np.asarray(scale, np.float64)
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=0.005)
+
+
+def test_gradients_are_those_of_xla():
+    *operands, keys, values = case(2, 4, 2, 32, 200)
+    reference = functools.partial(_append_and_attend, num_heads=4)
+    kernel = with_gradient_of(reference, one)
+
+    def loss(attend, qkv, keys):
+        out = attend(qkv, *operands[1:], keys, values, jnp.array([0, 70], jnp.int32), jnp.int32(150))[0]
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    found, expected = (
+        jax.grad(functools.partial(loss, f), argnums=(0, 1))(operands[0], keys) for f in (kernel, reference)
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert np.abs(np.asarray(b, np.float32)).max() > 0.01
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=0.02)
 
 
 def test_what_the_kernel_takes():
