@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxzip.modules.kernel import holds
 from jaxzip.ops import decompress, matmul, take
 from jaxzip.tensor import CompressedTensor
 
@@ -37,7 +38,7 @@ def lookup(table: CompressedTensor, ids: jax.Array, dtype: Any) -> jax.Array:
 def attend(table: CompressedTensor, query: jax.Array, dtype: Any, options: TableOptions) -> jax.Array:
     """``query[..., D]`` times the transposed ``table[V, D]``, in ``dtype``."""
     query = query.astype(dtype)
-    if jnp.promote_types(table.dtype, dtype) != dtype:  # the cast changes the weight
+    if not holds(dtype, table.dtype):  # the cast changes the weight
         return jnp.dot(query, decompress(table).astype(dtype).T)
     return matmul(query, table.T, out_dtype=dtype, **dataclasses.asdict(options))
 

@@ -162,7 +162,7 @@ class Operand:
     @property
     def cast_is_exact(self) -> bool:
         """Whether every value of the weight is one of ``dtype``, so that the cast may be left out."""
-        return jnp.promote_types(self.kernel.dtype, self.dtype) == self.dtype
+        return holds(self.dtype, self.kernel.dtype)
 
     def astype(self, dtype: Any) -> Operand:
         """The same weight cast to ``dtype``, later."""
@@ -181,6 +181,14 @@ class Operand:
 
     def __repr__(self) -> str:
         return f"Operand(shape={self.shape}, dtype={self.dtype}, of={self.kernel.matrix!r})"
+
+
+def holds(wide: Any, narrow: Any) -> bool:
+    """Whether floating-point dtype ``wide`` has every value of ``narrow``."""
+    if not (jnp.issubdtype(wide, jnp.floating) and jnp.issubdtype(narrow, jnp.floating)):
+        return jnp.dtype(wide) == jnp.dtype(narrow)
+    w, n = jnp.finfo(wide), jnp.finfo(narrow)
+    return w.nmant >= n.nmant and w.maxexp >= n.maxexp and w.minexp - w.nmant <= n.minexp - n.nmant
 
 
 def compress_kernel(

@@ -1,0 +1,268 @@
+"""Flax Linen: compressed parameters for unmodified models, and the layers' hooks.
+
+``compress_linen`` puts a :class:`KernelBox` in place of a kernel. Flax unboxes parameters when a module asks for them
+(``self.param``), so any module runs with such a tree: what does not know compressed weights decodes them first. Inside
+``with fused():`` the layers of Flax multiply with them as they are; your own modules do by ``jaxzip.einsum``, or by
+passing ``dot_general=jaxzip.dot_general, promote_dtype=jaxzip.modules.promote_dtype_linen`` to Flax's layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxzip.modules import equation
+from jaxzip.modules.compress_module import TABLE, compress_for, compressed_report, dense_report
+from jaxzip.modules.embed import TableOptions, attend, lookup
+from jaxzip.modules.hooks import DotGeneral, Einsum, promote_dtype_linen
+from jaxzip.modules.kernel import CompressedKernel, Operand
+from jaxzip.modules.nnx_layers import KernelUse
+from jaxzip.modules.rule import KernelRule
+from jaxzip.ops import decompress
+from jaxzip.rules import DEFAULT_RULES, CompressionReport, CompressionRule, path_name, rule_for
+from jaxzip.tensor import CompressedTensor
+
+Uses = Mapping[str, KernelUse | str]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelBox(nn.meta.AxisMetadata):
+    """A compressed weight in a Linen parameter tree; ``self.param`` gives what :meth:`unbox` does.
+
+    Attributes:
+      value: a CompressedKernel, or the CompressedTensor of an embedding table.
+    """
+
+    value: CompressedKernel | CompressedTensor
+
+    def tree_flatten_with_keys(self):
+        return ((jax.tree_util.GetAttrKey("value"), self.value),), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children) -> KernelBox:
+        return cls(children[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def dtype(self):
+        return self.value.dtype
+
+    def unbox(self) -> Operand | TableOperand:
+        return TableOperand(self.value) if isinstance(self.value, CompressedTensor) else Operand(self.value)
+
+    def replace_boxed(self, val: Any) -> Any:
+        if isinstance(val, Operand | TableOperand):
+            return KernelBox(val.kernel)
+        return self if isinstance(val, KernelBox) else val
+
+    def add_axis(self, index: int, params: Any) -> KernelBox:
+        return self  # an axis more or less shows in the leaves
+
+    def remove_axis(self, index: int, params: Any) -> KernelBox:
+        return self
+
+
+class TableOperand:
+    """An embedding table ``[V, D]`` as a module reads it: array-like, decoded by whatever does not know it."""
+
+    def __init__(self, kernel: CompressedTensor):
+        self.kernel = kernel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.kernel.ndim
+
+    @property
+    def dtype(self):
+        return self.kernel.dtype
+
+    def __getitem__(self, index) -> jax.Array:
+        return self.__jax_array__()[index]
+
+    def __jax_array__(self) -> jax.Array:
+        return decompress(self.kernel)
+
+
+def compress_linen(
+    params: Any,
+    rules: Sequence[CompressionRule] = DEFAULT_RULES,
+    *,
+    uses: Uses | None = None,
+    on_host: bool = False,
+) -> tuple[Any, CompressionReport]:
+    """Compresses a Linen parameter tree; ``model.apply({"params": params}, ...)`` goes on working with the result.
+
+    Args:
+      params: nested dicts; bf16 leaves that a rule takes are compressed, others stay.
+      rules: the first that matches decides; a :class:`KernelRule` also says how a weight of your own module is used.
+      uses: how the layers of Flax use their kernels, as :func:`find_uses` finds it. Without it, kernels of rank 2 are
+        ``[K, M]``, leaves called ``embedding`` are tables, and other leaves of rank 3 or more need a KernelRule to be
+        compressed.
+      on_host: keep the payloads in NumPy arrays.
+
+    Returns:
+      The tree with a :class:`KernelBox` in place of the compressed leaves, and the report.
+
+    Raises:
+      TypeError: a rule's format does not take a leaf's dtype.
+    """
+    rows = []
+
+    def convert(path, leaf):
+        name = path_name(path)
+        if isinstance(leaf, KernelBox) or not hasattr(leaf, "dtype"):
+            return leaf
+        rule = rule_for(name, leaf.shape, leaf.dtype, rules)
+        z, note = None, rule if isinstance(rule, str) else ""
+        if not note:
+            use = _use(name, leaf, rule, uses or {})
+            try:
+                z, note = compress_for(use, leaf, rule.format, on_host=on_host)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
+        rows.append(dense_report(name, leaf, note) if z is None else compressed_report(name, z))
+        return leaf if z is None else KernelBox(z)
+
+    tree = jax.tree_util.tree_map_with_path(convert, params, is_leaf=lambda leaf: isinstance(leaf, KernelBox))
+    used = {next((rule for rule in rules if rule.matches(row.path)), None) for row in rows}
+    return tree, CompressionReport(tuple(rows), tuple(rule for rule in rules if rule not in used))
+
+
+def find_uses(model: nn.Module, *args, **kwargs) -> dict[str, KernelUse | str]:
+    """How the layers of Flax in ``model`` use their kernels, found by tracing ``model.init(key, *args, **kwargs)``.
+
+    Nothing is computed: the arguments may be ``jax.ShapeDtypeStruct``.
+
+    Returns:
+      By '/'-joined path of the parameter, for ``compress_linen(..., uses=...)``.
+    """
+    uses: dict[str, KernelUse | str] = {}
+
+    def record(next_fun, call_args, call_kwargs, context):
+        layer, name = context.module, "/".join((*context.module.path, "kernel"))
+        if isinstance(layer, nn.Embed):
+            uses["/".join((*layer.path, "embedding"))] = TABLE
+        elif context.method_name == "__call__" and isinstance(layer, nn.Dense | nn.DenseGeneral | nn.Einsum):
+            inputs, equations = call_args[0], call_args[1:] or (call_kwargs.get("einsum_str"),)
+            use = _layer_use(layer, inputs.ndim, equations[0])
+            if uses.setdefault(name, use) != use:
+                uses[name] = "it is used in different ways"
+        return next_fun(*call_args, **call_kwargs)
+
+    def init():
+        with nn.intercept_methods(record):
+            return model.init(jax.random.key(0), *args, **kwargs)
+
+    jax.eval_shape(init)
+    return uses
+
+
+@contextlib.contextmanager
+def fused(*, implementation: str | None = None, batch_invariant: bool = False) -> Iterator[None]:
+    """Inside, Flax's Dense, DenseGeneral, Einsum and Embed multiply with compressed weights without decoding them.
+
+    Layers with dense weights, and those with hooks of their own, run as always. ``nn.Dense`` and ``nn.DenseGeneral``
+    get our ``dot_general`` and ``promote_dtype``; the others, which have no such hooks, are computed here.
+
+    Args:
+      implementation, batch_invariant: of every product, see :func:`jaxzip.matmul`.
+    """
+    hooks = {
+        "dot_general": DotGeneral(implementation, batch_invariant),
+        "promote_dtype": promote_dtype_linen,
+    }
+
+    def call(next_fun, args, kwargs, context):
+        layer, method = context.module, context.method_name
+        if isinstance(layer, nn.Dense | nn.DenseGeneral) and method == "__call__":
+            own = layer.dot_general is not None or layer.dot_general_cls is not None
+            if own or not _has_default_promotion(layer) or not _is_boxed(layer, "kernel"):
+                return next_fun(*args, **kwargs)
+            return layer.clone(parent=None, name=None, **hooks).apply(dict(layer.variables), *args, **kwargs)
+        if isinstance(layer, nn.Einsum) and method == "__call__" and _has_default_promotion(layer):
+            if _is_boxed(layer, "kernel"):
+                return _einsum(layer, Einsum(implementation, batch_invariant), *args, **kwargs)
+        if type(layer) is nn.Embed and method in ("__call__", "attend") and _has_default_promotion(layer):
+            if _is_boxed(layer, "embedding"):
+                table = layer.get_variable("params", "embedding").value
+                options = TableOptions(implementation, batch_invariant)
+                return _embed(layer, method, table, options, *args, **kwargs)
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(call):
+        yield
+
+
+def _einsum(layer: nn.Einsum, einsum: Callable, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
+    text = (einsum_str or layer.einsum_str).replace(" ", "")
+    kernel = layer.get_variable("params", "kernel").unbox()
+    bias = nn.meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
+    inputs, kernel, bias = promote_dtype_linen(inputs, kernel, bias, dtype=layer.dtype)
+    y = einsum(text, inputs, kernel, precision=layer.precision, preferred_element_type=layer.preferred_element_type)
+    return y if bias is None else y + _spread(bias, text, kernel.shape, y.ndim)
+
+
+def _spread(bias: jax.Array, text: str, shape: tuple[int, ...], ndim: int) -> jax.Array:
+    """A bias with the kernel's remaining axes, in the result's order, as an array that broadcasts to the result."""
+    operands, _, out = text.partition("->")
+    kernel = operands.partition(",")[2]
+    before, _, after = out.partition("...") if "..." in out else ("", "", out)
+    sizes = [[shape[kernel.index(c)] if c in kernel else 1 for c in part] for part in (before, after)]
+    return bias.reshape(*sizes[0], *[1] * (ndim - len(before) - len(after)), *sizes[1])
+
+
+def _embed(layer: nn.Embed, method: str, table: CompressedTensor, options: TableOptions, inputs: jax.Array):
+    if method == "__call__":
+        return lookup(table, inputs, layer.dtype or table.dtype)
+    return attend(table, inputs, layer.dtype or jnp.promote_types(inputs.dtype, table.dtype), options)
+
+
+def _is_boxed(layer: nn.Module, name: str) -> bool:
+    return layer.has_variable("params", name) and isinstance(layer.get_variable("params", name), KernelBox)
+
+
+def _has_default_promotion(layer: nn.Module) -> bool:
+    default = next(field.default for field in dataclasses.fields(layer) if field.name == "promote_dtype")
+    return layer.promote_dtype is default
+
+
+def _layer_use(layer: nn.Module, ndim: int, einsum_str: str | None) -> KernelUse | str:
+    if isinstance(layer, nn.Dense):
+        return KernelUse(2, (0,))
+    if isinstance(layer, nn.Einsum):
+        text = einsum_str or layer.einsum_str or ""
+        axes = equation.kernel_axes(text)
+        return (
+            f"its equation {text!r} is no product of matrices" if axes is None else KernelUse(len(layer.shape), *axes)
+        )
+    axis, batch, features = (
+        (value,) if isinstance(value, int) else tuple(value) for value in (layer.axis, layer.batch_dims, layer.features)
+    )
+    contract = tuple(range(len(batch), len(batch) + len(axis)))
+    return KernelUse(len(batch) + len(axis) + len(features), contract, tuple(range(len(batch))))
+
+
+def _use(name: str, leaf: Any, rule: CompressionRule, uses: Uses) -> KernelUse | str:
+    if isinstance(rule, KernelRule) and rule.einsum is not None:
+        return KernelUse(rule.kernel_ndim, *equation.kernel_axes(rule.einsum))
+    if name in uses:
+        return uses[name]
+    if name.rpartition("/")[2] == "embedding":
+        return TABLE
+    if leaf.ndim == 2:
+        return KernelUse(2, (0,))
+    return "how it is used is not known: give uses=find_uses(model, *inputs), or a KernelRule with its equation"

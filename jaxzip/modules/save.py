@@ -1,0 +1,207 @@
+"""``save_module`` and ``restore_module``: an NNX model with compressed weights as a compressed Orbax checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxzip.checkpoint import Checkpoint, layout, open_checkpoint
+from jaxzip.checkpoint.checksum import checksum
+from jaxzip.checkpoint.convert import _entry, stored_leaves
+from jaxzip.checkpoint.partial import PartialCheckpoint
+from jaxzip.checkpoint.source import TensorInfo, dict_leaf
+from jaxzip.compress import AUTO
+from jaxzip.errors import CheckpointError
+from jaxzip.modules.compress_module import TABLE, compress_for, replace_parameters
+from jaxzip.modules.kernel import CompressedKernel, KernelAxes
+from jaxzip.modules.nnx_layers import KernelUse
+from jaxzip.ops import host
+from jaxzip.rules import DEFAULT_RULES, CompressionRule, rule_for
+from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
+
+#: Key of a tensor's metadata entry: the axes of a kernel whose matrix is stored.
+AXES_KEY = "kernel_axes"
+#: What the metadata of a checkpoint that save_module wrote says of its source.
+SOURCE_KIND = "module"
+
+
+def save_module(model: nnx.Module, path: str | Path) -> None:
+    """Writes the variables of ``model``, compressed or not, to a compressed checkpoint at ``path``.
+
+    The checkpoint is one of ``jaxzip convert``'s kind: ``jaxzip inspect`` lists it, :func:`restore_module` and
+    ``jaxzip.checkpoint.open_checkpoint`` read it. Weights are written as they are encoded; a kernel of rank 3 or more
+    is stored as its matrix, with its own shape in the metadata. State of random number generators is left out.
+    ``path`` appears in one step, complete, or not at all.
+
+    Raises:
+      CheckpointError: ``path`` exists or cannot be written.
+    """
+    # Imported here: jaxzip.__init__ offers this module's functions, and holds the version.
+    from jaxzip import __version__
+
+    plan = {"operation": "save_module", "run": uuid.uuid4().hex}
+    entries = []
+    with PartialCheckpoint(Path(path).absolute(), plan, resume=False) as partial:
+        for name, variable in _variables(model):
+            value, axes = variable.get_value(), None
+            if isinstance(value, CompressedKernel):
+                value, axes = value.matrix, value.axes
+            compressed = isinstance(value, CompressedTensor) and value.format != "raw"
+            z = jax.tree.map(np.asarray, value) if compressed else None
+            array = host.dense(z) if compressed else np.asarray(_plain(value))
+            info = TensorInfo(dict_leaf(name.split("/")), tuple(array.shape), np.dtype(array.dtype))
+            entry = _entry(info, z, "" if compressed else "as the model had it", checksum(array))
+            if axes is not None:
+                entry[AXES_KEY] = dataclasses.asdict(axes)
+            partial.add(info.leaf, dict(z.payload) if compressed else {"": array}, entry)
+            entries.append(entry)
+        document = {
+            "layout_version": layout.LAYOUT_VERSION,
+            "library_version": __version__,
+            "source": _source(model, entries),
+            "source_custom_metadata": None,
+            "hf_config": None,
+            "extra_files": {},
+            "tensors": [{**entry, "path": list(entry["path"])} for entry in entries],
+            "other_leaves": [],
+        }
+        leaves = [leaf for entry in entries for leaf in stored_leaves(entry)]
+        partial.finish(leaves, layout.custom_metadata(document), {})
+
+
+def restore_module(
+    model: nnx.Module,
+    path: str | Path,
+    *,
+    rules: Sequence[CompressionRule] = DEFAULT_RULES,
+    format: str | None = AUTO,
+    implementation: str | None = None,
+    batch_invariant: bool = False,
+) -> nnx.Module:
+    """A copy of ``model`` with the variables of the compressed checkpoint at ``path``; compressed ones stay so.
+
+    The checkpoint was written by :func:`save_module`, or by ``jaxzip convert`` from an Orbax checkpoint of the model's
+    state. A kernel that was converted in another layout than its layer multiplies with is encoded anew; one whose layer
+    takes no compressed weights is decoded.
+
+    Args:
+      model: gives the structure, for instance ``nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(0)))``: nothing of it is
+        read but shapes, dtypes and the state of random number generators, which checkpoints do not have.
+      rules: for weights that a converted checkpoint has uncompressed, because stacks of small matrices would not have
+        shrunk, and that may shrink as their layers store them. What :func:`save_module` wrote comes back as it was.
+      format: what compressed weights are changed to, see :meth:`jaxzip.checkpoint.Checkpoint.load`.
+      implementation, batch_invariant: see :func:`jaxzip.compress_module`.
+
+    Raises:
+      ValueError: a variable's shape or dtype is not the one in the checkpoint.
+      TensorNotFoundError: the checkpoint lacks a variable; names the nearest.
+      CheckpointError, CorruptDataError: see :meth:`jaxzip.checkpoint.Checkpoint.load`.
+    """
+    checkpoint = open_checkpoint(path)
+    saved = checkpoint.metadata["source"]["kind"] == SOURCE_KIND
+
+    def convert(name: str, variable: nnx.Variable, use: KernelUse | str) -> Any:
+        value, axes = _load(checkpoint, name, variable, format)
+        if isinstance(value, CompressedTensor):
+            z = _as_used(value, axes, use)
+        elif saved or isinstance(rule := rule_for(name, value.shape, value.dtype, rules), str):
+            z = None
+        else:
+            z = compress_for(use, value, rule.format)[0]
+        if z is None:
+            variable.set_value(jnp.asarray(_logical(value, axes)))
+            return None
+        return jax.tree.map(jnp.asarray, z)
+
+    options = {"implementation": implementation, "batch_invariant": batch_invariant}
+    new = replace_parameters(model, convert, **options)
+    for name, variable in _variables(new):
+        if not isinstance(variable, nnx.Param):
+            value, axes = _load(checkpoint, name, variable, format)
+            variable.set_value(jnp.asarray(_logical(value, axes)))
+    return new
+
+
+def _source(model: nnx.Module, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The document's description of where the weights came from, with the keys that converted checkpoints have."""
+    return {
+        "kind": SOURCE_KIND,
+        "name": type(model).__name__,
+        "files": 0,
+        "bytes": sum(entry["original_bytes"] for entry in entries),
+        "fingerprint": "",
+        "cast": None,
+        "notes": ["saved from a Flax module; kernels of rank 3 and more are stored as matrices"],
+    }
+
+
+def _variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
+    """The variables that a checkpoint has, by '/'-joined path."""
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
+        yield "/".join(map(str, path)), variable
+
+
+def _plain(value: Any) -> Any:
+    """The array of a variable that is stored as it is; raw tensors are arrays already."""
+    if isinstance(value, CompressedTensor):
+        return host.dense(jax.tree.map(np.asarray, value))
+    return value
+
+
+def _load(
+    checkpoint: Checkpoint, name: str, variable: nnx.Variable, format: str | None
+) -> tuple[CompressedTensor | np.ndarray, KernelAxes | None]:
+    """A variable's value on the host, checked against the model's."""
+    key = next((key for key in (name, f"{name}/value") if key in checkpoint.tensors), name)
+    entry = checkpoint.entry(key)
+    axes = None
+    if AXES_KEY in entry:
+        try:
+            axes = KernelAxes(**{field: tuple(sizes) for field, sizes in entry[AXES_KEY].items()})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{key} in {checkpoint.path}: its kernel axes cannot be read ({error})") from None
+    value, expected = checkpoint.load(key, format=format), variable.get_value()
+    stored = value.shape
+    if axes is not None:
+        if stored[len(stored) - len(axes.matrix_shape) :] != axes.matrix_shape:
+            raise CheckpointError(
+                f"{key} in {checkpoint.path}: a kernel of axes {axes} cannot be stored as {stored}; save it again"
+            )
+        stored = (*stored[: len(stored) - len(axes.matrix_shape)], *axes.shape)
+        if not isinstance(value, CompressedTensor):
+            value, axes = axes.from_matrix(value), None
+    if tuple(stored) != tuple(expected.shape) or np.dtype(value.dtype) != np.dtype(expected.dtype):
+        raise ValueError(
+            f"{name}: the model has {np.dtype(expected.dtype)}{list(expected.shape)}, {checkpoint.path} has "
+            f"{np.dtype(value.dtype)}{list(stored)}; build the model that the checkpoint was saved from"
+        )
+    return value, axes
+
+
+def _as_used(
+    value: CompressedTensor, axes: KernelAxes | None, use: KernelUse | str
+) -> CompressedKernel | CompressedTensor | None:
+    """``value`` as its layer multiplies with it, encoded anew if it must be; ``None``: it must be dense."""
+    if axes is not None:
+        # A module that says nothing of its own may have had a KernelRule when the model was saved.
+        if not isinstance(use, KernelUse) or (use.contract, use.batch) == (axes.contract, axes.batch):
+            return CompressedKernel(value, axes)
+    elif use == TABLE and value.output_axis == TABLE_AXIS:
+        return value
+    elif use == KernelUse(2, (0,)) and value.output_axis == KERNEL_AXIS:
+        return CompressedKernel(value, KernelAxes(value.core_shape, (0,)))
+    return compress_for(use, _logical(value, axes), value.format)[0]
+
+
+def _logical(value: CompressedTensor | np.ndarray, axes: KernelAxes | None) -> np.ndarray:
+    """The dense array in the variable's own shape, on the host."""
+    array = host.dense(value) if isinstance(value, CompressedTensor) else value
+    return array if axes is None else axes.from_matrix(array)
