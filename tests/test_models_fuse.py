@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxzip.models import Llama, LlamaConfig, fuse_projections, generate, random_params
+from jaxzip.models import Llama, LlamaConfig, fuse_projections, generate, load_model, random_params
 from jaxzip.models.fuse import concatenate_outputs, is_fused
+from test_cli import converted, source  # noqa: F401 - fixtures
 
 import jaxzip
 from jaxzip.ops import host
@@ -117,6 +118,15 @@ def test_a_fused_model_gives_the_logits_of_the_unfused_one(format):
     if format != "dense":  # the fused kernels' sums do not depend on the number of outputs
         assert np.array_equal(bits(a.logits), bits(b.logits))
     assert jax.tree.structure(other.to_params()) == jax.tree.structure(fused)
+
+
+@pytest.mark.parametrize("format", [None, "lane-planar"])
+def test_loading_a_checkpoint_fused(converted, format):  # noqa: F811
+    (fused, _), (plain, _) = (load_model(converted, format=format, fuse=fuse) for fuse in (True, False))
+    assert is_fused(fused.to_params()) and not is_fused(plain.to_params())
+    a, b = (generate(m, [[3, 4, 5]], max_new_tokens=6, return_logits=True) for m in (fused, plain))
+    assert np.array_equal(bits(a.logits), bits(b.logits))
+    assert not is_fused(load_model(converted)[0].to_params())  # on a CPU nothing is gained
 
 
 def test_fused_parameters_are_checked():
