@@ -30,6 +30,8 @@ except ImportError:  # a JAX without this backend
 #: enough, sequences need not be cut short. Best of those tried on an H200 with 640 of 775 slots filled.
 CHUNKS = ((256, (1024, 2)), (32, (256, 3)), (0, (128, 3)))
 FIXED = (128, 3)
+#: What CUDA allows as the third size of a grid.
+MAX_ROWS = 65535
 #: Slots that a program has in one step of its loop.
 BLOCK = 64
 #: Chunks whose sums are put together at a time.
@@ -73,8 +75,13 @@ def decode_attention(
 
     Returns:
       The output ``[N, H * D]`` in ``qkv.dtype``, and the cache, updated in place if it is donated.
+
+    Raises:
+      ValueError: more than MAX_ROWS queries.
     """
     rows, (batch, kv_heads, slots, head_dim) = qkv.shape[0], keys.shape
+    if rows > MAX_ROWS:
+        raise ValueError(f"decode_attention takes up to {MAX_ROWS} queries at a time, got {rows}: use a smaller batch")
     group = qkv.shape[1] // head_dim // kv_heads - 2
     chunk, stages = FIXED if batch_invariant else next(c for least, c in CHUNKS if rows * kv_heads >= least)
     chunks = pl.cdiv(slots, chunk)

@@ -91,6 +91,14 @@ def test_norm(rows, features):
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=0.005)
 
 
+def test_too_many_queries():
+    rows = decode_attention.MAX_ROWS + 1
+    shapes = [(rows, 96), (rows, 16), (rows, 16), (rows, 1, 8, 32), (rows, 1, 8, 32), (rows,), (1,)]
+    call = functools.partial(decode_attention.decode_attention, append=True, interpret=True)
+    with pytest.raises(ValueError, match="up to 65535 queries at a time, got 65536"):
+        jax.eval_shape(call, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes))
+
+
 def test_gradients_are_those_of_xla():
     *operands, keys, values = case(2, 4, 2, 32, 200)
     reference = functools.partial(_append_and_attend, num_heads=4)
