@@ -8,8 +8,7 @@ import numpy as np
 from jaxzip import formats
 from jaxzip.formats import auto
 from jaxzip.formats.base import pad_axis
-from jaxzip.ops import registry
-from jaxzip.ops.host import encode
+from jaxzip.ops import host, registry
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
 AUTO = "auto"
@@ -29,7 +28,9 @@ def compress(
         dimensions are a stack: each matrix is encoded for itself, and ``jax.vmap`` or ``lax.scan`` run over it.
       format: a name of ``jaxzip.formats``, or ``"auto"``: the fastest one on JAX's default device, and with ``on_host``
         the smallest one, whatever the machine (see ``jaxzip.formats.auto``). A tensor that the format would not shrink,
-        and with ``"auto"`` one of another dtype or of rank below 2, is stored ``raw``.
+        and with ``"auto"`` one of a dtype without a format or of rank below 2, is stored ``raw``. bf16 has several
+        formats; fp16, fp32, fp8 e4m3fn and e5m2 have one each, which ``"auto"`` takes on every machine. Those have no
+        fused kernels: ``matmul`` decodes them, then multiplies.
       output_axis: which of the last two axes holds output features, -1 or -2.
       on_host: leave the payload in NumPy arrays instead of moving it to JAX's default device.
 
@@ -65,12 +66,28 @@ def best_format(dtype: np.dtype, device: jax.Device | None = None, *, otherwise:
     return auto.choose(dtype, device, otherwise=otherwise)
 
 
+def format_for(dtype: np.dtype, format: str) -> str:
+    """``format`` where one is asked for a whole tree: bf16's formats stand for compression of any dtype.
+
+    So for a bf16 format and a dtype that has its own format: the latter.
+    """
+    dtype = np.dtype(dtype)
+    if format == AUTO or dtype not in auto.DTYPES or auto.BF16 not in formats.get(format).dtypes:
+        return format
+    return format if dtype in formats.get(format).dtypes else auto.for_storage(dtype)
+
+
+def check_dtype(dtype: np.dtype, fmt: formats.Format, caller: str = "compress") -> None:
+    """Raises TypeError unless ``fmt`` takes ``dtype``."""
+    if fmt.name != "raw" and np.dtype(dtype) not in fmt.dtypes:
+        names = ", ".join(str(d) for d in fmt.dtypes)
+        raise TypeError(f'{caller}: {fmt.name} takes {names}, w has dtype {dtype}; use format="auto" or "raw"')
+
+
 def _check_explicit(w, fmt: formats.Format) -> None:
     if fmt.name == "raw":
         return
-    if np.dtype(w.dtype) not in fmt.dtypes:
-        names = ", ".join(str(d) for d in fmt.dtypes)
-        raise TypeError(f'compress: {fmt.name} takes {names}, w has dtype {w.dtype}; use format="auto" or "raw"')
+    check_dtype(w.dtype, fmt)
     if w.ndim < 2:
         raise ValueError(f'compress: {fmt.name} takes matrices, w has shape {w.shape}; use format="auto" or "raw"')
     if w.size == 0:
@@ -83,11 +100,11 @@ def encode_as(w, format: str, output_axis: int) -> CompressedTensor:
     Raises:
       OverflowError: a matrix has more elements than the format can address.
     """
-    bits = np.asarray(w).view(np.uint16)
+    bits = host.bits(np.asarray(w))
     if output_axis == KERNEL_AXIS:
         bits = bits.swapaxes(-1, -2)
     batch, (m, k) = bits.shape[:-2], bits.shape[-2:]
-    payloads = [encode(matrix, format) for matrix in (bits.reshape(-1, m, k) if batch else bits[None])]
+    payloads = [host.encode(matrix, format) for matrix in (bits.reshape(-1, m, k) if batch else bits[None])]
     return from_payloads(payloads, batch, tuple(w.shape[-2:]), np.dtype(w.dtype), format, output_axis)
 
 

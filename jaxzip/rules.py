@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from jaxzip import formats
-from jaxzip.compress import AUTO, compress
+from jaxzip.compress import AUTO, compress, format_for
+from jaxzip.formats import auto
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
-COMPRESSIBLE_DTYPES = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+COMPRESSIBLE_DTYPES = auto.DTYPES
+#: A tensor that keeps more of its bytes than this "hardly shrinks", and its report says so.
+HARDLY = 0.85
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,8 @@ class CompressionRule:
 
     Attributes:
       module_path: regular expression over the whole path, for instance ``r".*mlp.*"``.
-      format: a format's name, ``"auto"``, or ``"raw"`` to leave matching leaves as they are.
+      format: a format's name, ``"auto"``, or ``"raw"`` to leave matching leaves as they are. With a format of bf16's,
+        fp16, fp32 and fp8 leaves get the format of their dtype.
       output_axis: axis of output features, -1 for kernels ``[K, M]``, -2 for tables ``[M, K]``.
       min_size: leaves with fewer elements stay as they are.
     """
@@ -43,13 +46,16 @@ class CompressionRule:
         return re.fullmatch(self.module_path, path) is not None
 
 
-#: Every bf16 or fp16 leaf of rank >= 2 and 4096 elements or more; embedding tables are rows [V, D].
+#: Every bf16, fp16, fp32 or fp8 leaf of rank >= 2 and 4096 elements or more; embedding tables are rows [V, D].
 DEFAULT_RULES = (CompressionRule(r"(.*/)?embedding", output_axis=TABLE_AXIS), CompressionRule())
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorReport:
-    """One leaf of a compressed tree. ``escapes`` is ``None`` where the format has no window; ``note`` says why raw."""
+    """One leaf of a compressed tree. ``escapes`` is ``None`` where the format has no window.
+
+    ``note`` says why raw, how little a dtype shrinks, and what has no fused kernel.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -99,6 +105,11 @@ class CompressionReport:
             f"{t.path}  {'x'.join(map(str, t.shape))} {t.dtype}  {t.format}  {t.bits_per_weight:.2f} bits"
             + (f"  ({t.note})" if t.note else "")
             for t in self.tensors
+        ]
+        rows += [
+            f"{dtype}: {size['tensors']} tensors, {size['original_bytes']} -> {size['stored_bytes']} bytes, "
+            f"{size['bits_per_weight']:.2f} bits"
+            for dtype, size in sizes_by_dtype(self.tensors).items()
         ]
         rows.append(f"total {self.original_bytes} -> {self.stored_bytes} bytes, ratio {self.ratio:.4f}")
         rows += [f"rule matched nothing: {rule}" for rule in self.unused_rules]
@@ -158,7 +169,7 @@ def compress_params(
         if isinstance(rule, str):
             rows.append(_plain_row(name, leaf, rule))
             return leaf
-        z = compress(leaf, format=rule.format, output_axis=rule.output_axis, on_host=on_host)
+        z = compress(leaf, format=format_for(leaf.dtype, rule.format), output_axis=rule.output_axis, on_host=on_host)
         if z.format == "raw":
             rows.append(_plain_row(name, leaf, not_smaller(z)))
             return leaf
@@ -172,8 +183,6 @@ def compress_params(
 
 def not_smaller(z: CompressedTensor) -> str:
     """Why a tensor that a rule names came out raw."""
-    if z.dtype != COMPRESSIBLE_DTYPES[0]:
-        return f"no format for {z.dtype} yet"
     if z.size > np.iinfo(np.uint32).max:
         return "more elements than the format can address"
     return "encoding would not be smaller"
@@ -184,10 +193,43 @@ def tensor_report(path: str, z: CompressedTensor) -> TensorReport:
     fmt, escapes = formats.get(z.format), None
     if z.format != "raw":
         m, k = z.matrix_shape
-        flat = {n: np.asarray(a).reshape(-1, *np.shape(a)[len(z.batch_shape) :]) for n, a in z.payload.items()}
-        stack = range(next(iter(flat.values())).shape[0])
-        escapes = sum(fmt.coverage({n: a[i] for n, a in flat.items()}, m, k).escapes for i in stack)
-    return TensorReport(path, z.shape, str(z.dtype), z.format, z.size * z.dtype.itemsize, z.nbytes, escapes)
+        arrays = {n: np.asarray(a) for n, a in z.payload.items()}
+        stack = np.ndindex(z.batch_shape)
+        escapes = sum(fmt.coverage({n: a[i] for n, a in arrays.items()}, m, k).escapes for i in stack)
+    original = z.size * z.dtype.itemsize
+    return TensorReport(path, z.shape, str(z.dtype), z.format, original, z.nbytes, escapes, _size_note(z, original))
+
+
+def _size_note(z: CompressedTensor, original_bytes: int) -> str:
+    """What a user should know about a tensor that no fused kernel multiplies by, and about its size."""
+    if z.format == "raw":
+        return ""
+    notes = []
+    if z.nbytes > HARDLY * original_bytes:
+        bits = 8 * z.dtype.itemsize
+        notes.append(f"hardly shrinks: {z.bits_per_weight:.2f} of {bits} bits")
+    if z.dtype != auto.BF16:
+        notes.append(f"no fused kernel for {z.dtype}: decoded before it is multiplied")
+    return "; ".join(notes)
+
+
+def sizes_by_dtype(tensors: Iterable[TensorReport]) -> dict[str, dict[str, Any]]:
+    """Tensors, bytes, ratio and bits per weight of each dtype, those that stay raw included; largest dtype first."""
+    groups: dict[str, list[TensorReport]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    sizes = {}
+    for dtype, rows in sorted(groups.items(), key=lambda item: -sum(row.original_bytes for row in item[1])):
+        original, stored = sum(row.original_bytes for row in rows), sum(row.stored_bytes for row in rows)
+        sizes[dtype] = {
+            "tensors": len(rows),
+            "compressed": sum(row.format != "raw" for row in rows),
+            "original_bytes": original,
+            "stored_bytes": stored,
+            "ratio": stored / max(original, 1),
+            "bits_per_weight": 8 * stored / max(sum(row.size for row in rows), 1),
+        }
+    return sizes
 
 
 def _plain_row(path: str, leaf, note: str) -> TensorReport:

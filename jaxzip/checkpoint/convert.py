@@ -17,7 +17,7 @@ from jaxzip.checkpoint.partial import PartialCheckpoint, check_name
 from jaxzip.checkpoint.progress import ProgressCallback, Tracker
 from jaxzip.checkpoint.source import Source, TensorInfo, identity, open_source
 from jaxzip.checkpoint.tree_metadata import DICT_KEY, Leaf
-from jaxzip.compress import compress
+from jaxzip.compress import compress, format_for
 from jaxzip.errors import CheckpointError, JaxzipError
 from jaxzip.rules import (
     DEFAULT_RULES,
@@ -130,7 +130,7 @@ def _convert_tensor(
 def _compress(array: np.ndarray, info: TensorInfo, rule: CompressionRule) -> CompressedTensor:
     axis = rule.output_axis if info.output_axis is None else info.output_axis
     try:
-        return compress(array, format=rule.format, output_axis=axis, on_host=True)
+        return compress(array, format=format_for(array.dtype, rule.format), output_axis=axis, on_host=True)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{info.name}: {error}") from error
 
@@ -154,6 +154,7 @@ def _entry(info: TensorInfo, z: CompressedTensor | None, note: str, digest: dict
         entry["derived"] = info.derived
     if z is None or z.format == "raw":
         return entry
+    report = tensor_report(info.name, z)
     window = {"start_exp": np.asarray(z.payload["start_exp"]).tolist()} if "start_exp" in z.payload else None
     return entry | {
         "format": z.format,
@@ -161,7 +162,8 @@ def _entry(info: TensorInfo, z: CompressedTensor | None, note: str, digest: dict
         "output_axis": z.output_axis,
         "core_ndim": len(z.core_shape),
         "stored_bytes": z.nbytes,
-        "escapes": tensor_report(info.name, z).escapes,
+        "escapes": report.escapes,
+        "note": report.note,
         "window": window,
         "payload": {n: {"dtype": str(a.dtype), "shape": list(a.shape)} for n, a in z.payload.items()},
     }

@@ -25,7 +25,7 @@ def format_sizes(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _lane_planar(entry: dict[str, Any]) -> int:
-    if entry["format"] in ("raw", "lane-planar"):
+    if entry["format"] in ("raw", "lane-planar") or entry["dtype"] != "bfloat16":
         return entry["stored_bytes"]
     *stack, first, second = entry["shape"]
     m, k = (second, first) if entry["output_axis"] == KERNEL_AXIS else (first, second)

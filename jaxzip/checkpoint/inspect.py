@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxzip.checkpoint.convert import entry_report
 from jaxzip.checkpoint.read import open_checkpoint
+from jaxzip.rules import sizes_by_dtype
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -18,8 +19,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """
     checkpoint = open_checkpoint(path)
     rows, formats = [], {}
-    for name, entry in checkpoint.tensors.items():
-        report = entry_report(entry)
+    reports = [entry_report(entry) for entry in checkpoint.tensors.values()]
+    for (name, entry), report in zip(checkpoint.tensors.items(), reports):
         rows.append(
             {
                 "path": name,
@@ -50,6 +51,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "model_type": (checkpoint.hf_config or {}).get("model_type"),
         "extra_files": sorted(checkpoint.metadata["extra_files"]),
         "tensors": rows,
+        "dtypes": sizes_by_dtype(reports),
         "total": {
             "tensors": len(rows),
             "formats": formats,

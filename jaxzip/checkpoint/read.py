@@ -16,7 +16,7 @@ from jaxzip import formats
 from jaxzip.checkpoint import array_store, checksum, layout
 from jaxzip.checkpoint.partial import check_name, child_name
 from jaxzip.checkpoint.tree_metadata import Leaf, nest
-from jaxzip.compress import AUTO, best_format
+from jaxzip.compress import AUTO, best_format, format_for
 from jaxzip.errors import CheckpointError, CorruptDataError, TensorNotFoundError, UnsupportedVersionError
 from jaxzip.ops import host
 from jaxzip.ops.transcode import transcode
@@ -83,7 +83,8 @@ class Checkpoint:
         Args:
           name: '/'-joined path.
           format: change a compressed tensor to this format, a few rows at a time; ``"auto"``: the fastest one on JAX's
-            default device, where there is one that is. ``None``: as it is stored.
+            default device, where there is one that is. ``None``: as it is stored. Tensors of other dtypes than bf16
+            have one format each and stay in it, but for ``"raw"``.
           verify: also decode it and compare the checksum of the original bits.
 
         Raises:
@@ -104,7 +105,7 @@ class Checkpoint:
                 f"{name}: the decoded bits do not have the checksum of the original; get {self.path} again"
             )
         if format is not None and isinstance(value, CompressedTensor):
-            value = transcode(value, format, on_host=True)
+            value = transcode(value, format_for(value.dtype, format), on_host=True)
         return value
 
     def load_tree(

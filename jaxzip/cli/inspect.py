@@ -43,6 +43,12 @@ def inspect_command(
         f"{human_bytes(total['stored_bytes'])} ({100 * total['stored_bytes'] / max(total['original_bytes'], 1):.1f}%), "
         f"{total['bits_per_weight']:.2f} bits per weight"
     )
+    for dtype, size in data["dtypes"].items():
+        before, after = human_bytes(size["original_bytes"]), human_bytes(size["stored_bytes"])
+        out.print(
+            f"  {dtype}: {size['compressed']} of {size['tensors']} tensors compressed, {before} -> {after} "
+            f"({100 * size['ratio']:.1f}%), {size['bits_per_weight']:.2f} bits per weight"
+        )
     for line in data.get("notes", ()):
         out.print(line, markup=False)
 

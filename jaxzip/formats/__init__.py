@@ -1,6 +1,9 @@
 """Storage formats, one module each: layout, sizes, reference encode and decode, checks.
 
-``base`` says what a format is; ``tca_tbe``, ``lane_planar`` and ``raw`` are formats, ``auto`` chooses among them.
+``base`` says what a format is; ``auto`` chooses among them.
+
+    bf16  tca_tbe, lane_planar     fp16, fp32  split (a bf16 format and raw low bits)     fp8  window_fp8     any  raw
+
 Nothing here knows of kernels, pytrees or files.
 """
 
@@ -9,9 +12,13 @@ from __future__ import annotations
 from jaxzip.formats.base import Coverage, FieldSpec, Format, Payload
 from jaxzip.formats.lane_planar import LanePlanar
 from jaxzip.formats.raw import Raw
+from jaxzip.formats.split import SplitFp16, SplitFp32
 from jaxzip.formats.tca_tbe import TcaTbe
+from jaxzip.formats.window_fp8 import fp8_formats
 
-_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (TcaTbe(), LanePlanar(), Raw())}
+_FORMATS: dict[str, Format] = {
+    fmt.name: fmt for fmt in (TcaTbe(), LanePlanar(), SplitFp16(), SplitFp32(), *fp8_formats(), Raw())
+}
 
 
 def names() -> tuple[str, ...]:

@@ -3,7 +3,8 @@
     storage (checkpoints, arrays kept on the host)           tca-tbe
     execution on a device that a backend has named           that backend's format: lane-planar on Hopper GPUs
     execution elsewhere                                      tca-tbe
-    another dtype than bf16                                  raw
+    fp16, fp32, fp8                                          the dtype's own format (they have one each)
+    another dtype                                            raw
 
 Backends say what they are fast at with :func:`prefer`; nothing here names one.
 """
@@ -18,7 +19,16 @@ import numpy as np
 
 #: Takes the fewest bytes of the formats that decode fast.
 STORAGE = "tca-tbe"
-_BF16 = np.dtype(ml_dtypes.bfloat16)
+BF16 = np.dtype(ml_dtypes.bfloat16)
+#: The formats of dtypes that have one only, everywhere.
+_OWN = {
+    np.dtype(np.float16): "split-fp16",
+    np.dtype(np.float32): "split-fp32",
+    np.dtype(ml_dtypes.float8_e4m3fn): "window-fp8-e4m3fn",
+    np.dtype(ml_dtypes.float8_e5m2): "window-fp8-e5m2",
+}
+#: Dtypes that some format shrinks.
+DTYPES = (BF16, *_OWN)
 _CUDA_NAMES = ("cuda", "gpu")  # JAX calls the platform of CUDA devices "gpu"
 
 
@@ -57,7 +67,7 @@ def prefer(format: str, *, platform: str, compute_capability: tuple[int, int] | 
 
 def for_storage(dtype: np.dtype) -> str:
     """The format for arrays of ``dtype`` that are kept rather than computed with; the same on every machine."""
-    return STORAGE if np.dtype(dtype) == _BF16 else "raw"
+    return STORAGE if np.dtype(dtype) == BF16 else _OWN.get(np.dtype(dtype), "raw")
 
 
 def choose(dtype: np.dtype, device: jax.Device | None = None, *, otherwise: str | None = None) -> str:
@@ -67,7 +77,7 @@ def choose(dtype: np.dtype, device: jax.Device | None = None, *, otherwise: str 
     of which none has said anything (``None``: :func:`for_storage`).
     """
     stored = for_storage(dtype)
-    if stored == "raw":
+    if np.dtype(dtype) != BF16:
         return stored
     if _preferences:
         device = default_device() if device is None else device

@@ -53,11 +53,14 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, bits: np.ndarray) -> Payload:
-        """Reference encoder (NumPy): the exact, unpadded payload of ``bits`` uint16 ``[M, K]``."""
+        """Reference encoder (NumPy): the exact, unpadded payload of ``bits`` ``[M, K]``.
+
+        ``bits`` are unsigned integers as wide as the format's dtypes: uint16 for bf16.
+        """
 
     @abc.abstractmethod
     def decode(self, payload: Mapping[str, jax.Array], m: int, k: int) -> jax.Array:
-        """Reference decoder (XLA, traceable): the 16 bits of every element, uint16 ``[m, k]``."""
+        """Reference decoder (XLA, traceable): the bits of every element ``[m, k]``, as :meth:`encode` takes them."""
 
     @abc.abstractmethod
     def validate(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxzip import formats
 from jaxzip.ops import registry
+from jaxzip.ops.other_dtypes import decompress_split, is_split
 from jaxzip.tensor import TABLE_AXIS, CompressedTensor
 
 
@@ -35,12 +36,14 @@ def require_compressed(z, op: str) -> None:
         raise TypeError(f"{op}: expected a CompressedTensor, got {type(z).__name__}; make one with jaxzip.compress")
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnames="implementation")
 def _decompress(z: CompressedTensor, implementation: str | None) -> jax.Array:
     with jax.named_scope("jaxzip.decompress"):
         if z.format == "raw":
             values = z.payload["values"]
             return values.swapaxes(-1, -2) if z.raw_transposed else values
+        if is_split(z):
+            return decompress_split(z, functools.partial(_decompress, implementation=implementation))
         return registry.run("decompress", implementation, z)
 
 

@@ -55,7 +55,7 @@ def _fast(format_name: str, implementation: str | None) -> HostCodec | None:
 
 
 def encode(bits: np.ndarray, format_name: str, *, implementation: str | None = None) -> formats.Payload:
-    """The exact, unpadded payload of ``bits`` uint16 ``[M, K]`` (any strides).
+    """The exact, unpadded payload of ``bits`` ``[M, K]`` (any strides), unsigned integers of the dtype's width.
 
     Args:
       implementation: ``"reference"`` (NumPy), ``"ffi"`` (C++), or ``None`` for the best one here.
@@ -69,7 +69,7 @@ def encode(bits: np.ndarray, format_name: str, *, implementation: str | None = N
 
 
 def decode(payload: Payload, format_name: str, out: np.ndarray, *, implementation: str | None = None) -> None:
-    """Writes the 16 bits of every element into ``out`` uint16 ``[M, K]`` (any strides).
+    """Writes the bits of every element into ``out`` ``[M, K]`` (any strides), unsigned integers of the dtype's width.
 
     The payload must be valid (see :func:`validate`).
     """
@@ -90,9 +90,14 @@ def transcode(
     _fast(source, implementation)
     if implementation != "reference" and (source, target) in _transcoders:
         return _transcoders[source, target](payload, m, k)
-    bits = np.empty((m, k), np.uint16)
-    decode(payload, source, bits, implementation=implementation)
-    return encode(bits, target, implementation=implementation)
+    dense = np.empty((m, k), np.uint16)
+    decode(payload, source, dense, implementation=implementation)
+    return encode(dense, target, implementation=implementation)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """``array`` as unsigned integers of its dtype's width, without a copy."""
+    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
 
 
 def matrix(z: CompressedTensor, index: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -107,7 +112,7 @@ def dense(z: CompressedTensor, *, swapped: bool = False) -> np.ndarray:
         return values.swapaxes(-1, -2) if swapped != z.raw_transposed else values
     shape = (*z.shape[:-2], *z.shape[:-3:-1]) if swapped else z.shape
     out = _empty_aligned(shape, z.dtype)
-    rows = out.view(np.uint16)  # [..., M, K]: what the codec fills, whatever the order of the result
+    rows = bits(out)  # [..., M, K]: what the codec fills, whatever the order of the result
     if swapped != (z.output_axis == KERNEL_AXIS):
         rows = rows.swapaxes(-1, -2)
     for index in np.ndindex(z.batch_shape):

@@ -56,14 +56,15 @@ def take_xla(table: CompressedTensor, ids: jax.Array) -> jax.Array:
 
 
 def _take_dense(table: jax.Array, ids: jax.Array) -> jax.Array:
-    if table.dtype.itemsize != 2 or not jnp.issubdtype(table.dtype, jnp.floating):
+    if not jnp.issubdtype(table.dtype, jnp.floating) or table.dtype.itemsize > 4:
         return jnp.take(table, ids, axis=0, mode="fill")
-    # As integers, without a select that could become one of floats: XLA's CPU backend may widen 16-bit floats to
+    # As integers, without a select that could become one of floats: XLA's CPU backend may widen narrow floats to
     # fp32 and back, which quiets signalling NaNs and flushes subnormals.
     rows = table.shape[0]
-    nan = np.asarray(jnp.nan, table.dtype).view(np.uint16)
-    inside = -(ids < rows).astype(jnp.uint16)[:, None]
-    found = jnp.take(jax.lax.bitcast_convert_type(table, jnp.uint16), ids, axis=0, mode="clip")
+    word = np.dtype(f"u{table.dtype.itemsize}")
+    nan = np.asarray(jnp.nan, table.dtype).view(word)
+    inside = -(ids < rows).astype(word)[:, None]
+    found = jnp.take(jax.lax.bitcast_convert_type(table, word), ids, axis=0, mode="clip")
     return jax.lax.bitcast_convert_type((found & inside) | (~inside & nan), table.dtype)
 
 

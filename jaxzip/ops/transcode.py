@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jaxzip import formats
-from jaxzip.compress import AUTO, best_format, compress, from_payloads
+from jaxzip.compress import AUTO, best_format, check_dtype, compress, from_payloads
 from jaxzip.ops import host
 from jaxzip.ops.decompress import require_compressed
 from jaxzip.tensor import CompressedTensor
@@ -34,7 +34,7 @@ def transcode(z: CompressedTensor, format: str = AUTO, *, on_host: bool = False)
     if format == AUTO:
         kept = None if z.format == "raw" else z.format
         format = best_format(z.dtype, otherwise=kept) if z.ndim >= 2 and z.size else "raw"
-    formats.get(format)
+    check_dtype(z.dtype, formats.get(format), "transcode")
     if format == z.format:
         result = z
     elif z.format == "raw":
