@@ -6,11 +6,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxzip.ffi import cuda_ops, format_ops
+from jaxzip.ffi import cuda_encode, cuda_ops, format_ops
 from jaxzip.ffi.libraries import compute_capabilities, register_cuda
 
 from jaxzip.formats import auto
 from jaxzip.ops import registry
+from jaxzip.ops.encode import COUNTS, PAYLOAD, SHIFTS
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
 TCA_TBE = "tca-tbe"
@@ -37,6 +38,8 @@ def register_cuda_backend() -> None:
     add("matmul", fn=_matmul, check=_check_matmul, priority=PRIORITY)
     add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY)
     add("take", fn=format_ops.take, check=_check_take, priority=PRIORITY)
+    for step, fn in ((SHIFTS, cuda_encode.shifts), (COUNTS, cuda_encode.counts), (PAYLOAD, cuda_encode.payload)):
+        add(step, fn=fn, check=lambda *_, **__: _check_hopper(), priority=PRIORITY)
     auto.prefer(LANE_PLANAR, platform="cuda", compute_capability=HOPPER)
 
 

@@ -21,11 +21,18 @@ def call_with_workspace(
     name: str, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes
 ) -> jax.Array:
     """The first result of the custom call `name`; XLA allocates the others, which are scratch."""
+    return call_with_results(name, results, *operands, **attributes)[0]
+
+
+def call_with_results(
+    name: str, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes
+) -> list[jax.Array]:
+    """All results of the custom call `name`."""
     register()
     operands, varying = _same_manual_axes(operands)
-    result = jax.ffi.ffi_call(name, list(results), vmap_method="expand_dims")(*operands, **attributes)[0]
-    # ffi_call takes the result to be the same on every device, whatever its operands are.
-    return jax.lax.pcast(result, varying, to="varying") if varying else result
+    found = jax.ffi.ffi_call(name, list(results), vmap_method="expand_dims")(*operands, **attributes)
+    # ffi_call takes results to be the same on every device, whatever its operands are.
+    return [jax.lax.pcast(result, varying, to="varying") if varying else result for result in found]
 
 
 def _same_manual_axes(operands):

@@ -57,6 +57,9 @@ _CUDA_HANDLERS = (
     "jaxzip_lane_planar_decompress",
     "jaxzip_lane_planar_gemm",
     "jaxzip_lane_planar_take",
+    "jaxzip_lane_planar_shifts",
+    "jaxzip_lane_planar_counts",
+    "jaxzip_lane_planar_encode",
 )
 
 

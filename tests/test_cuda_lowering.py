@@ -1,5 +1,6 @@
 """What programs become on an NVIDIA GPU, lowered on a machine without one: the custom calls and their results."""
 
+import functools
 import re
 
 import jax
@@ -11,6 +12,7 @@ import jaxzip
 from jaxzip.compress import encode_as
 from jaxzip.formats import auto
 from jaxzip.ops import registry
+from jaxzip.ops.encode import COUNTS, PAYLOAD, SHIFTS
 from jaxzip.testing import gaussian_weights
 
 # Shapes that no other test uses: JAX keeps traces, and with them the choice of implementation, for the process.
@@ -92,3 +94,15 @@ def test_batch_invariance_takes_the_fused_kernel_at_any_n():
 def test_lookup_reads_rows_of_lane_planar_only():
     table = encoded("lane-planar", -2)
     assert custom_calls(jaxzip.take, table, jnp.arange(4)) == [("jaxzip_lane_planar_take", f"tensor<4x{M}xbf16>")]
+
+
+def test_encoding_has_three_steps():
+    bits = jnp.zeros((K, M), jnp.uint16)
+    blocks, words = 6 * 5, 6 * 64
+    run = functools.partial(registry.run, transposed=True)
+    shift, starts = jnp.zeros(words, jnp.int8), jnp.zeros(blocks + 1, jnp.uint32)
+    assert custom_calls(lambda b: run(SHIFTS, None, b), bits) == [("jaxzip_lane_planar_shifts", f"tensor<{words}xi8>")]
+    counts = custom_calls(lambda b, s: run(COUNTS, None, b, s), bits, shift)
+    assert counts == [("jaxzip_lane_planar_counts", f"tensor<{blocks}x2xui32>")]
+    payload = custom_calls(lambda b, s, f: run(PAYLOAD, None, b, s, f, width=1440, overflow=64), bits, shift, starts)
+    assert payload == [("jaxzip_lane_planar_encode", "(tensor<6x5x1440xui32>, tensor<64xui32>)")]

@@ -13,7 +13,7 @@ the few escapes, which are listed. Rows are scaled by a power of two first, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ MIN_OVERFLOW_BUCKET = 64
 CODE_BITS = (7, 4, 1, 10, 13)
 #: Entries hold their five high exponent bits less this in four bits; 0 stands for 0.
 HIGH_BIAS = 3
-_CONSTANT_HIGH = 15
-_PADDING = WINDOW_START << 7
+CONSTANT_HIGH = 15
+PADDING = WINDOW_START << 7
 _CHUNK = 1 << 22  # elements that the encoder works on at a time
 
 # [M, K] reshaped to (row block, tile, r & 1, g, k block, j, r >> 1, t, h) and permuted is in position order.
@@ -64,6 +64,16 @@ def block_grid(m: int, k: int) -> tuple[int, int]:
 def room(width: int) -> int:
     """Entries that fit into a block of ``width`` words."""
     return 2 * (width - ENTRY_START)
+
+
+def choose_width(overflowing: Sequence[float]) -> int:
+    """Words of a block, given the share of blocks that would overflow at each of ``WIDTHS``."""
+    return next((width for width, share in zip(WIDTHS, overflowing) if share <= OVERFLOW_SHARE), WIDTHS[-1])
+
+
+def overflow_bucket(used: int) -> int:
+    """Words that are stored for an overflow list of ``used`` words, so that tensors of one shape share traces."""
+    return max(MIN_OVERFLOW_BUCKET, 1 << max(0, used - 1).bit_length())
 
 
 def choose_shifts(bits: np.ndarray) -> np.ndarray:
@@ -93,7 +103,7 @@ def choose_shifts(bits: np.ndarray) -> np.ndarray:
     return np.where(safe, shift, 0).astype(np.int8)
 
 
-def _shift_exponents(values, shifts, where):
+def shift_exponents(values, shifts, where):
     """Adds each row's shift to the exponents of normal numbers; zeros, subnormals, infinities and NaN keep theirs."""
     exponent = (values >> 7) & 0xFF
     moved = (exponent + shifts) & 0xFF
@@ -108,21 +118,27 @@ def _positions(bits: np.ndarray, shifts: np.ndarray) -> Iterator[tuple[slice, np
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         part = bits[start * BLOCK : stop * BLOCK]
-        padded = np.full(((stop - start) * BLOCK, columns * BLOCK), _PADDING, np.uint16)
+        padded = np.full(((stop - start) * BLOCK, columns * BLOCK), PADDING, np.uint16)
         scale = shifts[start * BLOCK : stop * BLOCK].astype(np.uint16)[:, None]
-        padded[: part.shape[0], :k] = _shift_exponents(part, scale, np.where)
+        padded[: part.shape[0], :k] = shift_exponents(part, scale, np.where)
         split = padded.reshape(stop - start, TILES, 2, 8, columns, 4, 2, 4, 2).transpose(_TO_POSITIONS)
         yield slice(start * columns, stop * columns), split.reshape(-1, POSITIONS)
 
 
 def _escapes(elements: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Block, position and five high exponent bits of every escape, in order."""
-    high = (elements >> 10) & 31
-    block, position = np.nonzero(high != _CONSTANT_HIGH)
+    high = shifted_high(elements)
+    block, position = np.nonzero(high != CONSTANT_HIGH)
     return block, position, high[block, position].astype(np.uint32)
 
 
-def _has_code(high: np.ndarray) -> np.ndarray:
+def shifted_high(elements):
+    """The five high exponent bits of weights whose exponents are shifted: ``CONSTANT_HIGH`` but for escapes."""
+    return (elements >> 10) & 31
+
+
+def has_code(high):
+    """Whether an escape with these high exponent bits may stand in a block: the four bits of its code tell them."""
     return (high == 0) | ((high > HIGH_BIAS) & (high <= 15 + HIGH_BIAS))
 
 
@@ -178,9 +194,8 @@ class LanePlanar(Format):
         coded = np.zeros(rows * columns, np.int64)
         for where, elements in _positions(bits, shifts):
             block, _, high = _escapes(elements)
-            coded[where] = np.bincount(block[_has_code(high)], minlength=elements.shape[0])
-        fits = [width for width in WIDTHS if (coded > room(width)).mean() <= OVERFLOW_SHARE]
-        width = fits[0] if fits else WIDTHS[-1]
+            coded[where] = np.bincount(block[has_code(high)], minlength=elements.shape[0])
+        width = choose_width([(coded > room(width)).mean() for width in WIDTHS])
 
         blocks = np.zeros((rows * columns, width), np.uint32)
         overflow = []
@@ -188,11 +203,11 @@ class LanePlanar(Format):
             out = blocks[where]
             out[:, :HEADER] = _planes(elements)
             block, position, high = _escapes(elements)
-            has_code = _has_code(high)
-            before = np.concatenate([[0], np.cumsum(has_code)])
-            first = np.concatenate([[0], np.cumsum(np.bincount(block[has_code], minlength=elements.shape[0]))])
+            coded_here = has_code(high)
+            before = np.concatenate([[0], np.cumsum(coded_here)])
+            first = np.concatenate([[0], np.cumsum(np.bincount(block[coded_here], minlength=elements.shape[0]))])
             rank = before[:-1] - first[block]
-            inside = has_code & (rank < room(width))
+            inside = coded_here & (rank < room(width))
             entries = np.zeros((elements.shape[0], room(width)), np.uint16)
             code = np.maximum(high[inside].astype(np.int64) - HIGH_BIAS, 0)
             entries[block[inside], rank[inside]] = position[inside] | code << 12
@@ -217,13 +232,13 @@ class LanePlanar(Format):
         index = (owner - 1).astype(jnp.int32)
         row = jnp.where(owner == 0, rows, index // columns)
         column = index % columns * POSITIONS + (entry & (POSITIONS - 1)).astype(jnp.int32)
-        high = jnp.full((rows, columns * POSITIONS), _CONSTANT_HIGH, jnp.uint8)
+        high = jnp.full((rows, columns * POSITIONS), CONSTANT_HIGH, jnp.uint8)
         high = high.at[row, column].set((entry >> 12).astype(jnp.uint8), mode="drop")
         # One row of blocks at a time: the reference needs some 30 bytes per weight while it runs.
         elements = jax.lax.map(_decode_blocks, (payload["blocks"], high.reshape(rows, columns, POSITIONS)))
         split = elements.reshape(rows, columns, TILES, 4, 8, 4, 2, 2, 2).transpose(_FROM_POSITIONS)
         shifts = payload["shift"].astype(jnp.uint16)[:, None]
-        return _shift_exponents(split.reshape(rows * BLOCK, columns * BLOCK), -shifts, jnp.where)[:m, :k]
+        return shift_exponents(split.reshape(rows * BLOCK, columns * BLOCK), -shifts, jnp.where)[:m, :k]
 
     def check_shapes(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> None:
         """The part of :meth:`validate` that looks at no value.
@@ -277,8 +292,7 @@ class LanePlanar(Format):
         return Coverage(size=m * k, escapes=int(inside + np.count_nonzero(payload["overflow"][..., 0::2])))
 
     def bucket_lengths(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> dict[str, int]:
-        used = payload["overflow"].shape[-1]
-        overflow = max(MIN_OVERFLOW_BUCKET, 1 << max(0, used - 1).bit_length())
+        overflow = overflow_bucket(payload["overflow"].shape[-1])
         return {"blocks": payload["blocks"].shape[-1], "overflow": overflow}
 
 
