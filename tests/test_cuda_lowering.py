@@ -23,7 +23,8 @@ K, M = 267, 331
 def with_cuda_backend(monkeypatch):
     """The CUDA implementations, whether their library was built or not; gone after the test."""
     registry.load_backends()
-    without = {op: [i for i in known if i.platforms != ("cuda",)] for op, known in registry._registry.items()}
+    ours = lambda i: i.name in ("ffi", "pallas") and i.platforms == ("cuda",)  # noqa: E731
+    without = {op: [i for i in known if not ours(i)] for op, known in registry._registry.items()}
     monkeypatch.setattr(registry, "_registry", without)
     monkeypatch.setattr(auto, "_preferences", [])
     monkeypatch.setattr(cuda_backend, "register_cuda", lambda: None)
@@ -106,3 +107,18 @@ def test_encoding_has_three_steps():
     assert counts == [("jaxzip_lane_planar_counts", f"tensor<{blocks}x2xui32>")]
     payload = custom_calls(lambda b, s, f: run(PAYLOAD, None, b, s, f, width=1440, overflow=64), bits, shift, starts)
     assert payload == [("jaxzip_lane_planar_encode", "(tensor<6x5x1440xui32>, tensor<64xui32>)")]
+
+
+def test_decoding_first_leaves_the_rounding_to_the_dot():
+    z = encoded("lane-planar")
+
+    def dots(x, **options):
+        f = lambda x, z: jaxzip.matmul(x, z, implementation="decompress", **options)  # noqa: E731
+        text = jax.jit(f).trace(x, z).lower(lowering_platforms=("cuda",)).as_text()
+        return re.findall(r"dot_general .*-> tensor<\w+x(\w+)>", text)
+
+    assert dots(rows(300)) == ["bf16"]
+    assert dots(rows(300), out_dtype=jnp.float32) == ["f32"]
+    assert dots(rows(300).astype(jnp.float32)) == ["f32"]
+    assert dots(rows(300).astype(jnp.float32), out_dtype=jnp.bfloat16) == ["f32"]
+    assert dots(rows(300), bias=jnp.ones(M, jnp.bfloat16)) == ["f32"]

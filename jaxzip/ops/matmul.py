@@ -135,10 +135,10 @@ def _common_dtype(x_dtype, w_dtype):
     return x_dtype if jnp.dtype(w_dtype).itemsize == 1 else jnp.promote_types(x_dtype, w_dtype)
 
 
-def _dot(x, w, out_dtype):
+def _dot(x, w, out_dtype, sums=jnp.float32):
     common = _common_dtype(x.dtype, w.dtype)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
-    y = jax.lax.dot_general(x.astype(common), w.astype(common), dims, preferred_element_type=jnp.float32)
+    y = jax.lax.dot_general(x.astype(common), w.astype(common), dims, preferred_element_type=sums)
     return y.astype(out_dtype)
 
 
@@ -173,8 +173,21 @@ def matmul_decompressed(x, w: CompressedTensor, bias, residual, *, out_dtype, ba
     return finish(_dot(x, decompress(w), jnp.float32), bias, residual, out_dtype)
 
 
+def matmul_decompressed_rounding(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
+    """The same on a GPU, whose dots round their fp32 sums themselves: fp32 results would be written and read again."""
+    if bias is not None or residual is not None:
+        return matmul_decompressed(x, w, bias, residual, out_dtype=out_dtype, batch_invariant=batch_invariant)
+    sums = jnp.promote_types(
+        out_dtype, _common_dtype(x.dtype, w.dtype)
+    )  # a dot's result is never narrower than operands
+    return _dot(x, decompress(w), out_dtype, sums=sums)
+
+
 registry.register("matmul", registry.XLA, matmul_xla, check=_check_xla)
 registry.register("matmul", "decompress", matmul_decompressed, check=_check_xla, priority=1)
+registry.register(
+    "matmul", "decompress", matmul_decompressed_rounding, check=_check_xla, platforms=("cuda",), priority=2
+)
 
 
 def _measured_us(platform: str, x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant):
