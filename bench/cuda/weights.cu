@@ -1,16 +1,16 @@
-// Synthetic weights and a lane-planar encoder on the device: one warp a row for shifts, one CTA a block for the rest.
+// Synthetic weights on the device, and their encoding by the library's kernels.
 #include "weights.h"
 
 #include <algorithm>
 #include <cmath>
+
+#include "encode.h"
 
 using namespace jaxzip::lane_planar;
 
 namespace {
 
 constexpr double kOverflowShare = 1.0 / 128;
-constexpr int kMaxShift = 40, kMinShifted = 64, kMaxShifted = 190;
-constexpr uint16_t kPadding = 120 << 7;
 
 __device__ uint32_t hash(uint64_t x) {
   x ^= x >> 33;
@@ -62,116 +62,6 @@ __global__ void fragment_order(const uint16_t* w, int m, int k, uint32_t* out) {
   }
 }
 
-// The shift of a row moves its best window of 8 exponents to 120..127; 0 for rows of extreme weights.
-__global__ void choose_shifts(const uint16_t* w, int m, int k, int8_t* shifts) {
-  __shared__ uint32_t histogram[256];
-  __shared__ int has_subnormal;
-  const int row = blockIdx.x;
-  for (int i = threadIdx.x; i < 256; i += blockDim.x) histogram[i] = 0;
-  if (threadIdx.x == 0) has_subnormal = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < k; i += blockDim.x) {
-    const uint32_t v = w[static_cast<size_t>(row) * k + i];
-    atomicAdd(&histogram[(v >> 7) & 255], 1);
-    if ((v & 0x7F80) == 0 && (v & 0x7F)) has_subnormal = 1;
-  }
-  __syncthreads();
-  if (threadIdx.x) return;
-  int start = 1, low = 255, high = 0;
-  uint32_t best = 0;
-  for (int s = 1; s <= 247; ++s) {
-    uint32_t covered = 0;
-    for (int i = 0; i < 8; ++i) covered += histogram[s + i];
-    if (covered > best) best = covered, start = s;
-  }
-  for (int e = 1; e < 255; ++e)
-    if (histogram[e]) low = min(low, e), high = max(high, e);
-  const int shift = 120 - start;
-  const bool safe = best > 0 && abs(shift) <= kMaxShift && !has_subnormal && low >= kMinShifted && high <= kMaxShifted;
-  shifts[row] = static_cast<int8_t>(safe ? shift : 0);
-}
-
-struct Element {
-  uint32_t value;  // with the shifted exponent
-  uint32_t high;   // its five high exponent bits
-};
-__device__ Element element(const uint16_t* w, int m, int k, const int8_t* shifts, int rb, int kb, int position) {
-  const int tile = position >> 10, j = position >> 8 & 3, lane = position >> 3 & 31, r = position >> 1 & 3, h = position & 1;
-  const int row = rb * kBlock + tile * kTileRows + fragment_row(lane, r), column = kb * kBlock + fragment_column(j, lane, r, h);
-  uint32_t v = kPadding;
-  if (row < m && column < k) {
-    v = w[static_cast<size_t>(row) * k + column];
-    const uint32_t e = (v >> 7) & 255;
-    if (e != 0 && e != 255) v = (v & 0x807F) | ((e + shifts[row]) << 7);
-  }
-  return {v, (v >> 10) & 31};
-}
-__device__ bool has_code(uint32_t high) { return high == 0 || (high > kHighCodeBias && high <= 15 + kHighCodeBias); }
-
-// kWrite false: per block, the entries that could lie inside it and those that never can. Positions are visited in order,
-// 32 a thread.
-template <bool kWrite>
-__global__ void encode_block(const uint16_t* w, int m, int k, const int8_t* shifts, uint2* counts, int block_words,
-                             const uint32_t* overflow_starts, uint32_t* blocks, OverflowEntry* overflow) {
-  __shared__ uint32_t coded[129], other[129];
-  const int k_blocks = (k + kBlock - 1) / kBlock, rb = blockIdx.x / k_blocks, kb = blockIdx.x % k_blocks;
-  uint32_t my_coded = 0, my_other = 0;
-  for (int i = 0; i < 32; ++i) {
-    const Element e = element(w, m, k, shifts, rb, kb, threadIdx.x * 32 + i);
-    if (e.high != 15) (has_code(e.high) ? my_coded : my_other) += 1;
-  }
-  coded[threadIdx.x + 1] = my_coded;
-  other[threadIdx.x + 1] = my_other;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    coded[0] = other[0] = 0;
-    for (int i = 0; i < 128; ++i) coded[i + 1] += coded[i], other[i + 1] += other[i];
-  }
-  __syncthreads();
-  if (!kWrite) {
-    if (threadIdx.x == 0) counts[blockIdx.x] = make_uint2(coded[128], other[128]);
-    return;
-  }
-  uint32_t* block = blocks + static_cast<size_t>(blockIdx.x) * block_words;
-  const uint32_t room = 2 * (block_words - kEntryStart), start = overflow_starts[blockIdx.x];
-  uint32_t rank = coded[threadIdx.x], spilled = other[threadIdx.x] + (rank > room ? rank - room : 0);
-  for (int i = 0; i < 32; ++i) {
-    const uint32_t position = threadIdx.x * 32 + i;
-    const Element e = element(w, m, k, shifts, rb, kb, position);
-    if (e.high == 15) continue;
-    if (has_code(e.high) && rank++ < room) {
-      const uint32_t code = e.high ? e.high - kHighCodeBias : 0;
-      reinterpret_cast<uint16_t*>(block + kEntryStart)[rank - 1] = static_cast<uint16_t>(position | code << kPositionBits);
-    } else {
-      overflow[start + spilled++] = {blockIdx.x + 1, position | e.high << kPositionBits};
-    }
-  }
-  if (threadIdx.x == 0) {
-    uint32_t ends = 0;
-    for (int t = 0; t < kTiles; ++t) ends |= min(coded[32 * (t + 1)], room) << (8 * t);
-    block[kHeaderStart] = ends;
-    block[kOverflowWord] = overflow_starts[blockIdx.x + 1] > start ? start + 1 : 0;
-  }
-  const int tile = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  uint32_t sign_mantissa[8] = {}, codes[3] = {};
-  for (int p = 0; p < 16; ++p)
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t v = element(w, m, k, shifts, rb, kb, tile << 10 | (p >> 2) << 8 | lane << 3 | (p & 3) << 1 | h).value;
-      const uint32_t sign = v >> 15, mantissa = v & 127, low = v >> 7 & 7;
-      sign_mantissa[p / 2] |= (p & 1 ? mantissa << 8 | sign << 7 : sign << 15 | mantissa) << (16 * h);
-      constexpr int kFieldBit[] = {7, 4, 1, 10, 13};
-      if (p < 15)
-        codes[p / 5] |= low << (kFieldBit[p % 5] + 16 * h);
-      else
-        for (int b = 0; b < 3; ++b) codes[b] |= (low >> b & 1) << (16 * h);
-    }
-  for (int i = 0; i < 8; ++i) block[tile * kSignMantissaWords + (i >> 2) * 128 + lane * 4 + (i & 3)] = sign_mantissa[i];
-  uint32_t* code_words = block + kCodeStart + tile * kCodeWords;
-  code_words[2 * lane] = codes[0];
-  code_words[2 * lane + 1] = codes[1];
-  code_words[64 + lane] = codes[2];
-}
-
 }  // namespace
 
 void fill_gaussian(uint16_t* w, size_t size, float sigma, float zeros, uint32_t seed) {
@@ -204,19 +94,17 @@ Encoded encode_lane_planar(const uint16_t* w, int m, int k, size_t bytes_of_copi
   e.matrix.k = k;
   const size_t count = static_cast<size_t>(e.matrix.m_blocks()) * e.matrix.k_blocks();
   e.shift = std::make_unique<DeviceArray<int8_t>>(e.matrix.m_blocks() * kBlock);
-  CHECK(cudaMemset(e.shift->get(), 0, e.shift->size()));
-  choose_shifts<<<m, 128>>>(w, m, k, e.shift->get());
-  CHECK(cudaGetLastError());
-  DeviceArray<uint2> device_counts(count);
-  encode_block<false><<<count, 128>>>(w, m, k, e.shift->get(), device_counts.get(), 0, nullptr, nullptr, nullptr);
-  CHECK(cudaGetLastError());
-  std::vector<uint2> counts(count);
-  CHECK(cudaMemcpy(counts.data(), device_counts.get(), count * sizeof(uint2), cudaMemcpyDeviceToHost));
+  const DenseBits bits = {w, m, k, false};
+  CHECK(launch_choose_shifts(bits, e.shift->get(), nullptr));
+  DeviceArray<EscapeCounts> device_counts(count);
+  CHECK(launch_count_escapes(bits, e.shift->get(), device_counts.get(), nullptr));
+  std::vector<EscapeCounts> counts(count);
+  CHECK(cudaMemcpy(counts.data(), device_counts.get(), count * sizeof(EscapeCounts), cudaMemcpyDeviceToHost));
 
   int words = kMaxBlockWords;
   size_t over = 0;
   for (int candidate : kBlockWidths) {
-    over = std::count_if(counts.begin(), counts.end(), [&](uint2 c) { return c.x > 2u * (candidate - kEntryStart); });
+    over = std::count_if(counts.begin(), counts.end(), [&](EscapeCounts c) { return c.coded > 2u * (candidate - kEntryStart); });
     words = candidate;
     if (over <= count * kOverflowShare) break;
   }
@@ -225,10 +113,10 @@ Encoded encode_lane_planar(const uint16_t* w, int m, int k, size_t bytes_of_copi
   double escapes = 0;
   size_t overflowing = 0;
   for (size_t i = 0; i < count; ++i) {
-    const uint32_t spilled = counts[i].y + (counts[i].x > room ? counts[i].x - room : 0);
+    const uint32_t spilled = counts[i].other + (counts[i].coded > room ? counts[i].coded - room : 0);
     starts[i + 1] = starts[i] + spilled;
     overflowing += spilled > 0;
-    escapes += counts[i].x + counts[i].y;
+    escapes += counts[i].coded + counts[i].other;
   }
   DeviceArray<uint32_t> device_starts(count + 1);
   CHECK(cudaMemcpy(device_starts.get(), starts.data(), (count + 1) * 4, cudaMemcpyHostToDevice));
@@ -237,9 +125,7 @@ Encoded encode_lane_planar(const uint16_t* w, int m, int k, size_t bytes_of_copi
   e.overflow_stride = (starts[count] + 15) / 16 * 16;
   e.blocks = std::make_unique<DeviceArray<uint32_t>>(e.block_words_total * e.copies);
   e.overflow = std::make_unique<DeviceArray<OverflowEntry>>(e.overflow_stride * e.copies);
-  CHECK(cudaMemset(e.blocks->get(), 0, e.block_words_total * 4));
-  encode_block<true><<<count, 128>>>(w, m, k, e.shift->get(), nullptr, words, device_starts.get(), e.blocks->get(), e.overflow->get());
-  CHECK(cudaGetLastError());
+  CHECK(launch_encode(bits, e.shift->get(), device_starts.get(), words, e.blocks->get(), e.overflow->get(), starts[count], nullptr));
   for (int i = 1; i < e.copies; ++i) {
     CHECK(cudaMemcpy(e.overflow->get() + i * e.overflow_stride, e.overflow->get(), e.overflow_stride * sizeof(OverflowEntry), cudaMemcpyDeviceToDevice));
     CHECK(cudaMemcpy(e.blocks->get() + i * e.block_words_total, e.blocks->get(), e.block_words_total * 4, cudaMemcpyDeviceToDevice));
