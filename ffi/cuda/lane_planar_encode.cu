@@ -22,7 +22,8 @@ struct Weights {
     const Operand<const uint16_t> operand("bits", bits, 2);
     operand.ExpectBatch("bits", {});
     const int64_t m = operand.core[transposed ? 1 : 0], k = operand.core[transposed ? 0 : 1];
-    if (m < 1 || k < 1 || m > INT32_MAX || k > INT32_MAX) throw InvalidArgument("bits is " + Show(operand.core) + ", too small or too large");
+    if (m < 1 || k < 1 || m > INT32_MAX || k > INT32_MAX)
+      throw InvalidArgument("bits is " + Show(operand.core) + ", too small or too large");
     w = {operand.data, static_cast<int>(m), static_cast<int>(k), transposed};
     row_blocks = (m + lp::kBlock - 1) / lp::kBlock;
     k_blocks = (k + lp::kBlock - 1) / lp::kBlock;

@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(kShiftThreads) choose_shifts(DenseBits w, int8
   if (w.transposed) {
     const int row = threadIdx.x % kBlock;
     if (row < rows)
-      for (int k = threadIdx.x / kBlock; k < w.k; k += kShiftThreads / kBlock) add(row, w.bits[static_cast<size_t>(k) * w.m + first_row + row]);
+      for (int k = threadIdx.x / kBlock; k < w.k; k += kShiftThreads / kBlock)
+        add(row, w.bits[static_cast<size_t>(k) * w.m + first_row + row]);
   } else {
     for (int row = warp; row < rows; row += kShiftThreads / 32)
       for (int k = lane; k < w.k; k += 32) add(row, w.bits[static_cast<size_t>(first_row + row) * w.k + k]);
@@ -196,7 +197,8 @@ cudaError_t launch_count_escapes(const DenseBits& w, const int8_t* shift, Escape
 cudaError_t launch_encode(const DenseBits& w, const int8_t* shift, const uint32_t* starts, int block_words, uint32_t* blocks,
                           OverflowEntry* overflow, uint32_t overflow_length, cudaStream_t stream) {
   const Grid grid(w);
-  if (w.m < 1 || w.k < 1 || grid.blocks > INT_MAX || block_words < kBlockWidths[0] || block_words > kMaxBlockWords) return cudaErrorInvalidValue;
+  if (w.m < 1 || w.k < 1 || grid.blocks > INT_MAX || block_words < kBlockWidths[0] || block_words > kMaxBlockWords)
+    return cudaErrorInvalidValue;
   if (const cudaError_t error = cudaMemsetAsync(overflow, 0, overflow_length * sizeof(OverflowEntry), stream)) return error;
   encode<<<static_cast<unsigned>(grid.blocks), kThreads, 0, stream>>>(w, shift, starts, grid.k_blocks, block_words, blocks, overflow,
                                                                       overflow_length);

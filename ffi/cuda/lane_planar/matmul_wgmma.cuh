@@ -14,7 +14,8 @@
 
 namespace jaxzip::lane_planar {
 
-// Registers of a thread that multiplies, and of one that fills slots. What a CTA has at its start (a multiple of 8 for each of its threads) must do.
+// Registers of a thread that multiplies, and of one that fills slots. Together they take no more than the CTA has at its start: 96 or
+// 168 for each thread.
 template <int kGroups>
 struct Registers;
 template <>
@@ -41,7 +42,7 @@ struct WgmmaWork {
   int rank, cluster, k_begin, chunks, row_blocks, slots_per_pass, passes;
   uint32_t shared, barriers, block_bytes, x_bytes;  // x_bytes of a slot
 
-  __device__ __forceinline__ WgmmaWork(const WgmmaArgs& args, uint32_t shared, int kChunkBytes)
+  __device__ __forceinline__ WgmmaWork(const WgmmaArgs& args, uint32_t shared, int chunk_bytes)
       : rank(ptx::cluster_rank()), cluster(ptx::cluster_index()), shared(shared) {
     const WgmmaPlan& plan = args.plan;
     k_begin = rank * plan.chunks + min(rank, plan.k_longer);
@@ -51,7 +52,7 @@ struct WgmmaWork {
     passes = (row_blocks + plan.teams - 1) >> plan.log_teams;
     barriers = shared + plan.barriers;
     block_bytes = args.w.block_words * 4;
-    x_bytes = plan.k_groups * kChunkBytes;
+    x_bytes = plan.k_groups * chunk_bytes;
   }
   __device__ __forceinline__ int row_block_of(const WgmmaPlan& plan, int team, int pass) const {
     return cluster + (team + pass * plan.teams) * plan.clusters;

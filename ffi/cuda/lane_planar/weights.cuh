@@ -107,7 +107,8 @@ struct PatchPlane {
 
   __device__ __forceinline__ void fill() const {
 #pragma unroll
-    for (int i = 0; i < 2 * kTilesPerWarp; ++i) ptx::store_shared(base + i * 512 + lane * 16, kPlaneWord, kPlaneWord, kPlaneWord, kPlaneWord);
+    for (int i = 0; i < 2 * kTilesPerWarp; ++i)
+      ptx::store_shared(base + i * 512 + lane * 16, kPlaneWord, kPlaneWord, kPlaneWord, kPlaneWord);
   }
 
   // `words` are this lane's 8 bytes of header and entries, `count` the block's entries, `tile` the warp's first tile.
