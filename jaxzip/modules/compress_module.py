@@ -16,6 +16,7 @@ from jaxzip.modules.embed import CompressedEmbed, TableOptions
 from jaxzip.modules.kernel import CompressedKernel, compress_kernel
 from jaxzip.modules.nnx_layers import KernelUse, kernel_use, set_hooks, takes_compressed_table
 from jaxzip.modules.rule import KernelRule
+from jaxzip.modules.variables import own_variables
 from jaxzip.rules import (
     DEFAULT_RULES,
     CompressionReport,
@@ -107,12 +108,11 @@ def replace_parameters(
     graphdef, state = nnx.split(model)
     new = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # variables of its own, the same arrays
     uses = _uses(new)
-    for path, variable in nnx.to_flat_state(nnx.state(new, nnx.Param)):
+    for name, variable in own_variables(new, nnx.Param):
         if not _is_compressed(variable):
-            own = _at(new, path)  # rather than the state's, which may be a copy
-            value = convert("/".join(map(str, path)), own, uses.get(id(own), "no layer of Flax with hooks holds it"))
+            value = convert(name, variable, uses.get(id(variable), "no layer of Flax with hooks holds it"))
             if value is not None:
-                own.set_value(value)
+                variable.set_value(value)
     for _, layer in nnx.iter_modules(new):
         if isinstance(kernel_use(layer), KernelUse) and _is_compressed(layer.kernel):
             set_hooks(layer, implementation=implementation, batch_invariant=batch_invariant)
@@ -160,13 +160,6 @@ def _uses(model: nnx.Module) -> dict[int, KernelUse | str]:
             if not same:
                 uses[id(held)] = "layers that use it in different ways share it"
     return uses
-
-
-def _at(model: Any, path: Sequence[Any]) -> nnx.Variable:
-    node = model
-    for key in path:
-        node = getattr(node, key) if isinstance(key, str) and hasattr(node, key) else node[key]
-    return node
 
 
 def _with_compressed_tables(model: nnx.Module, options: TableOptions) -> nnx.Module:

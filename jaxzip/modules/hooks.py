@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 
 from jaxzip.modules.equation import parse
-from jaxzip.modules.kernel import CompressedKernel, Operand
+from jaxzip.modules.kernel import CompressedKernel, KernelAxes, Operand
+from jaxzip.ops import decompress
 from jaxzip.ops.matmul import ACTIVATION_DTYPES, matmul
+from jaxzip.tensor import TABLE_AXIS, CompressedTensor
 
 Dimensions = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
@@ -36,15 +38,14 @@ class DotGeneral:
     def __call__(
         self,
         lhs: jax.Array,
-        rhs: jax.Array | Operand | CompressedKernel,
+        rhs: jax.Array | Operand | CompressedKernel | CompressedTensor,
         dimension_numbers: Dimensions,
         precision: Any = None,
         preferred_element_type: Any = None,
         *,
         out_sharding: Any = None,
     ) -> jax.Array:
-        rhs = Operand(rhs) if isinstance(rhs, CompressedKernel) else rhs
-        fused = None
+        rhs, fused = as_operand(rhs), None
         if isinstance(rhs, Operand) and out_sharding is None:
             fused = _matched(lhs, rhs, dimension_numbers, preferred_element_type)
         if fused is not None:
@@ -107,13 +108,13 @@ class Einsum:
         self,
         equation: str,
         x: jax.Array,
-        w: jax.Array | Operand | CompressedKernel,
+        w: jax.Array | Operand | CompressedKernel | CompressedTensor,
         *,
         precision: Any = None,
         preferred_element_type: Any = None,
         out_sharding: Any = None,
     ) -> jax.Array:
-        w = Operand(w) if isinstance(w, CompressedKernel) else w
+        w = as_operand(w)
         if isinstance(w, Operand) and out_sharding is None:
             parsed = parse(equation, x.ndim, w.ndim)
             if parsed is not None:
@@ -131,7 +132,7 @@ class Einsum:
 
 def dot_general(
     lhs: jax.Array,
-    rhs: jax.Array | Operand | CompressedKernel,
+    rhs: jax.Array | Operand | CompressedKernel | CompressedTensor,
     dimension_numbers: Dimensions,
     precision: Any = None,
     preferred_element_type: Any = None,
@@ -154,7 +155,7 @@ def dot_general(
 def einsum(
     equation: str,
     x: jax.Array,
-    w: jax.Array | Operand | CompressedKernel,
+    w: jax.Array | Operand | CompressedKernel | CompressedTensor,
     *,
     precision: Any = None,
     preferred_element_type: Any = None,
@@ -174,7 +175,8 @@ def einsum(
 
 def promote_dtype(args: tuple, /, *, dtype: Any = None, inexact: bool = True) -> tuple:
     """Flax NNX's ``promote_dtype`` that leaves compressed kernels encoded and notes what they are to be cast to."""
-    like = [jnp.zeros((), a.dtype) if isinstance(a, Operand | CompressedKernel) else a for a in args]
+    args = tuple(map(as_operand, args))
+    like = [jnp.zeros((), a.dtype) if isinstance(a, Operand) else a for a in args]
     dtype = dtypes.canonicalize_dtype(*like, dtype=dtype, inexact=inexact)
     return tuple(_cast(a, dtype) for a in args)
 
@@ -184,9 +186,22 @@ def promote_dtype_linen(*args, dtype: Any = None, inexact: bool = True) -> list:
     return list(promote_dtype(args, dtype=dtype, inexact=inexact))
 
 
+def as_operand(w: Any) -> Any:
+    """An Operand of a compressed weight; anything else as it is.
+
+    Leading dimensions of a CompressedTensor are batch axes: ``"ebk,ekm->ebm"`` runs on the stack as it is.
+    """
+    if isinstance(w, CompressedTensor):
+        lead = len(w.batch_shape)
+        if w.ndim < 2:
+            return decompress(w)
+        table = w.output_axis == TABLE_AXIS
+        axes = KernelAxes(w.shape, (lead + 1 if table else lead,), tuple(range(lead)))
+        w = CompressedKernel(w.T if table else w, axes)
+    return Operand(w) if isinstance(w, CompressedKernel) else w
+
+
 def _cast(a, dtype):
     if a is None:
         return None
-    if isinstance(a, CompressedKernel):
-        a = Operand(a)
     return a.astype(dtype) if isinstance(a, Operand) else jnp.asarray(a, dtype)

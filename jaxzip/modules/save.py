@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from jaxzip.errors import CheckpointError
 from jaxzip.modules.compress_module import TABLE, compress_for, replace_parameters
 from jaxzip.modules.kernel import CompressedKernel, KernelAxes
 from jaxzip.modules.nnx_layers import KernelUse
+from jaxzip.modules.variables import own_variables
 from jaxzip.ops import host
 from jaxzip.rules import DEFAULT_RULES, CompressionRule, rule_for
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
@@ -50,7 +51,7 @@ def save_module(model: nnx.Module, path: str | Path) -> None:
     plan = {"operation": "save_module", "run": uuid.uuid4().hex}
     entries = []
     with PartialCheckpoint(Path(path).absolute(), plan, resume=False) as partial:
-        for name, variable in _variables(model):
+        for name, variable in own_variables(model, nnx.Not(nnx.RngState)):
             value, axes = variable.get_value(), None
             if isinstance(value, CompressedKernel):
                 value, axes = value.matrix, value.axes
@@ -83,6 +84,7 @@ def restore_module(
     *,
     rules: Sequence[CompressionRule] = DEFAULT_RULES,
     format: str | None = AUTO,
+    seed: int = 0,
     implementation: str | None = None,
     batch_invariant: bool = False,
 ) -> nnx.Module:
@@ -94,10 +96,11 @@ def restore_module(
 
     Args:
       model: gives the structure, for instance ``nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(0)))``: nothing of it is
-        read but shapes, dtypes and the state of random number generators, which checkpoints do not have.
+        read but shapes, dtypes and, if it has any, the state of random number generators.
       rules: for weights that a converted checkpoint has uncompressed, because stacks of small matrices would not have
         shrunk, and that may shrink as their layers store them. What :func:`save_module` wrote comes back as it was.
       format: what compressed weights are changed to, see :meth:`jaxzip.checkpoint.Checkpoint.load`.
+      seed: of the random number generators of a model without arrays.
       implementation, batch_invariant: see :func:`jaxzip.compress_module`.
 
     Raises:
@@ -123,11 +126,24 @@ def restore_module(
 
     options = {"implementation": implementation, "batch_invariant": batch_invariant}
     new = replace_parameters(model, convert, **options)
-    for name, variable in _variables(new):
-        if not isinstance(variable, nnx.Param):
-            value, axes = _load(checkpoint, name, variable, format)
-            variable.set_value(jnp.asarray(_logical(value, axes)))
+    for name, variable in own_variables(new, nnx.Not(nnx.Any(nnx.Param, nnx.RngState))):
+        value, axes = _load(checkpoint, name, variable, format)
+        variable.set_value(jnp.asarray(_logical(value, axes)))
+    _seed_generators(new, seed)
     return new
+
+
+def _seed_generators(model: nnx.Module, seed: int) -> None:
+    """Gives generators without arrays a state, a stream of their own each."""
+    for index, (_, variable) in enumerate(own_variables(model, nnx.RngState)):
+        value = variable.get_value()
+        if not isinstance(value, jax.ShapeDtypeStruct):
+            continue
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            key = jax.random.fold_in(jax.random.key(seed), index)
+            variable.set_value(jax.random.split(key, value.shape) if value.shape else key)
+        else:
+            variable.set_value(jnp.zeros(value.shape, value.dtype))
 
 
 def _source(model: nnx.Module, entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -141,12 +157,6 @@ def _source(model: nnx.Module, entries: list[dict[str, Any]]) -> dict[str, Any]:
         "cast": None,
         "notes": ["saved from a Flax module; kernels of rank 3 and more are stored as matrices"],
     }
-
-
-def _variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
-    """The variables that a checkpoint has, by '/'-joined path."""
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
-        yield "/".join(map(str, path)), variable
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,17 @@
+"""The variables of an NNX model by '/'-joined path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+
+
+def own_variables(model: nnx.Module, filter: Any) -> Iterator[tuple[str, nnx.Variable]]:
+    """``(path, variable)`` of each variable that NNX's ``filter`` takes: the model's own objects, shared ones once."""
+    for path, _ in nnx.to_flat_state(nnx.state(model, filter)):
+        variable = model  # found by its path: the variables of a state may be copies
+        for key in path:
+            variable = getattr(variable, key) if isinstance(key, str) and hasattr(variable, key) else variable[key]
+        yield "/".join(map(str, path)), variable

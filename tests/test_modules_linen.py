@@ -1,0 +1,164 @@
+"""Compressed parameters of users' Linen modules: unmodified, fused, with one line changed, scanned, and by hooks."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import modules_models as models
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import jaxzip
+from jaxzip.modules import KernelBox, KernelRule, compress_linen, find_uses, fused, promote_dtype_linen
+from jaxzip.rules import DEFAULT_RULES
+from jaxzip.tensor import CompressedTensor
+from jaxzip.testing import bits
+
+BF16 = jnp.bfloat16
+IDS = jax.random.randint(jax.random.key(3), (2, 7), 0, models.VOCAB)
+RULES = (
+    KernelRule(r".*/q_einsum/w", einsum="BTD,NDH->BTNH"),
+    KernelRule(r".*/kv_einsum/w", einsum="BSD,CKDH->CBSKH"),
+    KernelRule(r".*/attn_vec_einsum/w", einsum="BTNH,NHD->BTD"),
+    *DEFAULT_RULES,
+)
+
+
+class OneLineChanged(nn.Module):
+    """``models.LinenEinsum`` with jaxzip's einsum."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, equation, x):
+        w = self.param("w", nn.initializers.normal(0.05, BF16), self.shape)
+        return jaxzip.einsum(equation, x, w)
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(bits(a), bits(b))
+
+
+def raw(params):
+    compressed = lambda leaf: isinstance(leaf, CompressedTensor)  # noqa: E731
+    return jax.tree.map(lambda z: jaxzip.transcode(z, "raw") if compressed(z) else z, params, is_leaf=compressed)
+
+
+def targets(f, *args):
+    return set(re.findall(r"jaxzip_\w+", jax.jit(f).lower(*args).as_text()))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["loop", "scan"])
+def case(request):
+    """A model, its dense and its compressed parameters."""
+    model = models.LinenDecoder(OneLineChanged, scan=request.param)
+    params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+    z, report = compress_linen(params, RULES, uses=find_uses(model, jax.ShapeDtypeStruct(IDS.shape, IDS.dtype)))
+    return model, params, z, report
+
+
+def test_shapes_and_report(case):
+    model, params, z, report = case
+    big = {row.path for row in report.tensors if row.size >= 4096 and len(row.shape) > 1}
+    assert {row.path for row in report.tensors if row.format == "tca-tbe"} == big and len(big) > 5
+    assert report.unused_rules == ()
+    layer, dense = (tree["layers" if model.scan else "layer_0"]["attn"]["kv_einsum"]["w"] for tree in (z, params))
+    assert isinstance(layer, KernelBox) and layer.shape == dense.shape
+    lead = (models.LAYERS,) if model.scan else ()
+    assert layer.value.matrix.shape == (*lead, 64, 128)  # [D, C*K*H]
+    assert_same(layer.value.dense(), dense)
+
+
+def test_an_unmodified_model_decodes_and_gives_the_dense_bits(case):
+    model, params, z, _ = case
+    plain = models.LinenDecoder(models.LinenEinsum, scan=model.scan)
+    apply = jax.jit(lambda params: plain.apply({"params": params}, IDS))
+    assert_same(apply(z), apply(params))
+
+
+def test_fused_gives_the_bits_of_the_raw_control(case):
+    model, params, z, _ = case
+
+    def f(z, ids):
+        with fused():
+            return model.apply({"params": z}, ids)
+
+    assert targets(f, z, IDS) == {"jaxzip_tca_tbe_matmul", "jaxzip_tca_tbe_take"}
+    y = jax.jit(f)(z, IDS)
+    assert_same(y, jax.jit(f)(raw(z), IDS))
+    want = jax.jit(lambda params: model.apply({"params": params}, IDS))(params)
+    assert_same(jax.jit(f)(params, IDS), want)  # nothing is compressed: nothing changes
+    want = np.asarray(want, np.float32)
+    np.testing.assert_allclose(np.asarray(y, np.float32), want, atol=0.02 * np.abs(want).max())
+
+
+def test_without_uses_only_what_is_known_is_compressed():
+    model = models.LinenDecoder()
+    params = model.init(jax.random.key(0), IDS)["params"]
+    z, report = compress_linen(params)
+    rows = {row.path: row for row in report.tensors}
+    assert rows["embedder/embedding"].format == rows["layer_0/mix/kernel"].format == "tca-tbe"
+    assert "find_uses" in rows["layer_0/up/kernel"].note and "KernelRule" in rows["layer_0/attn/q_einsum/w"].note
+    assert_same(model.apply({"params": z}, IDS), model.apply({"params": params}, IDS))
+    again, report = compress_linen(z)
+    assert jax.tree.structure(again) == jax.tree.structure(z)
+
+
+def test_hooks_given_to_the_layers():
+    """What ``fused`` does for unmodified models, a model may do itself."""
+    hooks = {"dot_general": jaxzip.dot_general, "promote_dtype": promote_dtype_linen}
+
+    class Mlp(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.DenseGeneral((2, 64), axis=(-2, -1), param_dtype=BF16, **hooks)(x)
+            return nn.Dense(128, param_dtype=BF16, **hooks)(x)
+
+    x = jax.random.normal(jax.random.key(1), (3, 4, 32), BF16)
+    params = Mlp().init(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.01, leaf.dtype), params)  # biases are not zero
+    z, _ = compress_linen(params, uses=find_uses(Mlp(), x))
+    apply = lambda z, x: Mlp().apply({"params": z}, x)  # noqa: E731
+    assert targets(apply, z, x) == {"jaxzip_tca_tbe_matmul"}
+    assert_same(apply(z, x), apply(raw(z), x))
+    np.testing.assert_allclose(
+        np.asarray(apply(z, x), np.float32), np.asarray(apply(params, x), np.float32), rtol=0.02, atol=0.01
+    )
+
+
+def test_batch_axes_biases_and_equations_of_calls():
+    class Experts(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.DenseGeneral(128, batch_dims=0, param_dtype=BF16, name="a", bias_init=nn.initializers.ones)(x)
+            x = nn.Einsum((2, 128, 64), "etd,edf->tfe", param_dtype=BF16, name="b", bias_init=nn.initializers.ones)(x)
+            return nn.Einsum((64, 2, 64), param_dtype=BF16, name="c", bias_init=nn.initializers.normal(1.0))(
+                x, "...fe,feg->...g"
+            )
+
+    x = jax.random.normal(jax.random.key(1), (2, 5, 64), BF16)
+    params = Experts().init(jax.random.key(0), x)["params"]
+    z, report = compress_linen(params, uses=find_uses(Experts(), x))
+    assert {row.path for row in report.tensors if row.format == "tca-tbe"} == {"a/kernel", "b/kernel", "c/kernel"}
+
+    def f(z, x):
+        with fused():
+            return Experts().apply({"params": z}, x)
+
+    assert targets(f, z, x) == {"jaxzip_tca_tbe_matmul"}
+    y, want = f(z, x), Experts().apply({"params": params}, x)
+    assert y.dtype == want.dtype and y.shape == want.shape
+    assert_same(y, f(raw(z), x))
+    np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(want, np.float32), rtol=0.02, atol=0.02)
+
+
+def test_a_shape_that_does_not_fit_is_flax_s_error():
+    z, _ = compress_linen(nn.Dense(128, param_dtype=BF16).init(jax.random.key(0), jnp.ones((1, 64)))["params"])
+    with fused(), pytest.raises(Exception, match="shape"):
+        nn.Dense(128, param_dtype=BF16).apply({"params": z}, jnp.ones((1, 65), BF16))
+
+
+def test_a_rule_that_cannot_be_followed_names_the_leaf():
+    with pytest.raises(TypeError, match="a/kernel.*float16"):
+        compress_linen({"a": {"kernel": jnp.ones((64, 64), jnp.float16)}}, [jaxzip.CompressionRule(format="tca-tbe")])

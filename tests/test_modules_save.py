@@ -1,0 +1,141 @@
+"""Compressed modules through jaxzip's checkpoints and through Orbax's own."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import modules_models as models
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import jaxzip
+from jaxzip import checkpoint
+from jaxzip.checkpoint import layout
+from jaxzip.errors import CheckpointError, TensorNotFoundError
+from jaxzip.modules import (
+    CompressedEmbed,
+    CompressedKernel,
+    KernelRule,
+    restore_module,
+    save_module,
+    transcode_module,
+)
+from jaxzip.testing import all_bit_patterns, bits, gaussian_weights
+
+BF16 = jnp.bfloat16
+IDS = jnp.arange(12).reshape(2, 6)
+STORED = nnx.Not(nnx.RngState)
+
+
+class WithMore(nnx.Module):
+    """A decoder, batch statistics, a weight of its own and one with every bit pattern in it."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.decoder = models.NnxDecoder(rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.w = nnx.Param(jnp.asarray(gaussian_weights((4, 64, 32), seed=3)))
+        patterns = gaussian_weights((512, 512))
+        patterns[:256, :256] = all_bit_patterns()
+        self.patterns = nnx.Linear(512, 512, param_dtype=BF16, rngs=rngs)
+        self.patterns.kernel.set_value(jnp.asarray(patterns))
+
+    def __call__(self, ids):
+        return self.decoder(ids)
+
+
+def abstract():
+    return nnx.eval_shape(lambda: WithMore(rngs=nnx.Rngs(0)))
+
+
+def compressed():
+    rules = [KernelRule("w", einsum="td,ndh->tnh"), *jaxzip.rules.DEFAULT_RULES]
+    return jaxzip.compress_module(WithMore(rngs=nnx.Rngs(0)), rules)
+
+
+def assert_same_state(a, b):
+    a, b = (jax.tree_util.tree_leaves_with_path(nnx.state(model, STORED)) for model in (a, b))
+    assert [path for path, _ in a] == [path for path, _ in b]
+    for (_, x), (_, y) in zip(a, b):
+        np.testing.assert_array_equal(bits(x), bits(y))
+
+
+def test_save_and_restore(tmp_path):
+    model = compressed()
+    model.norm.mean.set_value(jnp.arange(8.0))
+    save_module(model, tmp_path / "saved")
+    again = restore_module(abstract(), tmp_path / "saved", format=None)
+    assert_same_state(model, again)
+    assert isinstance(again.decoder.embedder, CompressedEmbed) and isinstance(again.w.get_value(), CompressedKernel)
+    run = nnx.jit(lambda model, ids: model(ids))
+    np.testing.assert_array_equal(bits(run(again, IDS)), bits(run(model, IDS)))
+    assert checkpoint.verify_checksums(tmp_path / "saved")
+    rows = {row["path"]: row for row in checkpoint.inspect(tmp_path / "saved")["tensors"]}
+    assert rows["decoder/layers/0/attention/query/kernel"]["format"] == "tca-tbe"
+    assert rows["patterns/kernel"]["escapes"] > 1000 and rows["norm/mean"]["format"] == "raw"
+    with pytest.raises(CheckpointError, match="exists"):
+        save_module(model, tmp_path / "saved")
+
+
+def test_restore_in_another_format(tmp_path):
+    save_module(compressed(), tmp_path / "saved")
+    again = restore_module(abstract(), tmp_path / "saved", format="lane-planar")
+    assert_same_state(again, transcode_module(compressed(), "lane-planar"))
+
+
+def test_a_raw_control_is_saved_as_plain_arrays(tmp_path):
+    save_module(transcode_module(compressed(), "raw"), tmp_path / "saved")
+    again = restore_module(abstract(), tmp_path / "saved")
+    assert_same_state(again, WithMore(rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("pure", [False, True], ids=["state", "pure dict"])
+def test_a_converted_checkpoint_of_the_dense_state(tmp_path, pure):
+    model = models.NnxDecoder(rngs=nnx.Rngs(0))
+    state = nnx.state(model, STORED)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "dense", nnx.to_pure_dict(state) if pure else state)
+    checkpoint.convert(tmp_path / "dense", tmp_path / "converted")
+    structure = nnx.eval_shape(lambda: models.NnxDecoder(rngs=nnx.Rngs(1)))
+    assert_same_state(restore_module(structure, tmp_path / "converted", format=None), jaxzip.compress_module(model))
+    dense = restore_module(structure, tmp_path / "converted", rules=[], format=None)
+    assert isinstance(dense.layers[0].mlp.up.kernel.get_value(), CompressedKernel)  # as the checkpoint has it
+    assert isinstance(dense.layers[0].attention.query.kernel.get_value(), jax.Array)
+
+
+def test_orbax_saves_and_restores_the_state_itself(tmp_path):
+    model = compressed()
+    state = nnx.state(model, STORED)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "native", state)
+        again = checkpointer.restore(tmp_path / "native", jax.eval_shape(lambda: state))
+    other = compressed()
+    nnx.update(other, again)
+    assert_same_state(model, other)
+
+
+def test_errors(tmp_path):
+    save_module(compressed(), tmp_path / "saved")
+    with pytest.raises(TensorNotFoundError, match="embedder/embedding.*did you mean decoder/embedder"):
+        restore_module(nnx.eval_shape(lambda: models.NnxDecoder(rngs=nnx.Rngs(0))), tmp_path / "saved")
+    wrong = abstract()
+    wrong.patterns = nnx.eval_shape(lambda: nnx.Linear(512, 256, param_dtype=BF16, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"patterns/.* the model has bfloat16\[.*256\]"):
+        restore_module(wrong, tmp_path / "saved")
+    wrong.patterns = nnx.eval_shape(lambda: nnx.Linear(512, 512, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="the model has float32"):
+        restore_module(wrong, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("axes", [{"shape": [64], "contract": [0]}, {"shape": [8, 8, 8], "contract": [0]}, {"no": [1]}])
+def test_axes_that_do_not_fit_are_found(tmp_path, axes):
+    save_module(compressed(), tmp_path / "saved")
+    file = tmp_path / "saved" / layout.CHECKPOINT_FILE
+    whole = json.loads(file.read_text())
+    document = whole["custom_metadata"]["jaxzip"]
+    next(entry for entry in document["tensors"] if entry["path"] == ["w"])["kernel_axes"] = axes
+    whole["custom_metadata"] = layout.custom_metadata(document)
+    file.write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match="w in .*axes"):
+        restore_module(abstract(), tmp_path / "saved")
