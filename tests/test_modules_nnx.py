@@ -197,6 +197,35 @@ def test_another_equation_at_the_call_decodes_first():
     assert_same(z(x, "btnh,dnh->btd"), layer(x, "btnh,dnh->btd"))
 
 
+def test_a_dtype_that_rounds_the_weight_decodes_first():
+    """1e6 is no fp16: the dense layer has an infinity there, and so has the compressed one."""
+    w = gaussian_weights((64, 128))
+    w[3, 5] = 1e6
+    layer = with_weight(nnx.Linear(64, 128, dtype=jnp.float16, param_dtype=BF16, rngs=nnx.Rngs(0)), w)
+    z, x = jaxzip.compress_module(layer), jnp.ones((2, 64), jnp.float16)
+    assert isinstance(z.kernel.get_value(), CompressedKernel) and np.isinf(layer(x)[0, 5])
+    assert_same(z(x), layer(x))
+
+
+def test_options_reach_the_kernels():
+    layer = nnx.Linear(64, 128, param_dtype=BF16, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 64), BF16)
+    z = jaxzip.compress_module(layer, implementation="decompress")
+    assert "jaxzip_tca_tbe_matmul" not in targets(lowered(z, x))
+    with pytest.raises(NotImplementedError, match="batch invariant"):
+        jaxzip.compress_module(layer, implementation="xla", batch_invariant=True)(x)
+
+
+def test_arguments_may_be_sharded(compressed):
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    graphdef, state = nnx.split(compressed[0])
+    model = nnx.merge(graphdef, jax.device_put(state, sharding))
+    assert_same(run(model, jax.device_put(IDS, sharding)), run(compressed[0], IDS))
+
+
 def test_embed_looks_up_and_attends():
     layer = nnx.Embed(189, 190, param_dtype=BF16, rngs=nnx.Rngs(0))
     layer.embedding.set_value(jnp.asarray(gaussian_weights((189, 190))))
