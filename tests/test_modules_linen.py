@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import modules_models as models
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 
 import jaxzip
+from jaxzip import checkpoint
 from jaxzip.modules import KernelBox, KernelRule, compress_linen, find_uses, fused, promote_dtype_linen
 from jaxzip.rules import DEFAULT_RULES
 from jaxzip.tensor import CompressedTensor
@@ -103,6 +105,40 @@ def test_without_uses_only_what_is_known_is_compressed():
     assert_same(model.apply({"params": z}, IDS), model.apply({"params": params}, IDS))
     again, report = compress_linen(z)
     assert jax.tree.structure(again) == jax.tree.structure(z)
+
+
+def test_parameters_from_a_converted_checkpoint(tmp_path):
+    model = models.LinenDecoder()
+    params = model.init(jax.random.key(0), IDS)["params"]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "dense", params)
+    checkpoint.convert(tmp_path / "dense", tmp_path / "converted")
+    loaded = checkpoint.open_checkpoint(tmp_path / "converted").load_tree()
+    assert isinstance(loaded["layer_0"]["out"]["kernel"], CompressedTensor)
+    uses = find_uses(model, IDS)
+    boxed, report = compress_linen(loaded, RULES, uses=uses)
+    want, want_report = compress_linen(params, RULES, uses=uses)
+    assert jax.tree.structure(boxed) == jax.tree.structure(want) and report.stored_bytes == want_report.stored_bytes
+    for a, b in zip(jax.tree.leaves(boxed), jax.tree.leaves(want), strict=True):
+        assert_same(a, b)
+
+
+def test_kernels_in_boxes_of_flax():
+    """Partitioning metadata around a kernel stays; the kernel is decoded where it is used."""
+
+    class Sharded(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.with_partitioning(nn.initializers.normal(0.05), (None, "model"))
+            return nn.Dense(128, use_bias=False, param_dtype=BF16, kernel_init=init)(x)
+
+    x = jax.random.normal(jax.random.key(1), (3, 64), BF16)
+    params = Sharded().init(jax.random.key(0), x)["params"]
+    z, report = compress_linen(params)
+    assert [row.format for row in report.tensors] == ["tca-tbe"]
+    assert isinstance(z["Dense_0"]["kernel"], nn.Partitioned)
+    with fused():
+        assert_same(Sharded().apply({"params": z}, x), Sharded().apply({"params": params}, x))
 
 
 def test_hooks_given_to_the_layers():

@@ -14,6 +14,7 @@ from jaxzip.compress import encode_as
 from jaxzip.modules import (
     CompressedEmbed,
     CompressedKernel,
+    DotGeneral,
     KernelRule,
     compress_with_report,
     transcode_module,
@@ -214,6 +215,26 @@ def test_options_reach_the_kernels():
     assert "jaxzip_tca_tbe_matmul" not in targets(lowered(z, x))
     with pytest.raises(NotImplementedError, match="batch invariant"):
         jaxzip.compress_module(layer, implementation="xla", batch_invariant=True)(x)
+
+
+def test_export_and_back():
+    layer = jaxzip.compress_module(nnx.LinearGeneral(64, (4, 32), param_dtype=BF16, rngs=nnx.Rngs(0)))
+    kernel, x = layer.kernel.get_value(), jnp.ones((3, 64), BF16)
+    f = jax.jit(lambda kernel, x: DotGeneral("xla")(x, kernel, (((1,), (0,)), ((), ()))))
+    loaded = jax.export.deserialize(jax.export.export(f, platforms=["cpu"])(kernel, x).serialize())
+    assert loaded.call(kernel, x).shape == (3, 4, 32)
+    assert_same(loaded.call(kernel, x), f(kernel, x))
+
+
+def test_lora_linear_and_remat_of_flax():
+    layer = nnx.LoRALinear(64, 128, lora_rank=2, dtype=jnp.float32, param_dtype=BF16, rngs=nnx.Rngs(0))
+    z, x = jaxzip.compress_module(layer), jax.random.normal(jax.random.key(0), (3, 64))
+    assert isinstance(z.kernel.get_value(), CompressedKernel)
+    np.testing.assert_allclose(z(x), layer(x), rtol=1e-4, atol=1e-5)
+    gradient = lambda m, f: nnx.grad(lambda m: f(m, x).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))(m)  # noqa: E731
+    plain, again = gradient(z, lambda m, x: m(x)), gradient(z, nnx.remat(lambda m, x: m(x)))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        assert_same(a, b)
 
 
 def test_arguments_may_be_sharded(compressed):

@@ -13,10 +13,11 @@ from flax import nnx
 from jaxzip.compress import compress
 from jaxzip.modules import equation
 from jaxzip.modules.embed import CompressedEmbed, TableOptions
-from jaxzip.modules.kernel import CompressedKernel, compress_kernel
+from jaxzip.modules.kernel import CompressedKernel, KernelAxes, compress_kernel
 from jaxzip.modules.nnx_layers import KernelUse, kernel_use, set_hooks, takes_compressed_table
 from jaxzip.modules.rule import KernelRule
 from jaxzip.modules.variables import own_variables
+from jaxzip.ops import host
 from jaxzip.rules import (
     DEFAULT_RULES,
     CompressionReport,
@@ -26,7 +27,7 @@ from jaxzip.rules import (
     rule_for,
     tensor_report,
 )
-from jaxzip.tensor import TABLE_AXIS, CompressedTensor
+from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
 #: Stands in place of a KernelUse for tables of embeddings.
 TABLE = "table"
@@ -134,6 +135,32 @@ def compress_for(
         z = compress_kernel(w, use.contract, batch=use.batch, stack_ndim=stack, format=format, on_host=on_host)
         matrix = z.matrix
     return (None, not_smaller(matrix)) if matrix.format == "raw" else (z, "")
+
+
+def compress_again(
+    z: CompressedTensor, axes: KernelAxes | None, use: KernelUse | str
+) -> CompressedKernel | CompressedTensor | None:
+    """A tensor from a checkpoint for a use: as it is if that serves, else encoded anew; ``None``: it must be dense.
+
+    Args:
+      z: with leaves on the host.
+      axes: of the kernel whose matrix ``z`` is; ``None``: ``z`` has the logical shape.
+    """
+    if axes is not None:
+        # A module that says nothing of its own may have had a KernelRule when the model was saved.
+        if not isinstance(use, KernelUse) or (use.contract, use.batch) == (axes.contract, axes.batch):
+            return CompressedKernel(z, axes)
+    elif use == TABLE and z.output_axis == TABLE_AXIS:
+        return z
+    elif use == KernelUse(2, (0,)) and z.output_axis == KERNEL_AXIS:
+        return CompressedKernel(z, KernelAxes(z.core_shape, (0,)))
+    return compress_for(use, logical_array(z, axes), z.format, on_host=True)[0]
+
+
+def logical_array(value: CompressedTensor | np.ndarray, axes: KernelAxes | None) -> np.ndarray:
+    """The dense array of a tensor from a checkpoint, in its logical shape, on the host."""
+    array = host.dense(value) if isinstance(value, CompressedTensor) else value
+    return array if axes is None else axes.from_matrix(array)
 
 
 def is_compressed(path: Sequence[Any], variable: Any) -> bool:

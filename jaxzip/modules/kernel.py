@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -133,6 +135,23 @@ class CompressedKernel:
 
     def __jax_array__(self) -> jax.Array:
         return self.dense()
+
+
+def _serialize_axes(axes: KernelAxes) -> bytes:
+    return json.dumps(dataclasses.asdict(axes)).encode()
+
+
+def _deserialize_axes(data: bytes) -> KernelAxes:
+    return KernelAxes(**{name: tuple(sizes) for name, sizes in json.loads(data).items()})
+
+
+# So that jax.export can serialise functions that take compressed kernels.
+jax.export.register_pytree_node_serialization(
+    CompressedKernel,
+    serialized_name="jaxzip.CompressedKernel",
+    serialize_auxdata=_serialize_axes,
+    deserialize_auxdata=_deserialize_axes,
+)
 
 
 class Operand:

@@ -15,16 +15,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxzip.modules import equation
-from jaxzip.modules.compress_module import TABLE, compress_for, compressed_report, dense_report
+from jaxzip.modules.compress_module import TABLE, compress_again, compress_for, compressed_report, dense_report
 from jaxzip.modules.embed import TableOptions, attend, lookup
 from jaxzip.modules.hooks import DotGeneral, Einsum, promote_dtype_linen
 from jaxzip.modules.kernel import CompressedKernel, Operand
 from jaxzip.modules.nnx_layers import KernelUse
 from jaxzip.modules.rule import KernelRule
-from jaxzip.ops import decompress
+from jaxzip.ops import decompress, host
 from jaxzip.rules import DEFAULT_RULES, CompressionReport, CompressionRule, path_name, rule_for
 from jaxzip.tensor import CompressedTensor
 
@@ -107,7 +108,8 @@ def compress_linen(
     """Compresses a Linen parameter tree; ``model.apply({"params": params}, ...)`` goes on working with the result.
 
     Args:
-      params: nested dicts; bf16 leaves that a rule takes are compressed, others stay.
+      params: nested dicts; bf16 leaves that a rule takes are compressed, others stay. CompressedTensors, which
+        ``jaxzip.checkpoint.Checkpoint.load_tree`` gives, are taken as they are, or encoded anew for their layers.
       rules: the first that matches decides; a :class:`KernelRule` also says how a weight of your own module is used.
       uses: how the layers of Flax use their kernels, as :func:`find_uses` finds it. Without it, kernels of rank 2 are
         ``[K, M]``, leaves called ``embedding`` are tables, and other leaves of rank 3 or more need a KernelRule to be
@@ -121,12 +123,27 @@ def compress_linen(
       TypeError: a rule's format does not take a leaf's dtype.
     """
     rows = []
+    put = (lambda leaf: leaf) if on_host else jnp.asarray
+
+    def load(name, leaf, rule):
+        """A tensor that is compressed already, from a checkpoint."""
+        leaf = jax.tree.map(np.asarray, leaf)
+        use = _use(name, leaf, rule, uses or {})
+        z = compress_again(leaf, None, use)
+        if z is None:
+            array = host.dense(leaf)
+            rows.append(dense_report(name, array, use if use != TABLE else "encoding would not be smaller"))
+            return put(array)
+        rows.append(compressed_report(name, z))
+        return KernelBox(jax.tree.map(put, z))
 
     def convert(path, leaf):
         name = path_name(path)
         if isinstance(leaf, KernelBox) or not hasattr(leaf, "dtype"):
             return leaf
         rule = rule_for(name, leaf.shape, leaf.dtype, rules)
+        if isinstance(leaf, CompressedTensor):
+            return load(name, leaf, rule)
         z, note = None, rule if isinstance(rule, str) else ""
         if not note:
             use = _use(name, leaf, rule, uses or {})
@@ -137,7 +154,8 @@ def compress_linen(
         rows.append(dense_report(name, leaf, note) if z is None else compressed_report(name, z))
         return leaf if z is None else KernelBox(z)
 
-    tree = jax.tree_util.tree_map_with_path(convert, params, is_leaf=lambda leaf: isinstance(leaf, KernelBox))
+    known = lambda leaf: isinstance(leaf, KernelBox | CompressedTensor)  # noqa: E731
+    tree = jax.tree_util.tree_map_with_path(convert, params, is_leaf=known)
     used = {next((rule for rule in rules if rule.matches(row.path)), None) for row in rows}
     return tree, CompressionReport(tuple(rows), tuple(rule for rule in rules if rule not in used))
 
@@ -256,7 +274,7 @@ def _layer_use(layer: nn.Module, ndim: int, einsum_str: str | None) -> KernelUse
     return KernelUse(len(batch) + len(axis) + len(features), contract, tuple(range(len(batch))))
 
 
-def _use(name: str, leaf: Any, rule: CompressionRule, uses: Uses) -> KernelUse | str:
+def _use(name: str, leaf: Any, rule: CompressionRule | str, uses: Uses) -> KernelUse | str:
     if isinstance(rule, KernelRule) and rule.einsum is not None:
         return KernelUse(rule.kernel_ndim, *equation.kernel_axes(rule.einsum))
     if name in uses:

@@ -20,13 +20,13 @@ from jaxzip.checkpoint.partial import PartialCheckpoint
 from jaxzip.checkpoint.source import TensorInfo, dict_leaf
 from jaxzip.compress import AUTO
 from jaxzip.errors import CheckpointError
-from jaxzip.modules.compress_module import TABLE, compress_for, replace_parameters
+from jaxzip.modules.compress_module import compress_again, compress_for, logical_array, replace_parameters
 from jaxzip.modules.kernel import CompressedKernel, KernelAxes
 from jaxzip.modules.nnx_layers import KernelUse
 from jaxzip.modules.variables import own_variables
 from jaxzip.ops import host
 from jaxzip.rules import DEFAULT_RULES, CompressionRule, rule_for
-from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
+from jaxzip.tensor import CompressedTensor
 
 #: Key of a tensor's metadata entry: the axes of a kernel whose matrix is stored.
 AXES_KEY = "kernel_axes"
@@ -114,13 +114,13 @@ def restore_module(
     def convert(name: str, variable: nnx.Variable, use: KernelUse | str) -> Any:
         value, axes = _load(checkpoint, name, variable, format)
         if isinstance(value, CompressedTensor):
-            z = _as_used(value, axes, use)
+            z = compress_again(value, axes, use)
         elif saved or isinstance(rule := rule_for(name, value.shape, value.dtype, rules), str):
             z = None
         else:
             z = compress_for(use, value, rule.format)[0]
         if z is None:
-            variable.set_value(jnp.asarray(_logical(value, axes)))
+            variable.set_value(jnp.asarray(logical_array(value, axes)))
             return None
         return jax.tree.map(jnp.asarray, z)
 
@@ -128,7 +128,7 @@ def restore_module(
     new = replace_parameters(model, convert, **options)
     for name, variable in own_variables(new, nnx.Not(nnx.Any(nnx.Param, nnx.RngState))):
         value, axes = _load(checkpoint, name, variable, format)
-        variable.set_value(jnp.asarray(_logical(value, axes)))
+        variable.set_value(jnp.asarray(logical_array(value, axes)))
     _seed_generators(new, seed)
     return new
 
@@ -194,24 +194,3 @@ def _load(
             f"{np.dtype(value.dtype)}{list(stored)}; build the model that the checkpoint was saved from"
         )
     return value, axes
-
-
-def _as_used(
-    value: CompressedTensor, axes: KernelAxes | None, use: KernelUse | str
-) -> CompressedKernel | CompressedTensor | None:
-    """``value`` as its layer multiplies with it, encoded anew if it must be; ``None``: it must be dense."""
-    if axes is not None:
-        # A module that says nothing of its own may have had a KernelRule when the model was saved.
-        if not isinstance(use, KernelUse) or (use.contract, use.batch) == (axes.contract, axes.batch):
-            return CompressedKernel(value, axes)
-    elif use == TABLE and value.output_axis == TABLE_AXIS:
-        return value
-    elif use == KernelUse(2, (0,)) and value.output_axis == KERNEL_AXIS:
-        return CompressedKernel(value, KernelAxes(value.core_shape, (0,)))
-    return compress_for(use, _logical(value, axes), value.format)[0]
-
-
-def _logical(value: CompressedTensor | np.ndarray, axes: KernelAxes | None) -> np.ndarray:
-    """The dense array in the variable's own shape, on the host."""
-    array = host.dense(value) if isinstance(value, CompressedTensor) else value
-    return array if axes is None else axes.from_matrix(array)
