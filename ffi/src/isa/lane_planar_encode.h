@@ -70,7 +70,7 @@ inline void EncodeRowPair(const uint16_t* row0, const uint16_t* row1, int g, uin
           word[p / 5] |= bit <= 7 ? code >> (7 - bit) : code << (bit - 7);
         }
       }
-      const auto odd = [](U32x4 x) { return (U16x8)((x & (kHighMask | kHighMask << 16)) ^ kConstantPair); };
+      const auto odd = [](U32x4 x) { return (U16x8)((x & (kHighMask | kHighMask << 16)) ^ (kConstantHigh | kConstantHigh << 16)); };
       const uint32_t mask = NonzeroMask(odd(a[0]), odd(a[1]));  // (row, t, half) of q = i & 1
       const uint32_t spread = SpreadPairs(mask & 0xFF) | SpreadPairs(mask >> 8) << 2;
       escapes[2 * v + (i >> 1)] = i & 1 ? escapes[2 * v + (i >> 1)] | spread << 4 : spread;
