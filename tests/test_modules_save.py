@@ -104,6 +104,18 @@ def test_a_converted_checkpoint_of_the_dense_state(tmp_path, pure):
     assert isinstance(dense.layers[0].attention.query.kernel.get_value(), jax.Array)
 
 
+def test_a_layer_that_contracts_other_axes_gets_its_own_layout(tmp_path):
+    def einsum(equation):
+        return nnx.Einsum(equation, (64, 128, 64), param_dtype=BF16, rngs=nnx.Rngs(0))
+
+    model = einsum("td,ndh->tnh")
+    save_module(jaxzip.compress_module(model), tmp_path / "saved")
+    for equation, contract in (("td,ndh->tnh", (1,)), ("tn,ndh->tdh", (0,))):
+        kernel = restore_module(nnx.eval_shape(lambda: einsum(equation)), tmp_path / "saved").kernel.get_value()  # noqa: B023
+        assert kernel.axes.contract == contract
+        np.testing.assert_array_equal(bits(kernel.dense()), bits(model.kernel.get_value()))
+
+
 def test_orbax_saves_and_restores_the_state_itself(tmp_path):
     model = compressed()
     state = nnx.state(model, STORED)

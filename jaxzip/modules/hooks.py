@@ -115,15 +115,13 @@ class Einsum:
         out_sharding: Any = None,
     ) -> jax.Array:
         w = as_operand(w)
-        if isinstance(w, Operand) and out_sharding is None:
-            parsed = parse(equation, x.ndim, w.ndim)
-            if parsed is not None:
+        parsed = parse(equation, x.ndim, w.ndim) if isinstance(w, Operand) else None
+        if parsed is not None and out_sharding is None and w.cast_is_exact:
+            common = jnp.promote_types(x.dtype, w.dtype)
+            operands = x.astype(common), w.astype(common), parsed.dimension_numbers
+            if _matched(*operands, preferred_element_type) is not None:
                 multiply = DotGeneral(self.implementation, self.batch_invariant)
-                common = jnp.promote_types(x.dtype, w.dtype)
-                y = multiply(
-                    x.astype(common), w.astype(common), parsed.dimension_numbers, precision, preferred_element_type
-                )
-                return y.transpose(parsed.output_order)
+                return multiply(*operands, precision, preferred_element_type).transpose(parsed.output_order)
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
         if out_sharding is not None:
             options["out_sharding"] = out_sharding
