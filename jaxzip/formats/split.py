@@ -102,11 +102,14 @@ class SplitFp16(SplitFormat):
         return (m, bit_groups.groups(k), None)
 
     def split(self, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        magnitude = (bits & 0x7FFF) >> _LOW_BITS
-        head = (bits & 0x8000) | (magnitude + (_FP16_BIAS_DIFFERENCE << 7))
+        head = np.empty(bits.shape, np.uint16)
+        for rows in bit_groups.slabs(*bits.shape):
+            slab = np.ascontiguousarray(bits[rows])
+            magnitude = (slab & 0x7FFF) >> _LOW_BITS
+            head[rows] = (slab & 0x8000) | (magnitude + (_FP16_BIAS_DIFFERENCE << 7))
         used = int(np.bitwise_or.reduce(bits, axis=None)) & ((1 << _LOW_BITS) - 1)
         lowest = (used & -used).bit_length() - 1 if used else _LOW_BITS
-        return head.astype(np.uint16), bit_groups.pack(bits, tuple(range(_LOW_BITS - 1, lowest - 1, -1)))
+        return head, bit_groups.pack(bits, tuple(range(_LOW_BITS - 1, lowest - 1, -1)))
 
     def merge(self, head, low, xp: ModuleType = jnp) -> jax.Array | np.ndarray:
         planes = tuple(_LOW_BITS - 1 - i for i in range(low.shape[-1]))
@@ -128,10 +131,13 @@ class SplitFp32(SplitFormat):
     def split(self, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         used = int(np.bitwise_or.reduce(bits, axis=None))
         count = 2 if used & 0xFF else 1 if used & 0xFF00 else 0
-        low = np.empty((*bits.shape, count), np.uint8)
-        for i in range(count):
-            low[..., i] = bits >> (8 - 8 * i) & 0xFF
-        return (bits >> 16).astype(np.uint16), low
+        head, low = np.empty(bits.shape, np.uint16), np.empty((*bits.shape, count), np.uint8)
+        for rows in bit_groups.slabs(*bits.shape):
+            slab = np.ascontiguousarray(bits[rows])
+            head[rows] = slab >> 16
+            for i in range(count):
+                low[rows, :, i] = slab >> (8 - 8 * i)
+        return head, low
 
     def merge(self, head, low, xp: ModuleType = jnp) -> jax.Array | np.ndarray:
         bits = head.astype(xp.uint32) << 16

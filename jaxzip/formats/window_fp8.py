@@ -71,7 +71,10 @@ class WindowFp8(Format):
         Ties go to the narrower code, then to the lower window.
         """
         count = 1 << self.exponent_bits
-        total = np.concatenate([[0], np.cumsum(np.bincount(exponents.ravel(), minlength=count))])
+        histogram = sum(
+            np.bincount(exponents[rows].ravel(), minlength=count) for rows in bit_groups.slabs(*exponents.shape)
+        )
+        total = np.concatenate([[0], np.cumsum(histogram)])
         best = None
         for width in range(self.exponent_bits + 1):
             starts = np.arange(count - (1 << width) + 1)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxzip import formats
+from jaxzip.formats import bit_groups
 from jaxzip.formats.split import LOW, SplitFormat
 from jaxzip.formats.window_fp8 import WindowFp8
 from jaxzip.ops import host
@@ -48,7 +49,8 @@ def _encode_split(fmt: SplitFormat, bits: np.ndarray) -> formats.Payload:
 def _decode_split(fmt: SplitFormat, payload: Payload, out: np.ndarray) -> None:
     head = np.empty(out.shape, np.uint16)
     host.decode(fmt.head_payload(payload), fmt.head.name, head)
-    out[...] = fmt.merge(head, payload[LOW], np)
+    for rows in bit_groups.slabs(*out.shape):
+        out[rows] = fmt.merge(head[rows], payload[LOW][rows], np)
 
 
 def _validate_split(fmt: SplitFormat, payload: Payload, m: int, k: int) -> None:
