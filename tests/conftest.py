@@ -19,7 +19,19 @@ def _has_gpu() -> bool:
         return False
 
 
+#: Modules of tests that take seconds each, most of them because Pallas kernels are interpreted on the CPU.
+SLOW_MODULES = ("test_pallas", "test_models_attention", "test_encode_device", "test_dtypes")
+
+
+def _is_slow(item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("implementation") == "pallas" or item.module.__name__ in SLOW_MODULES
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if _is_slow(item):
+            item.add_marker(pytest.mark.slow)
     gpu_tests = [item for item in items if "gpu" in item.keywords]
     if gpu_tests and not _has_gpu():
         for item in gpu_tests:
