@@ -22,7 +22,7 @@ def decoder():
 
 def adapted(model):
     """The same adapters on any model; ``lora_b`` is not zero, so that both halves have a gradient."""
-    model = add_adapters(model, 4, r".*attention/\w+", alpha=8, rngs=nnx.Rngs(1))
+    model = add_adapters(model, 4, r".*attention/(query|out)", alpha=8, rngs=nnx.Rngs(1))
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
         if path[-1] == "lora_b":
             seed = sum(map(ord, "/".join(map(str, path))))
@@ -60,7 +60,7 @@ def test_gradients_are_the_dense_models():
     assert bits(value) == bits(raw_value)
     np.testing.assert_allclose(value, dense_value, rtol=1e-6)
     found, control, want = leaves(found), leaves(control), leaves(want)
-    assert found.keys() == want.keys() and len(found) == 2 * 4 * models.LAYERS
+    assert found.keys() == want.keys() and len(found) == 2 * 2 * models.LAYERS
     for name, leaf in found.items():
         assert np.abs(leaf).max() > 0
         np.testing.assert_array_equal(bits(leaf), bits(control[name]))
@@ -108,7 +108,7 @@ def test_gradients_equal_the_dense_models_bit_for_bit_where_sums_are_exact():
 
 def test_training_lowers_the_loss_and_leaves_the_base():
     base = jaxzip.compress_module(decoder())
-    model = add_adapters(base, 4, r".*attention/\w+", rngs=nnx.Rngs(1))
+    model = add_adapters(base, 4, r".*attention/(query|out)", rngs=nnx.Rngs(1))
     run = nnx.jit(lambda model: model(IDS))
     np.testing.assert_array_equal(bits(run(model)), bits(run(base)))  # untrained adapters change nothing
     before, shared = payload(model), nnx.state(base, is_compressed)
