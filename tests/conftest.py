@@ -19,8 +19,10 @@ def _has_gpu() -> bool:
         return False
 
 
-#: Modules of tests that take seconds each, most of them because Pallas kernels are interpreted on the CPU.
-SLOW_MODULES = ("test_pallas", "test_models_attention", "test_encode_device", "test_dtypes")
+#: Modules of tests that take seconds each: Pallas kernels are interpreted on the CPU, whole models are compiled.
+SLOW_MODULES = (
+    "test_pallas", "test_models_attention", "test_encode_device", "test_dtypes", "test_modules_nnx", "test_modules_linen"
+)  # fmt: skip
 
 
 def _is_slow(item) -> bool:

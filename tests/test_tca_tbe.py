@@ -127,5 +127,5 @@ def test_corrupt_payloads_are_named(change, words):
 
 
 def test_unknown_format():
-    with pytest.raises(ValueError, match="tca-tbe, lane-planar, raw"):
+    with pytest.raises(ValueError, match=f"'zip'; known formats: {', '.join(formats.names())}"):
         formats.get("zip")
