@@ -21,8 +21,13 @@ def _has_gpu() -> bool:
 
 #: Modules of tests that take seconds each: Pallas kernels are interpreted on the CPU, whole models are compiled.
 SLOW_MODULES = (
-    "test_pallas", "test_models_attention", "test_encode_device", "test_dtypes", "test_modules_nnx", "test_modules_linen"
-)  # fmt: skip
+    "test_dtypes",
+    "test_encode_device",
+    "test_models_attention",
+    "test_modules_linen",
+    "test_modules_nnx",
+    "test_pallas",
+)
 
 
 def _is_slow(item) -> bool:
