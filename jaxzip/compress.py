@@ -6,10 +6,9 @@ import jax
 import numpy as np
 
 from jaxzip import formats
-from jaxzip.formats import auto, lane_planar
+from jaxzip.formats import auto
 from jaxzip.formats.base import pad_axis
 from jaxzip.ops import host, registry
-from jaxzip.ops.encode import encode_on_device
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
 AUTO = "auto"
@@ -54,16 +53,11 @@ def compress(
     z = CompressedTensor({"values": w}, tuple(w.shape[-2:]), np.dtype(w.dtype), "raw", output_axis)
     if format != "raw":
         try:
-            on_device = format == lane_planar.LanePlanar.name and not on_host and _is_on_one_gpu(w)
-            encoded = encode_on_device(w, output_axis) if on_device else encode_as(w, format, output_axis)
+            encoded = encode_as(w, format, output_axis)
         except OverflowError:  # more elements than the format can address
             encoded = z
         z = encoded if encoded.nbytes < z.nbytes else z
     return z if on_host else jax.tree.map(jax.numpy.asarray, z)
-
-
-def _is_on_one_gpu(w) -> bool:
-    return isinstance(w, jax.Array) and len(w.devices()) == 1 and next(iter(w.devices())).platform == "gpu"
 
 
 def best_format(dtype: np.dtype, device: jax.Device | None = None, *, otherwise: str | None = None) -> str:
