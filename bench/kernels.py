@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import synthetic
 
 import jaxzip
-from jaxzip.tuning import median_us, products
+from jaxzip.tuning import copies_of, launches_of, median_us, products
 
 # (M, K) of Llama 3.1 8B (fused projections, then some of their parts), Qwen3 14B and Llama 3.1 70B.
 SHAPES = (
@@ -35,16 +35,6 @@ MOST_LAUNCHES = 240  # of a program, whose instructions XLA compiles one by one
 OUTPUT_BYTES = 16e9  # of a program: it returns every product
 LARGE = 50e6  # weights: where a matrix counts as large
 DENSE = "xla dot"
-
-
-def copies_of(weight, count: int) -> list:
-    return [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(count - 1))]
-
-
-def launches_of(weights: list, output_bytes: float) -> int:
-    """How often a program multiplies: whole rounds through the weights."""
-    rounds = min(MOST_LAUNCHES, int(OUTPUT_BYTES / output_bytes)) // len(weights)
-    return len(weights) * max(1, rounds)
 
 
 def calls_of(launches: int, expected_us: float) -> int:
@@ -79,7 +69,7 @@ def measure(
         name, n = job
         x = jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16)
         arguments = (x, weights[name[0]])
-        launches = launches_of(arguments[1], 2 * n * m)
+        launches = launches_of(len(arguments[1]), 2 * n * m, OUTPUT_BYTES, most=MOST_LAUNCHES)
         return launches, arguments, products(candidates[name], launches).lower(*arguments).compile()
 
     jobs = [(name, n) for n in rows for name in candidates]

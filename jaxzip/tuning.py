@@ -78,7 +78,8 @@ def tune(
     platform, device = _platform(w)
     kind = measured.device_kind(platform) or platform
     m, k = w.matrix_shape
-    copies = _copies(w, cold_bytes or COLD_BYTES[platform])
+    count = math.ceil((cold_bytes or COLD_BYTES[platform]) / max(w.nbytes, 1))
+    copies = copies_of(w, min(MOST_COPIES, max(1, count)))
     found = []
     for n in dict.fromkeys(measured.bucket(n) for n in rows):
         x = jax.device_put(jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16), device)
@@ -100,6 +101,16 @@ def candidates(x: jax.Array, w: CompressedTensor, platform: str) -> list[str]:
     names = registry.candidates("matmul", platform, x, w, None, None, **options)
     # Where both are there they are the same program, but for who decodes.
     return [name for name in names if name != registry.XLA or "decompress" not in names]
+
+
+def copies_of(weight: Any, count: int) -> list:
+    """``weight`` and ``count - 1`` copies of it in memory of their own."""
+    return [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(count - 1))]
+
+
+def launches_of(weights: int, product_bytes: float, output_bytes: float, *, most: int) -> int:
+    """How often a program multiplies: whole rounds through its weights, within what it may return, but at least one."""
+    return weights * max(1, min(most, int(output_bytes / product_bytes)) // weights)
 
 
 def products(multiply: Callable[[Any, Any], Any], launches: int) -> Callable:
@@ -137,19 +148,12 @@ def median_us(compiled: Callable, arguments: tuple, launches: int, repeats: int,
 
 
 def _microseconds(name: str, x: jax.Array, weights: list, platform: str, repeats: int) -> float:
-    launches = len(weights) * max(
-        1, min(64, int(OUTPUT_BYTES / (2 * x.shape[0] * weights[0].shape[1]))) // len(weights)
-    )
+    launches = launches_of(len(weights), 2 * x.shape[0] * weights[0].shape[1], OUTPUT_BYTES, most=MOST_COPIES)
     program = products(lambda x, w: matmul(x, w, implementation=name), launches)
     compiled = program.lower(x, weights).compile()
     once = median_us(compiled, (x, weights), launches, 1, 1)
     calls = max(1, math.ceil(QUEUE_US[platform] / (once * launches)))
     return median_us(compiled, (x, weights), launches, repeats, calls)
-
-
-def _copies(w: CompressedTensor, cold_bytes: float) -> list[CompressedTensor]:
-    count = min(MOST_COPIES, max(1, math.ceil(cold_bytes / max(w.nbytes, 1))))
-    return [w, *(jax.tree.map(jnp.copy, w) for _ in range(count - 1))]
 
 
 def _check(w: CompressedTensor) -> None:
