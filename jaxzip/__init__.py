@@ -2,14 +2,14 @@
 
 formats/   storage formats: layout, reference encode and decode
 tensor     CompressedTensor, the pytree          compress, rules   arrays and trees in, compressed out
-ops/       matmul, decompress, take and their implementations (backends: jaxzip.ffi, jaxzip.pallas_kernels)
+ops/       matmul, ragged_matmul, decompress, take; their implementations (backends: jaxzip.ffi, jaxzip.pallas_kernels)
 checkpoint/ Orbax in and out, importers           models  Flax transformers      cli  the commands
 modules/   users' own Flax models: compress_module, einsum, dot_general, adapters
 """
 
 from jaxzip.compress import compress
 from jaxzip.errors import CheckpointError, CorruptDataError, JaxzipError, UnsupportedVersionError
-from jaxzip.ops import decompress, matmul, take
+from jaxzip.ops import decompress, matmul, ragged_matmul, take
 from jaxzip.ops.transcode import transcode
 from jaxzip.rules import CompressionReport, CompressionRule, compress_params
 from jaxzip.tensor import CompressedTensor
@@ -34,6 +34,7 @@ __all__ = [
     "dot_general",
     "einsum",
     "matmul",
+    "ragged_matmul",
     "take",
     "transcode",
 ]
