@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxzip.models.config import LlamaConfig
+from jaxzip.models.config import DecoderConfig
 
 from jaxzip.errors import PromptError
 
@@ -19,7 +19,7 @@ def bucket(length: int) -> int:
 
 
 def pad_prompts(
-    config: LlamaConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    config: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Checks ``prompts`` and pads them on the left.
 
@@ -44,7 +44,7 @@ def pad_prompts(
     return tokens, np.array([width - len(row) for row in rows], np.int32)
 
 
-def _check(config: LlamaConfig, i: int, row: np.ndarray, max_new_tokens: int) -> None:
+def _check(config: DecoderConfig, i: int, row: np.ndarray, max_new_tokens: int) -> None:
     if row.size == 0:
         raise PromptError(f"prompt {i} is empty; give at least one token, for instance the beginning-of-text token")
     if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):

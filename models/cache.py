@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxzip.models.config import LlamaConfig
+from jaxzip.models.config import DecoderConfig
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +34,7 @@ class KVCache:
     end: jax.Array
 
     @classmethod
-    def empty(cls, config: LlamaConfig, start: jax.Array, slots: int) -> KVCache:
+    def empty(cls, config: DecoderConfig, start: jax.Array, slots: int) -> KVCache:
         """A cache of zeros with ``slots`` slots a row; ``start`` is int32 ``[B]``."""
         shape = (start.shape[0], config.num_kv_heads, slots, config.head_dim)
         # Arrays of their own: buffers that are donated must not be shared.

@@ -1,10 +1,15 @@
-"""``LlamaConfig``: the sizes and constants of a Llama model, from a Hugging Face config and to plain JSON."""
+"""``DecoderConfig``: the sizes and constants of a model, from a Hugging Face config and to plain JSON; ``LlamaConfig``.
+
+Fields hold what a checkpoint's configuration says. What a family has in all its models (``ClassVar``), and what follows
+from a layer's number, is asked for under one name by the shared parts: attention, MLP, norms, rope, the loop.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, Self
 
 from jaxzip.errors import JaxzipError
 
@@ -37,11 +42,28 @@ class Llama3RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Everything that determines a Llama model's computation, except its weights; static and hashable.
+class LinearRopeScaling:
+    """Every RoPE frequency divided by ``factor`` (position interpolation; ``rope_type: linear``)."""
+
+    factor: float
+
+
+RopeScaling = Llama3RopeScaling | LinearRopeScaling
+
+
+class Rope(NamedTuple):
+    """The rotary embedding of a layer."""
+
+    theta: float
+    scaling: RopeScaling | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that determines a model's computation, except its weights; static and hashable.
 
     Attributes:
-      rope_scaling: ``None``, or Llama 3's scaling.
+      rope_scaling: ``None``, or how frequencies are stretched.
       eos_token_ids: any of them ends a sequence.
       dtype: dtype of activations and KV cache: ``"bfloat16"``, ``"float16"`` or ``"float32"``. Norms, softmax and
         every accumulation are fp32 in any case.
@@ -55,13 +77,29 @@ class LlamaConfig:
     num_kv_heads: int
     head_dim: int
     rope_theta: float = 10000.0
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+
+    #: ``model_type`` of Hugging Face configs.
+    model_type: ClassVar[str] = ""
+    #: Queries, keys and values have biases.
+    qkv_bias: ClassVar[bool] = False
+    #: Queries and keys of each head go through a norm before they are rotated.
+    qk_norm: ClassVar[bool] = False
+    #: Norms multiply by ``norm_offset + scale``.
+    norm_offset: ClassVar[float] = 0.0
+    #: Of the MLP's gate: ``"silu"`` or ``"gelu_tanh"``.
+    activation: ClassVar[str] = "silu"
+    #: Caps of attention's scores and of the logits: ``cap * tanh(x / cap)``.
+    attn_softcap: ClassVar[float | None] = None
+    final_softcap: ClassVar[float | None] = None
+    #: What keys that a Hugging Face config lacks stand for in this family.
+    hf_defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self):
         for name in (
@@ -80,86 +118,188 @@ class LlamaConfig:
         if self.dtype not in DTYPES:
             raise UnsupportedConfigError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
 
+    @property
+    def query_divisor(self) -> float:
+        """Attention's scores are products of queries and keys over this."""
+        return math.sqrt(self.head_dim)
+
+    @property
+    def embedding_scale(self) -> float | None:
+        """Embeddings are multiplied by this, rounded to their dtype, before the first layer."""
+        return None
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens, the own included, a query of layer ``layer`` sees; ``None``: all before it."""
+        return None
+
+    def rope(self, layer: int) -> Rope:
+        """The rotary embedding of layer ``layer``."""
+        return Rope(self.rope_theta, self.rope_scaling)
+
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
+    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         """The configuration that a Hugging Face ``config.json`` (as a dict) describes.
 
         Raises:
           UnsupportedConfigError: a key is missing, or has a value that this implementation does not compute.
         """
-        for key, accepted, why in _HF_ACCEPTED:
+        hf = {**cls.hf_defaults, **hf}
+        for key, accepted, why in cls.hf_accepted():
             if hf.get(key) not in accepted:
                 raise UnsupportedConfigError(f"config: {key} is {hf[key]!r}; {why}")
         try:
-            heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
-            # transformers 5 moved everything about RoPE to `rope_parameters`.
-            rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-            eos = hf.get("eos_token_id")
-            return cls(
-                vocab_size=hf["vocab_size"],
-                hidden_size=hidden,
-                intermediate_size=hf["intermediate_size"],
-                num_layers=hf["num_hidden_layers"],
-                num_heads=heads,
-                num_kv_heads=_or(hf.get("num_key_value_heads"), heads),
-                head_dim=_or(hf.get("head_dim"), hidden // heads),
-                rope_theta=float(_or(rope.get("rope_theta"), _or(hf.get("rope_theta"), 10000.0))),
-                rope_scaling=_rope_scaling_from_hf(rope),
-                rms_norm_eps=float(_or(hf.get("rms_norm_eps"), 1e-6)),
-                max_position_embeddings=_or(hf.get("max_position_embeddings"), 2048),
-                tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-                bos_token_id=hf.get("bos_token_id"),
-                eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-                dtype=str(_or(hf.get("dtype"), _or(hf.get("torch_dtype"), "bfloat16"))).removeprefix("torch."),
-            )
+            return cls(**cls.fields_from_hf(hf))
         except KeyError as error:
-            raise UnsupportedConfigError(f"config: key {error} is missing; is this a Llama's config.json?") from None
+            raise UnsupportedConfigError(
+                f"config: key {error} is missing; is this a {cls.model_type} model's config.json?"
+            ) from None
+
+    @classmethod
+    def hf_accepted(cls) -> tuple[tuple[str, tuple[Any, ...], str], ...]:
+        """Keys of a Hugging Face config that change the computation, the values that are computed here, and a reason.
+
+        Families add to these, or replace them.
+        """
+        return (
+            ("model_type", (None, cls.model_type), f'only "{cls.model_type}" is supported'),
+            *((key, (None, *_ACTIVATIONS[cls.activation]), f"only {_ACTIVATIONS[cls.activation][0]!r} is supported")
+              for key in ("hidden_act", "hidden_activation")),
+            ("attention_bias", (None, False), _NO_BIAS),
+            ("mlp_bias", (None, False), _NO_BIAS),
+            ("quantization_config", (None,), "quantised checkpoints are not supported; use the bf16 original"),
+        )  # fmt: skip
+
+    @classmethod
+    def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of this class by the keys of a Hugging Face config; families extend it."""
+        heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+        # transformers 5 moved everything about RoPE to `rope_parameters`.
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        return {
+            "vocab_size": hf["vocab_size"],
+            "hidden_size": hidden,
+            "intermediate_size": hf["intermediate_size"],
+            "num_layers": hf["num_hidden_layers"],
+            "num_heads": heads,
+            "num_kv_heads": or_default(hf.get("num_key_value_heads"), heads),
+            "head_dim": or_default(hf.get("head_dim"), hidden // heads),
+            "rope_theta": float(or_default(rope.get("rope_theta"), or_default(hf.get("rope_theta"), 10000.0))),
+            "rope_scaling": rope_scaling_from_hf(rope),
+            "rms_norm_eps": float(or_default(hf.get("rms_norm_eps"), 1e-6)),
+            "max_position_embeddings": or_default(hf.get("max_position_embeddings"), 2048),
+            "tie_word_embeddings": bool(or_default(hf.get("tie_word_embeddings"), False)),
+            "bos_token_id": hf.get("bos_token_id"),
+            "eos_token_ids": token_ids(hf.get("eos_token_id")),
+            "dtype": str(or_default(hf.get("dtype"), or_default(hf.get("torch_dtype"), "bfloat16"))).removeprefix(
+                "torch."
+            ),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON types; :meth:`from_dict` inverts it."""
-        return {**dataclasses.asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LlamaConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of :meth:`to_dict`.
 
         Raises:
           UnsupportedConfigError: ``values`` has a key that this version does not know, or lacks one.
         """
-        values = dict(values)
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         if unknown := set(values) - {field.name for field in dataclasses.fields(cls)}:
             raise UnsupportedConfigError(f"config: unknown keys {sorted(unknown)}; update jaxzip to read this model")
-        if values.get("rope_scaling") is not None:
-            values["rope_scaling"] = Llama3RopeScaling(**values["rope_scaling"])
-        values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))
+        if (scaling := values.get("rope_scaling")) is not None:
+            values["rope_scaling"] = (LinearRopeScaling if set(scaling) == {"factor"} else Llama3RopeScaling)(**scaling)
         try:
             return cls(**values)
         except TypeError as error:
             raise UnsupportedConfigError(f"config: {error}") from None
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingConfig(DecoderConfig):
+    """A configuration whose layers may see a window of the last tokens only.
+
+    Attributes:
+      sliding_window: how many tokens, the own included; ``None``: all.
+      layer_types: ``"sliding_attention"`` or ``"full_attention"`` for each layer; empty: all slide.
+    """
+
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise UnsupportedConfigError(f"sliding_window is {self.sliding_window}, expected a positive integer")
+        if self.layer_types and (len(self.layer_types) != self.num_layers or set(self.layer_types) - {SLIDING, FULL}):
+            raise UnsupportedConfigError(
+                f"layer_types is {list(self.layer_types)}, expected {SLIDING!r} or {FULL!r} for each of "
+                f"{self.num_layers} layers"
+            )
+
+    def slides(self, layer: int) -> bool:
+        """Whether layer ``layer`` is one of those that have the window."""
+        return not self.layer_types or self.layer_types[layer] == SLIDING
+
+    def window(self, layer: int) -> int | None:
+        return self.sliding_window if self.slides(layer) else None
+
+    @classmethod
+    def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **super().fields_from_hf(hf),
+            "sliding_window": hf.get("sliding_window"),
+            "layer_types": tuple(hf.get("layer_types") or ()),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig(DecoderConfig):
+    """A Llama 2 or 3, and what has its architecture (SmolLM2, TinyLlama, ...)."""
+
+    model_type: ClassVar[str] = "llama"
+
+    @classmethod
+    def hf_accepted(cls):
+        return *super().hf_accepted(), ("sliding_window", (None,), "sliding-window attention is not supported")
+
+
 _NO_BIAS = "linear layers with bias are not supported"
-#: Keys of a Hugging Face config that change the computation, with the values that are computed here.
-_HF_ACCEPTED = (
-    ("model_type", (None, "llama"), 'only "llama" is supported'),
-    ("hidden_act", (None, "silu", "swish"), 'only "silu" is supported'),
-    ("attention_bias", (None, False), _NO_BIAS),
-    ("mlp_bias", (None, False), _NO_BIAS),
-    ("sliding_window", (None,), "sliding-window attention is not supported"),
-    ("quantization_config", (None,), "quantised checkpoints are not supported; use the bf16 original"),
-)
+#: Activations of the MLP's gate by Hugging Face's names for each.
+_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 
 
-def _or(value, default):
+def or_default(value, default):
+    """``value``, and ``default`` for ``None``: a config's ``null``."""
     return default if value is None else value
 
 
-def _rope_scaling_from_hf(rope: Mapping[str, Any]) -> Llama3RopeScaling | None:
+def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """Token ids of a config: none, one or a list."""
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def rope_scaling_from_hf(rope: Mapping[str, Any]) -> RopeScaling | None:
+    """The scaling that ``rope_scaling`` or ``rope_parameters`` of a Hugging Face config describe.
+
+    Raises:
+      UnsupportedConfigError: it is of a kind that is not computed here.
+    """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
+    if kind == "linear":
+        return LinearRopeScaling(float(rope["factor"]))
     if kind != "llama3":
-        raise UnsupportedConfigError(f"config: rope_scaling has type {kind!r}; only 'llama3' and none are supported")
+        raise UnsupportedConfigError(
+            f"config: rope_scaling has type {kind!r}; only 'llama3', 'linear' and none are supported"
+        )
     return Llama3RopeScaling(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),

@@ -40,12 +40,15 @@ GATHER = 16
 _LOW = -1e30
 #: Least number of rows of a matrix product on Tensor Cores.
 _MIN_ROWS = 16
+#: Largest head that was measured; blocks of larger ones do not fit the pipeline's shared memory.
+_MAX_HEAD_DIM = 128
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def supported(head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
     """Whether the kernels take this head size and dtype; they run on CUDA devices only."""
-    return plt is not None and head_dim >= 32 and head_dim & (head_dim - 1) == 0 and jnp.dtype(dtype) in _DTYPES
+    power_of_two = head_dim & (head_dim - 1) == 0
+    return plt is not None and 32 <= head_dim <= _MAX_HEAD_DIM and power_of_two and jnp.dtype(dtype) in _DTYPES
 
 
 def decode_attention(
@@ -59,6 +62,8 @@ def decode_attention(
     *,
     append: bool,
     batch_invariant: bool = False,
+    divisor: float | None = None,
+    window: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attends with one query a row to the row's slots of the cache, the query's own slot included.
@@ -70,6 +75,8 @@ def decode_attention(
       start: int32 ``[B]``, the sequence's first slot.
       own: int32 ``[N // B]``, the slot of each of a sequence's queries.
       batch_invariant: a row's result must not depend on the number of rows: chunks have one length.
+      divisor: of the scores, by default ``sqrt(D)``.
+      window: a query sees the last ``window`` slots only, its own included.
       append: ``N == B``, and the new keys and values go into the cache first. Otherwise they are there already.
       interpret: run on any device, slowly.
 
@@ -85,14 +92,17 @@ def decode_attention(
     group = qkv.shape[1] // head_dim // kv_heads - 2
     chunk, stages = FIXED if batch_invariant else next(c for least, c in CHUNKS if rows * kv_heads >= least)
     chunks = pl.cdiv(slots, chunk)
-    shapes = {"group": group, "kv_heads": kv_heads, "queries": rows // batch, "chunk_slots": chunk}
+    shapes = {
+        "group": group, "kv_heads": kv_heads, "queries": rows // batch, "chunk_slots": chunk, "window": window,
+    }  # fmt: skip
+    divisor = math.sqrt(head_dim) if divisor is None else divisor
     out = jax.ShapeDtypeStruct((rows, kv_heads, group, head_dim), qkv.dtype)
     each = jax.ShapeDtypeStruct((rows, kv_heads, group, chunks), jnp.float32)
     sums = jax.ShapeDtypeStruct((rows, kv_heads, chunks, group, head_dim), jnp.float32)
     results = [out] if chunks == 1 else [sums, each, each]
     cache = [jax.ShapeDtypeStruct(keys.shape, keys.dtype)] * 2 if append else []
     found = pl.pallas_call(
-        functools.partial(_attend_chunk, append=append, results=len(results), **shapes),
+        functools.partial(_attend_chunk, append=append, results=len(results), divisor=divisor, **shapes),
         grid=(chunks, kv_heads, rows),
         out_shape=(*results, *cache),
         input_output_aliases={5 + i: len(results) + i for i in range(len(cache))},
@@ -119,19 +129,20 @@ def _compiler(interpret: bool, **parameters: int) -> dict:
     return {} if interpret else {"compiler_params": plt.CompilerParams(**parameters)}
 
 
-def _slots(start_ref, own_ref, queries):
-    """The sequence of this program's row, its first slot and the row's own."""
+def _slots(start_ref, own_ref, queries, window):
+    """The sequence of this program's row, the first slot that it sees and its own."""
     row = pl.program_id(2)
-    return row, row // queries, start_ref[row // queries], own_ref[row % queries]
+    start, own = start_ref[row // queries], own_ref[row % queries]
+    return row, row // queries, start if window is None else jnp.maximum(start, own - (window - 1)), own
 
 
 def _attend_chunk(
     start_ref, own_ref, qkv_ref, cos_ref, sin_ref, keys_ref, values_ref, *written,
-    append, results, group, kv_heads, queries, chunk_slots,
+    append, results, divisor, group, kv_heads, queries, chunk_slots, window,
 ):  # fmt: skip
     results, cache = written[:results], written[results:]
     chunk, head = pl.program_id(0), pl.program_id(1)
-    row, sequence, start, own = _slots(start_ref, own_ref, queries)
+    row, sequence, start, own = _slots(start_ref, own_ref, queries, window)
     first = start + chunk * chunk_slots
 
     head_dim, dtype = keys_ref.shape[-1], keys_ref.dtype
@@ -171,7 +182,7 @@ def _attend_chunk(
             window = (sequence, head, pl.ds(at, BLOCK), whole)
             key = _load(keys_ref, window, stored[:, None])
             value = _load(values_ref, window, stored[:, None])
-            scores = jnp.where(stored[None, :], _dot(query, key, trans_b=True) / math.sqrt(head_dim), -jnp.inf)
+            scores = jnp.where(stored[None, :], _dot(query, key, trans_b=True) / divisor, -jnp.inf)
             largest = jnp.maximum(before, jnp.max(scores, axis=1))
             kept, weights = jnp.exp(before - largest), jnp.exp(scores - largest[:, None])
             sums = sums * kept[:, None] + _dot(weights.astype(dtype), value)
@@ -186,7 +197,7 @@ def _attend_chunk(
         if append:
             is_here = own < first + chunk_slots
             # The slot that this step fills: one more score, and its value times its weight.
-            score = jnp.sum(_wide(query) * _wide(new_key)[None, :], axis=1) / math.sqrt(head_dim)
+            score = jnp.sum(_wide(query) * _wide(new_key)[None, :], axis=1) / divisor
             score = jnp.where(is_here, score, _LOW)
             before, largest = largest, jnp.maximum(largest, score)
             kept, weight = jnp.exp(before - largest), jnp.exp(score - largest)
@@ -210,10 +221,10 @@ def _attend_chunk(
 
 
 def _gather_chunks(
-    start_ref, own_ref, sums_ref, largest_ref, total_ref, out_ref, *, group, kv_heads, queries, chunk_slots
+    start_ref, own_ref, sums_ref, largest_ref, total_ref, out_ref, *, group, kv_heads, queries, chunk_slots, window
 ):
     member, head = pl.program_id(0), pl.program_id(1)
-    row, _, start, own = _slots(start_ref, own_ref, queries)
+    row, _, start, own = _slots(start_ref, own_ref, queries, window)
     used = (own - start) // chunk_slots + 1
     head_dim = out_ref.shape[-1]
 

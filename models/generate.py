@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxzip.models.batching import bucket, pad_prompts
 from jaxzip.models.cache import KVCache
-from jaxzip.models.llama import Llama
+from jaxzip.models.decoder import Decoder
 from jaxzip.models.sampling import GREEDY, Sampling, sample
 
 from jaxzip.formats.auto import default_device
@@ -43,7 +43,7 @@ class Generation:
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -85,7 +85,7 @@ def generate(
 
 
 def stream(
-    model: Llama,
+    model: Decoder,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxzip.models import rms_norm
+from jaxzip.models.config import DecoderConfig
 from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here, with_gradient_of
 
 import jaxzip
@@ -90,11 +91,13 @@ def _is_xlas(x: jax.Array, weight: Any, execution: Execution) -> bool:
 
 
 class Linear(nnx.Module):
-    """``x @ kernel`` without bias; ``kernel[K, M]`` is an array or a CompressedTensor."""
+    """``x @ kernel``, and ``+ bias`` where there is one; ``kernel[K, M]`` is an array or a CompressedTensor."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: str):
+    def __init__(self, in_features: int, out_features: int, *, dtype: str, use_bias: bool = False):
         self.dtype = dtype
         self.kernel = _abstract(in_features, out_features, dtype=dtype)
+        if use_bias:
+            self.bias = _abstract(out_features, dtype=dtype)
 
     def __call__(
         self,
@@ -105,7 +108,8 @@ class Linear(nnx.Module):
         execution: Execution = DEFAULT,
     ) -> jax.Array:
         """``x[..., K]`` (plus ``residual[..., M]``) to ``[..., M]`` in ``out_dtype``, by default the layer's."""
-        return _matmul(x, self.kernel.get_value(), out_dtype or self.dtype, execution, residual=residual)
+        y = _matmul(x, self.kernel.get_value(), out_dtype or self.dtype, execution, residual=residual)
+        return y + self.bias.get_value().astype(y.dtype) if hasattr(self, "bias") else y
 
 
 class Embedding(nnx.Module):
@@ -126,10 +130,13 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """``x / rms(x) * scale`` (Zhang and Sennrich, 2019), in fp32, rounded once to the input's dtype."""
+    """``x / rms(x) * (offset + scale)`` (Zhang and Sennrich, 2019), in fp32, rounded once to the input's dtype.
 
-    def __init__(self, features: int, *, eps: float, dtype: str):
-        self.eps = eps
+    Gemma's norms have ``offset`` 1, all others none.
+    """
+
+    def __init__(self, features: int, *, eps: float, dtype: str, offset: float = 0.0):
+        self.eps, self.offset = eps, offset
         self.scale = _abstract(features, dtype=dtype)
 
     def __call__(self, x: jax.Array, *, execution: Execution = DEFAULT) -> jax.Array:
@@ -137,15 +144,27 @@ class RMSNorm(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
 
         def kernel(rows, scale):
-            return rms_norm.rms_norm(rows, scale, self.eps)
+            return rms_norm.rms_norm(rows, scale, self.eps, offset=self.offset)
 
         def xla(rows, scale):
             wide = rows.astype(jnp.float32)
             inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-            return (wide * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
+            factor = scale.astype(jnp.float32)
+            return (wide * inverse_rms * (factor + self.offset if self.offset else factor)).astype(x.dtype)
 
         few = rows.shape[0] <= _FEW_ROWS or execution.batch_invariant
         if few and rms_norm.supported(x.shape[-1]) and gpu_is_here():
             kernel = with_gradient_of(xla, kernel)
             return jax.lax.platform_dependent(rows, scale, cuda=kernel, default=xla).reshape(x.shape)
         return xla(rows, scale).reshape(x.shape)
+
+
+def norm(config: DecoderConfig, features: int | None = None) -> RMSNorm:
+    """The norm of a family, of the model's width unless ``features`` says another."""
+    options = {"eps": config.rms_norm_eps, "dtype": config.dtype, "offset": config.norm_offset}
+    return RMSNorm(config.hidden_size if features is None else features, **options)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """``cap * tanh(x / cap)``: ``x`` kept inside ``(-cap, cap)`` (Gemma Team, 2024); ``None``: ``x``."""
+    return x if cap is None else cap * jnp.tanh(x / cap)

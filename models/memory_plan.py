@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxzip.models.attention import QUERY_BLOCK
 from jaxzip.models.batching import bucket
-from jaxzip.models.config import LlamaConfig
+from jaxzip.models.config import DecoderConfig
 from jaxzip.models.generate import LOOK_EVERY
 from jaxzip.models.layers import PREFILL_ROWS
 
@@ -41,7 +41,7 @@ class MemoryPlan:
 
 
 def memory_plan(
-    config: LlamaConfig, weight_bytes: int, batch: int, prompt: int, new_tokens: int, *, scratch: bool
+    config: DecoderConfig, weight_bytes: int, batch: int, prompt: int, new_tokens: int, *, scratch: bool
 ) -> MemoryPlan:
     """What ``generate`` needs for ``batch`` prompts of ``prompt`` tokens and ``new_tokens`` more each.
 

@@ -27,13 +27,13 @@ def supported(features: int) -> bool:
     return plt is not None and features <= MAX_FEATURES
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, interpret: bool = False) -> jax.Array:
-    """``x / rms(x) * scale`` of rows ``x[N, features]``, in fp32, rounded once to ``x.dtype``."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, offset: float = 0.0, interpret: bool = False) -> jax.Array:
+    """``x / rms(x) * (offset + scale)`` of rows ``x[N, features]``, in fp32, rounded once to ``x.dtype``."""
     rows, features = x.shape
     padded = pl.next_power_of_2(features)
     warps = min(16, max(1, padded // _FEATURES_A_WARP))
     return pl.pallas_call(
-        functools.partial(_one_row, eps=eps, padded=padded),
+        functools.partial(_one_row, eps=eps, offset=offset, padded=padded),
         grid=(rows,),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         interpret=interpret,
@@ -42,11 +42,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, *, interpret: bool = Fa
     )(x, scale)
 
 
-def _one_row(x_ref, scale_ref, out_ref, *, eps, padded):
+def _one_row(x_ref, scale_ref, out_ref, *, eps, offset, padded):
     row, whole = pl.program_id(0), pl.ds(0, padded)
     features = x_ref.shape[1]
     inside = jnp.arange(padded) < features
     x = plt.load(x_ref.at[row, whole], mask=inside, other=0).astype(jnp.float32)
     scale = plt.load(scale_ref.at[whole], mask=inside, other=0).astype(jnp.float32)
+    if offset:
+        scale = scale + offset
     inverse_rms = jax.lax.rsqrt(jnp.sum(x * x) / features + eps)
     plt.store(out_ref.at[row, whole], (x * inverse_rms * scale).astype(out_ref.dtype), mask=inside)

@@ -55,7 +55,7 @@ def test_json_round_trip(config):
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "type 'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "type 'linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "type 'dynamic'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 5}, "num_heads=32 must be divisible by num_kv_heads=5"),
         ({"torch_dtype": "float64"}, "dtype is 'float64'"),
