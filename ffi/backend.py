@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxzip.ffi import format_ops
+from jaxzip.ffi import format_ops, ragged
 from jaxzip.ffi.cuda_backend import register_cuda_backend
 from jaxzip.ffi.format_ops import BY_FORMAT, raw_matmul
 from jaxzip.ffi.host_codecs import register_host_codecs
@@ -29,6 +29,7 @@ def register_backend() -> None:
     add = functools.partial(registry.register, name="ffi", platforms=("cpu",), priority=PRIORITY)
     add("decompress", fn=format_ops.decompress, check=_check_format)
     add("matmul", fn=_matmul, check=_check_matmul)
+    add("ragged_matmul", fn=ragged.on_cpu, check=ragged.check_cpu)
     add("take", fn=format_ops.take, check=_check_take)
     register_host_codecs()
     register_cuda_backend()

@@ -52,14 +52,18 @@ def raw_matmul(x: jax.Array, w: jax.Array, rows_first: bool = False, **options) 
     `lane_planar_matmul`.
     """
     w = w if rows_first else w.T
+    return _matmul(x, fragment_blocks(w), *w.shape, raw=True, **options)
+
+
+def fragment_blocks(w: jax.Array) -> list[jax.Array]:
+    """The operands that stand for a dense bfloat16 weight [M, K] in the kernels' raw mode: bits in fragment order."""
     m, k = w.shape
     rows, columns = -(-m // _BLOCK), -(-k // _BLOCK)
     bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
     bits = jnp.pad(bits, ((0, rows * _BLOCK - m), (0, columns * _BLOCK - k)))
     fragments = bits.reshape(rows, 4, 2, 8, columns, 4, 2, 4, 2).transpose(_TO_FRAGMENTS)
     blocks = jax.lax.bitcast_convert_type(fragments.reshape(rows, columns, _BLOCK * _BLOCK // 2, 2), jnp.uint32)
-    operands = [jnp.zeros(rows * _BLOCK, jnp.int8), blocks, jnp.zeros(0, jnp.uint32)]
-    return _matmul(x, operands, m, k, raw=True, **options)
+    return [jnp.zeros(rows * _BLOCK, jnp.int8), blocks, jnp.zeros(0, jnp.uint32)]
 
 
 def _matmul(x, weight, m, k, bias=None, residual=None, out_dtype=jnp.bfloat16, batch_invariant=False, *, raw):

@@ -17,10 +17,13 @@ namespace jaxzip {
 extern "C" {
 XLA_FFI_Error* jaxzip_tca_tbe_decompress(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jaxzip_tca_tbe_matmul(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jaxzip_tca_tbe_ragged_matmul(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jaxzip_raw_matmul(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jaxzip_raw_ragged_matmul(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jaxzip_tca_tbe_take(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jaxzip_lane_planar_decompress(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jaxzip_lane_planar_matmul(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jaxzip_lane_planar_ragged_matmul(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jaxzip_lane_planar_take(XLA_FFI_CallFrame*);
 }
 }  // namespace jaxzip
@@ -252,10 +255,13 @@ nb::dict Handlers() {
   nb::dict d;
   d["jaxzip_tca_tbe_decompress"] = capsule(jaxzip::jaxzip_tca_tbe_decompress);
   d["jaxzip_tca_tbe_matmul"] = capsule(jaxzip::jaxzip_tca_tbe_matmul);
+  d["jaxzip_tca_tbe_ragged_matmul"] = capsule(jaxzip::jaxzip_tca_tbe_ragged_matmul);
   d["jaxzip_raw_matmul"] = capsule(jaxzip::jaxzip_raw_matmul);
+  d["jaxzip_raw_ragged_matmul"] = capsule(jaxzip::jaxzip_raw_ragged_matmul);
   d["jaxzip_tca_tbe_take"] = capsule(jaxzip::jaxzip_tca_tbe_take);
   d["jaxzip_lane_planar_decompress"] = capsule(jaxzip::jaxzip_lane_planar_decompress);
   d["jaxzip_lane_planar_matmul"] = capsule(jaxzip::jaxzip_lane_planar_matmul);
+  d["jaxzip_lane_planar_ragged_matmul"] = capsule(jaxzip::jaxzip_lane_planar_ragged_matmul);
   d["jaxzip_lane_planar_take"] = capsule(jaxzip::jaxzip_lane_planar_take);
   return d;
 }
