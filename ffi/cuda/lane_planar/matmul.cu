@@ -37,10 +37,10 @@ cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const 
     const bool few = !options.batch_invariant && rows <= (small ? kDirectRowsSmall : kDirectRows);
     const DirectConfig direct = few ? choose_direct(shape, rows) : DirectConfig{};
     const cudaError_t error =
-        direct.clusters ? launch_matmul_direct(w, from, rows, to, direct, stream, options.raw)
+        direct.clusters ? launch_matmul_direct(w, from, rows, to, direct, stream, options.raw, options.overlap)
                         : launch_matmul_wgmma(w, from, rows, to,
                                               options.batch_invariant ? choose_batch_invariant(shape) : choose_wgmma(shape, rows), stream,
-                                              options.raw);
+                                              options.raw, options.overlap);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -12,6 +12,8 @@ struct MatmulOptions {
   bool batch_invariant = false;
   // `blocks` holds bf16 in fragment order instead (2048 words a block, no entries, zero shifts): the control of exactness.
   bool raw = false;
+  // Programmatic dependent launch: only x, bias, residual and y may depend on the kernel before, which may still run.
+  bool overlap = false;
 };
 
 // y[n, m] = x[n, k] @ W[m, k].T for any n >= 1, in as many launches on `stream` as n needs; sm_90. No allocation, no

@@ -1,0 +1,39 @@
+// What a decode step of a Llama-shaped model computes between one layer's attention and the next's, as a chain of kernels that overlap.
+//
+//   attended -- o_proj --+--> x1 -- RMSNorm --> h1 -- gate_up --> gu -- SwiGLU --> act -- down --+--> x2 -- RMSNorm --> h2 -- tail --> y
+//   residual ------------+     \-----------------------------------------------------------------+
+//
+// Every kernel is launched programmatically dependent: it starts while the one before still runs, asks for its weights, and only then
+// waits. Each waits before it reads or writes anything that another kernel writes, so that the end of the last is the end of all.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "../lane_planar/layout.h"
+
+namespace jaxzip::decode_chain {
+
+// A matrix is [m, k]; hidden = o.m, intermediate = down.k. `tail` is the next layer's qkv projection or the head.
+struct Chain {
+  lane_planar::Matrix o, gate_up, down, tail;
+  const __nv_bfloat16 *mlp_scale, *tail_scale;  // of the norms [hidden]
+  float mlp_eps, tail_eps;
+  int n;
+  const __nv_bfloat16* attended;  // [n, o.k]
+  const __nv_bfloat16* residual;  // [n, hidden]
+  // Results; nothing may overlap. x1, h1, x2, h2 are [n, hidden], gu [n, 2 * intermediate], act [n, intermediate].
+  __nv_bfloat16 *x1, *h1, *gu, *act, *x2, *h2;
+  void* y;  // [n, tail.m], bf16 or fp32
+  bool fp32_out;
+};
+
+struct ChainOptions {
+  bool batch_invariant = false;
+  bool raw = false;
+  bool overlap = true;  // false: each kernel starts when the one before has ended
+};
+
+// For any n >= 1; sm_90. No allocation, no synchronisation, safe to capture. Returns the first error of a launch.
+cudaError_t launch_chain(const Chain& chain, const ChainOptions& options, cudaStream_t stream);
+
+}  // namespace jaxzip::decode_chain
