@@ -60,6 +60,7 @@ _CUDA_HANDLERS = (
     "jaxzip_lane_planar_shifts",
     "jaxzip_lane_planar_counts",
     "jaxzip_lane_planar_encode",
+    "jaxzip_decode_chain",
 )
 
 
