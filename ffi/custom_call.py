@@ -25,12 +25,16 @@ def call_with_workspace(
 
 
 def call_with_results(
-    name: str, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes
+    name: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    *operands: jax.Array,
+    vmap_method: str = "expand_dims",
+    **attributes,
 ) -> list[jax.Array]:
-    """All results of the custom call `name`."""
+    """All results of the custom call `name`; handlers that take no batch dimensions need another `vmap_method`."""
     register()
     operands, varying = _same_manual_axes(operands)
-    found = jax.ffi.ffi_call(name, list(results), vmap_method="expand_dims")(*operands, **attributes)
+    found = jax.ffi.ffi_call(name, list(results), vmap_method=vmap_method)(*operands, **attributes)
     # ffi_call takes results to be the same on every device, whatever its operands are.
     return [jax.lax.pcast(result, varying, to="varying") if varying else result for result in found]
 

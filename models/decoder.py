@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxzip.models import decode_chain
 from jaxzip.models.cache import KVCache
 from jaxzip.models.config import DecoderConfig
 from jaxzip.models.execution import Execution
@@ -34,7 +35,7 @@ class Decoder(nnx.Module):
 
     Attributes:
       config: a ``DecoderConfig``.
-      implementation: see ``Execution``.
+      implementation, chain: see ``Execution``.
       fused: layers have the weights ``attn/qkv_proj`` and ``mlp/gate_up_proj`` in place of their parts.
     """
 
@@ -45,7 +46,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, implementation: str | None = None, fused: bool = False):
         self.config = config
-        self.implementation = implementation
+        self.implementation, self.chain = implementation, True
         self.embedder = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
         self.layers = nnx.List([type(self).block(config, layer, fused=fused) for layer in range(config.num_layers)])
         self.final_norm = norm(config)
@@ -90,12 +91,29 @@ class Decoder(nnx.Module):
         Returns:
           Hidden states ``[B, S, hidden_size]`` before the final norm, and the cache with ``end`` moved on by ``S``.
         """
-        execution = Execution(self.implementation, batch_invariant)
+        execution = Execution(self.implementation, batch_invariant, self.chain)
+        return self.run_layers(self.embed(tokens, execution), cache, execution)
+
+    def step(self, tokens: jax.Array, cache: KVCache, *, batch_invariant: bool = False) -> tuple[jax.Array, KVCache]:
+        """Appends one token of each row, int32 ``tokens[B]``, to ``cache`` (which must have room).
+
+        Returns:
+          fp32 logits ``[B, vocab_size]`` of the tokens to come, and the cache with ``end`` moved on by 1.
+        """
+        execution = Execution(self.implementation, batch_invariant, self.chain)
+        x = self.embed(tokens[:, None], execution)
+        if decode_chain.applies(self, tokens.shape[0], execution):
+            found, cache = decode_chain.step(self, x, cache, execution)
+            return softcap(found, self.config.final_softcap), cache
+        hidden, cache = self.run_layers(x, cache, execution)
+        return self.logits(hidden[:, 0], batch_invariant=batch_invariant), cache
+
+    def embed(self, tokens: jax.Array, execution: Execution) -> jax.Array:
+        """int32 ``tokens[...]`` to ``[..., hidden_size]``."""
         with jax.named_scope("embedder"):
             x = self.embedder(tokens, execution=execution)
-            if (scale := self.config.embedding_scale) is not None:
-                x = x * jnp.asarray(scale, x.dtype)
-        return self.run_layers(x, cache, execution)
+            scale = self.config.embedding_scale
+            return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
     def run_layers(self, x: jax.Array, cache: KVCache, execution: Execution) -> tuple[jax.Array, KVCache]:
         """Embeddings ``[B, S, hidden_size]`` through all layers; returns as :meth:`hidden`."""
@@ -116,7 +134,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array, *, batch_invariant: bool = False) -> jax.Array:
         """Hidden states ``[..., hidden_size]`` to fp32 ``[..., vocab_size]``."""
-        execution = Execution(self.implementation, batch_invariant)
+        execution = Execution(self.implementation, batch_invariant, self.chain)
         with jax.named_scope("lm_head"):
             x = self.final_norm(hidden, execution=execution)
             if self.config.tie_word_embeddings:

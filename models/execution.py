@@ -19,10 +19,12 @@ class Execution:
         decodes each weight and then computes exactly what the dense model does. Dense weights are XLA's.
       batch_invariant: a sequence's numbers must not depend on what else is in its batch, see
         :func:`jaxzip.models.generate`.
+      chain: decode in chains of kernels where a GPU has them, see ``jaxzip.models.decode_chain``.
     """
 
     implementation: str | None = None
     batch_invariant: bool = False
+    chain: bool = True
 
 
 DEFAULT = Execution()

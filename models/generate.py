@@ -219,8 +219,7 @@ def _loop(static: _Static, weights: nnx.State, inputs, run: _Run, until: jax.Arr
     def decode(run: _Run) -> _Run:
         model = nnx.merge(static.graphdef, weights)
         with jax.named_scope("decode"):
-            hidden, cache = model.hidden(run.last[:, None], run.cache, batch_invariant=static.batch_invariant)
-            logits = model.logits(hidden[:, -1], batch_invariant=static.batch_invariant)
+            logits, cache = model.step(run.last, run.cache, batch_invariant=static.batch_invariant)
         return _record(static, inputs, dataclasses.replace(run, cache=cache), logits)
 
     def decode_some(run: _Run) -> _Run:

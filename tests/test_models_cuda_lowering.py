@@ -32,21 +32,36 @@ def params():
     return {**one, "layers": {str(i): one["layers"]["0"] for i in range(CONFIG.num_layers)}}
 
 
-def setup_of(params, length, **options):
-    model = Llama.from_params(CONFIG, params)
-    return internals._Setup.of(model, [[7] * length], 8, GREEDY, None, None, 0, **options)
+def setup_of(params, length, *, chain=True, prompts=1, config=CONFIG, **options):
+    model = Llama.from_params(config, params)
+    model.chain = chain
+    return internals._Setup.of(model, [[7] * length] * prompts, 8, GREEDY, None, None, 0, **options)
 
 
-def custom_calls(traced) -> dict[str, int]:
+def custom_calls(traced, layer="run_block", times=1) -> dict[str, int]:
+    """Of the text, in which layers of the same shapes are one function that was lowered once."""
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("func private @run_block") == 1
+    assert len(re.findall(rf"func private @{layer}\w*\(", text)) == times
     return collections.Counter(re.findall(r"custom_call @(jaxzip_\w+)\(", text))
 
 
-def test_a_layer_decodes_by_four_products(params):
-    s = setup_of(params, 5)
+def decode_loop(s):
     run = jax.eval_shape(lambda w, i: internals._prefill(s.static, False, w, i), s.weights, s.inputs)
-    found = custom_calls(internals._advance.trace(s.static, s.weights, s.inputs, run, np.int32(4), 8))
+    return internals._advance.trace(s.static, s.weights, s.inputs, run, np.int32(4), 8)
+
+
+# 300 rows are too many for a fused kernel, unless the order of sums is to be the same for any number.
+@pytest.mark.parametrize(("prompts", "batch_invariant"), [(1, False), (64, True), (300, True)])
+def test_a_layer_decodes_in_one_chain(params, prompts, batch_invariant):
+    found = custom_calls(
+        decode_loop(setup_of(params, 5, prompts=prompts, batch_invariant=batch_invariant)), "run_link", 2
+    )
+    # The layers', and the last one's with the head; before them the first layer's projection.
+    assert found == {"jaxzip_decode_chain": 2, "jaxzip_lane_planar_gemm": 1, "jaxzip_lane_planar_take": 1}
+
+
+def test_without_the_chain_a_layer_decodes_by_four_products(params):
+    found = custom_calls(decode_loop(setup_of(params, 5, chain=False)))
     assert found == {"jaxzip_lane_planar_gemm": 4 + 1, "jaxzip_lane_planar_take": 1}
 
 

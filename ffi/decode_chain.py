@@ -1,0 +1,95 @@
+"""The custom call of a decode step's chain of kernels, and which arguments it takes; on CUDA only."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxzip.ffi.cuda_ops import fragment_blocks
+from jaxzip.ffi.custom_call import call_with_results
+from jaxzip.ffi.format_ops import LANE_PLANAR
+
+from jaxzip.ops import registry
+from jaxzip.ops.decode_chain import OP, ChainWeights
+from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
+
+FORMATS = ("lane-planar", "raw")
+#: Results of the custom call, in their order: what goes from kernel to kernel, then the products of the tail.
+RESULTS = ("x1", "h1", "gu", "act", "x2", "h2", "y")
+
+
+def register_decode_chain(check_device, rows: int, priority: int) -> None:
+    """Registers the chain: ``check_device`` refuses GPUs, ``rows`` is the most that one fused matmul is good for."""
+    check = functools.partial(_check, check_device=check_device, rows=rows)
+    registry.register(OP, "ffi", _chain, check=check, platforms=("cuda",), priority=priority)
+
+
+def chain_results(
+    attended: jax.Array,
+    residual: jax.Array,
+    weights: ChainWeights,
+    *,
+    mlp_eps: float,
+    tail_eps: float,
+    out_dtype: jnp.dtype,
+    batch_invariant: bool,
+) -> dict[str, jax.Array]:
+    """All that the kernels write, by the names in ``RESULTS``.
+
+    Arguments are those of :func:`jaxzip.ops.decode_chain.decode_chain`. Raw weights go through the same kernels, after
+    XLA has brought them into fragment order: the control of exactness.
+
+    Raises:
+      jax.errors.JaxRuntimeError: at run time, when shapes do not fit each other.
+    """
+    (n, hidden), intermediate = residual.shape, weights.down_proj.matrix_shape[1]
+    shapes = [(n, hidden), (n, hidden), (n, 2 * intermediate), (n, intermediate), (n, hidden), (n, hidden)]
+    results = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    results.append(jax.ShapeDtypeStruct((n, weights.tail.matrix_shape[0]), out_dtype))
+    operands = [operand for w in weights.matrices for operand in _operands(w)]
+    found = call_with_results(
+        "jaxzip_decode_chain",
+        results,
+        attended,
+        residual,
+        *operands,
+        weights.mlp_scale,
+        weights.tail_scale,
+        vmap_method="sequential",
+        intermediate=np.int64(intermediate),
+        mlp_eps=np.float32(mlp_eps),
+        tail_eps=np.float32(tail_eps),
+        batch_invariant=batch_invariant,
+        raw=weights.tail.format == "raw",
+    )
+    return dict(zip(RESULTS, found, strict=True))
+
+
+def _chain(attended, residual, weights, **options):
+    found = chain_results(attended, residual, weights, **options)
+    return found["x2"], found["y"]
+
+
+def _operands(w: CompressedTensor) -> list[jax.Array]:
+    if w.format == "raw":
+        values = w.payload["values"]
+        return fragment_blocks(values if w.raw_transposed else values.T)
+    return LANE_PLANAR.operands(w.payload)
+
+
+def _check(attended, residual, weights, *, out_dtype, batch_invariant, check_device, rows, **_) -> None:
+    formats = {w.format for w in weights.matrices}
+    if len(formats) > 1 or not formats <= set(FORMATS):
+        raise NotImplementedError(f"the chain's weights must all be {' or all '.join(FORMATS)}, not {sorted(formats)}")
+    if any(w.output_axis != KERNEL_AXIS for w in weights.matrices):
+        raise NotImplementedError("the chain contracts along K; a tensor's first axis is its output axis: use w.T")
+    arrays = (attended, residual, *weights)
+    if dtypes := {a.dtype.name for a in arrays} - {"bfloat16"}:
+        raise NotImplementedError(f"the chain takes bfloat16, not {sorted(dtypes)}")
+    if out_dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"the chain returns bfloat16 and float32, not {out_dtype}")
+    if attended.shape[0] > rows and not batch_invariant:
+        raise NotImplementedError(f"{attended.shape[0]} rows: above {rows}, decoding weights first is faster")
+    check_device()

@@ -1,0 +1,142 @@
+"""Decoding on a GPU with a layer's kernels in chains: attention, then all up to the next layer's attention in one call.
+
+    embed, norm, qkv | attention | chain of layer 0 | attention | chain of layer 1 | ... | attention | last chain
+                                   o, norm, gate_up, SwiGLU, down, norm, next qkv            ..., final norm, head
+
+Kernels of one call overlap: each starts while the one before ends, and asks for its weights meanwhile. XLA starts a
+kernel when the one before has ended, which costs some microseconds at every one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxzip.models.cache import KVCache
+from jaxzip.models.execution import Execution
+from jaxzip.models.layers import Embedding, Linear, RMSNorm
+from jaxzip.models.mlp import MLP
+from jaxzip.models.rope import rotation
+
+from jaxzip.ops.decode_chain import ChainWeights, available, decode_chain
+from jaxzip.tensor import CompressedTensor
+
+Projection = Linear | Embedding
+
+
+def applies(model: nnx.Module, rows: int, execution: Execution) -> bool:
+    """Whether a GPU would decode ``rows`` sequences in chains.
+
+    It takes Llama's layers (no biases, no norms behind attention or MLP, SwiGLU) with fused projections, in bfloat16,
+    all weights compressed in one format, and a backend that has the chain.
+    """
+    if not execution.chain or execution.implementation not in (None, "ffi") or model.config.dtype != "bfloat16":
+        return False
+    layers = list(model.layers)
+    norms = [model.final_norm, *(norm for layer in layers for norm in (layer.input_norm, layer.post_attn_norm))]
+    if not all(_is_llamas(layer) for layer in layers) or any(norm.offset for norm in norms):
+        return False
+    links = zip(layers, _following(model), strict=True)
+    return all(_fits(layer, norm, projection, rows, execution) for layer, (norm, projection) in links)
+
+
+def _is_llamas(layer: nnx.Module) -> bool:
+    from jaxzip.models.llama import Block  # built on the decoder, which is built on this
+
+    if type(layer).__call__ is not Block.__call__ or type(layer.mlp) is not MLP or layer.mlp.activation != "silu":
+        return False
+    fused = hasattr(layer.attn, "qkv_proj") and hasattr(layer.mlp, "gate_up_proj")
+    return fused and not hasattr(layer.attn.qkv_proj, "bias")
+
+
+def _fits(layer: nnx.Module, norm: RMSNorm, projection: Projection, rows: int, execution: Execution) -> bool:
+    weights = _weights(layer, norm, projection)
+    if not all(isinstance(w, CompressedTensor) for w in weights.matrices):
+        return False
+    if execution.implementation is None and any(w.format == "raw" for w in weights.matrices):
+        return False  # XLA multiplies by these
+    x = [jax.ShapeDtypeStruct((rows, features), jnp.bfloat16) for features in weights.o_proj.shape]
+    return available(*x, weights, **_options(layer, norm, False, execution))
+
+
+def _following(model: nnx.Module) -> list[tuple[RMSNorm, Projection]]:
+    """The norm and the projection behind each layer."""
+    head = model.embedder if model.config.tie_word_embeddings else model.lm_head
+    return [(layer.input_norm, layer.attn.qkv_proj) for layer in list(model.layers)[1:]] + [(model.final_norm, head)]
+
+
+def _weights(layer: nnx.Module, norm: RMSNorm, projection: Projection) -> ChainWeights:
+    kernels = [linear.kernel.get_value() for linear in (layer.attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)]
+    is_table = isinstance(projection, Embedding)
+    tail = projection.embedding.get_value().T if is_table else projection.kernel.get_value()
+    return ChainWeights(*kernels, tail, layer.post_attn_norm.scale.get_value(), norm.scale.get_value())
+
+
+def _options(layer: nnx.Module, norm: RMSNorm, is_head: bool, execution: Execution) -> dict[str, Any]:
+    return {
+        "mlp_eps": layer.post_attn_norm.eps,
+        "tail_eps": norm.eps,
+        "out_dtype": jnp.dtype(jnp.float32 if is_head else jnp.bfloat16),
+        "batch_invariant": execution.batch_invariant,
+    }
+
+
+def step(model: nnx.Module, x: jax.Array, cache: KVCache, execution: Execution) -> tuple[jax.Array, KVCache]:
+    """One token a row through all layers and the head, where :func:`applies` says so.
+
+    Args:
+      x: embeddings ``[B, 1, hidden_size]``.
+      cache: must have room.
+      execution: see the class.
+
+    Returns:
+      fp32 ``[B, vocab_size]``, the head's products, and the cache with ``end`` moved on by 1. On other platforms than
+      CUDA they are computed as ``Decoder.run_layers`` and ``Decoder.logits`` do.
+    """
+    first, positions = model.layers[0], cache.positions(1)
+    with jax.named_scope("layers/0"):
+        y = first.attn.qkv_proj(first.input_norm(x, execution=execution), execution=execution)
+    all_keys, all_values = [], []
+    for i, (layer, (norm, projection)) in enumerate(zip(model.layers, _following(model), strict=True)):
+        with jax.named_scope(f"layers/{i}"):
+            angles = rotation(model.config, model.config.rope(i), positions)
+            x, y, keys, values = run_link(
+                layer, norm, projection, y, x, angles, cache.keys[i], cache.values[i], cache.start, cache.end,
+                is_head=i == len(cache.keys) - 1, execution=execution,
+            )  # fmt: skip
+        all_keys.append(keys)
+        all_values.append(values)
+    return y[:, 0], dataclasses.replace(cache, keys=tuple(all_keys), values=tuple(all_values), end=cache.end + 1)
+
+
+@functools.partial(jax.jit, static_argnames=("is_head", "execution"))
+def run_link(
+    layer, norm, projection, qkv, x, rotation, keys, values, start, end, *, is_head: bool, execution: Execution
+):
+    """A layer from its attention on, and the projection behind it; those of the same shapes share one trace.
+
+    Returns:
+      The layer's result ``[B, 1, D]``, its projection ``[B, 1, M]`` and the updated keys and values.
+    """
+    qkv = layer.attn.norm_heads(qkv, execution=execution)
+    out, keys, values = layer.attn.append_and_attend(qkv, rotation, keys, values, start, end, execution=execution)
+
+    def chain(layer, norm, projection, out, x):
+        options = _options(layer, norm, is_head, execution)
+        x, y = decode_chain(out[:, 0], x[:, 0], _weights(layer, norm, projection), **options, implementation="ffi")
+        return x[:, None], y[:, None]
+
+    def ordinary(layer, norm, projection, out, x):
+        x = layer.attn.o_proj(out, residual=x, execution=execution)
+        x = layer.mlp(layer.post_attn_norm(x, execution=execution), x, execution=execution)
+        h = norm(x, execution=execution)
+        if isinstance(projection, Embedding):
+            return x, projection.attend(h, execution=execution)
+        return x, projection(h, out_dtype="float32" if is_head else None, execution=execution)
+
+    x, y = jax.lax.platform_dependent(layer, norm, projection, out, x, cuda=chain, default=ordinary)
+    return x, y, keys, values
