@@ -53,7 +53,18 @@ DENSE = "dense"
 ROOM = 0.93
 #: Kernels by what they are for, by parts of their names or of the operation that they come from; the rest is "rest".
 PARTS = {
-    "matmul": ("matmul", "gemm", "nvjet", "cutlass", "gemv", "splitk", "dot_general", "lane_planar", "tca_tbe"),
+    "matmul": (
+        "matmul",
+        "gemm",
+        "nvjet",
+        "cutlass",
+        "gemv",
+        "splitk",
+        "dot_general",
+        "lane_planar",
+        "tca_tbe",
+        "decode_chain",
+    ),
     "attention": ("attend", "attention", "gather_chunks"),
 }
 
@@ -100,12 +111,14 @@ def encode(params: dict, format: str) -> dict:
         return jax.tree.unflatten(treedef, list(pool.map(one, paths)))
 
 
-def whole_model(config: LlamaConfig, params: dict) -> Llama:
+def whole_model(config: LlamaConfig, params: dict, chain: bool) -> Llama:
     """A model of ``config.num_layers`` layers, each with a copy of the first one's weights."""
     fused = jax.tree.map(jnp.asarray, fuse_projections(params))
     first = fused["layers"]["0"]
     layers = {str(i): jax.tree.map(jnp.copy, first) for i in range(1, config.num_layers)}
-    return Llama.from_params(config, {**fused, "layers": {"0": first, **layers}})
+    model = Llama.from_params(config, {**fused, "layers": {"0": first, **layers}})
+    model.chain = chain
+    return model
 
 
 def setup(model: Llama, batch: int, prompt: int, new: int):
@@ -233,7 +246,7 @@ def bench_model(name: str, args, bandwidth: float, save) -> None:
     rows = []
     for format in (*args.formats, DENSE):
         start = time.perf_counter()
-        model = whole_model(config, params if format == DENSE else encode(params, format))
+        model = whole_model(config, params if format == DENSE else encode(params, format), not args.no_chain)
         jax.block_until_ready(jax.tree.leaves(model.to_params()))
         built[format] = time.perf_counter() - start
         for batch in args.batches:
@@ -303,6 +316,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256, help="tokens; the first one is prefill's")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--weights", default="real", choices=synthetic.KINDS)
+    parser.add_argument("--no-chain", action="store_true", help="decode a kernel at a time, see Execution.chain")
     parser.add_argument("--split", action="store_true", help="also profile a few steps")
     parser.add_argument("--name", default="generate_gpu", help="of the files under bench/results")
     parser.add_argument("--plot", metavar="JSON", help="only draw the plot of an earlier result")
@@ -330,6 +344,7 @@ def main() -> None:
                     "floor": "weights read and the mean length of the cache, over the bandwidth of a copy",
                     "copy bandwidth TB/s": bandwidth / 1e12,
                     "repeats": args.repeats,
+                    "chain": not args.no_chain,
                 },
                 "models": models,
                 "compared": compare([row for model in models.values() for row in model["rows"]]),

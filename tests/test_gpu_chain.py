@@ -1,0 +1,178 @@
+"""A decode step's chain on a Hopper GPU: against each kernel alone, the raw control, other streams; tokens."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import made_of_shape, weight_shapes
+from jaxzip.ffi.decode_chain import RESULTS, chain_results
+from jaxzip.models import GREEDY, Llama, LlamaConfig, fuse_projections, generate, random_params
+
+import jaxzip
+from jaxzip.compress import encode_as
+from jaxzip.ops.decode_chain import ChainWeights
+from jaxzip.testing import bits, gaussian_weights
+
+internals = importlib.import_module("jaxzip.models.generate")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("on_hopper"),
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
+#: Attention's width, hidden size, intermediate size, columns of the tail.
+WHOLE, RAGGED, LARGE = (256, 320, 448, 384), (100, 132, 77, 131), (2048, 2048, 5632, 3072)
+EPS = {"mlp_eps": 1e-5, "tail_eps": 1e-6}
+
+
+def encoded(w, format, output_axis=-1):
+    if format == "raw":
+        return jaxzip.compress(w, format="raw", output_axis=output_axis)
+    return jax.tree.map(jnp.asarray, encode_as(w, format, output_axis))  # small ones would stay raw
+
+
+@functools.cache
+def weights(sizes, format="lane-planar"):
+    width, d, f, m = sizes
+    shapes = [(width, d), (d, 2 * f), (f, d), (d, m)]
+    matrices = [encoded(gaussian_weights(shape, seed=i), format) for i, shape in enumerate(shapes)]
+    return ChainWeights(*matrices, *(jnp.asarray(1 + gaussian_weights((d,), sigma=0.3, seed=9 + i)) for i in range(2)))
+
+
+def activations(sizes, n):
+    return [jnp.asarray(gaussian_weights((n, k), sigma=1, seed=n + k)) for k in sizes[:2]]
+
+
+@functools.partial(jax.jit, static_argnames=("out_dtype", "batch_invariant"))
+def run(attended, residual, weights, out_dtype=jnp.bfloat16, batch_invariant=False):
+    options = {"out_dtype": jnp.dtype(out_dtype), "batch_invariant": batch_invariant, **EPS}
+    return chain_results(attended, residual, weights, **options)
+
+
+def same(one, other):
+    return {name: np.array_equal(bits(one[name]), bits(other[name])) for name in one}
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 16, 33, 64, 200, 256])
+@pytest.mark.parametrize("sizes", [WHOLE, RAGGED, LARGE])
+def test_each_kernel_does_what_it_does_alone(sizes, n, batch_invariant):
+    w, (attended, residual) = weights(sizes), activations(sizes, n)
+    out_dtype = jnp.float32 if n % 2 else jnp.bfloat16
+    found = run(attended, residual, w, out_dtype, batch_invariant)
+    options = {"implementation": "ffi", "batch_invariant": batch_invariant}
+    expected = {
+        "x1": jaxzip.matmul(attended, w.o_proj, residual=residual, **options),
+        "gu": jaxzip.matmul(found["h1"], w.gate_up_proj, **options),
+        "x2": jaxzip.matmul(found["act"], w.down_proj, residual=found["x1"], **options),
+        "y": jaxzip.matmul(found["h2"], w.tail, out_dtype=out_dtype, **options),
+    }
+    assert same(expected, found) == dict.fromkeys(expected, True)
+
+    def wide(name):
+        return np.asarray(found[name], np.float64)
+
+    gate, up = np.split(wide("gu"), 2, axis=-1)
+    expected = {"act": gate / (1 + np.exp(-gate)) * up}
+    for x, h, scale, eps in (("x1", "h1", w.mlp_scale, 1e-5), ("x2", "h2", w.tail_scale, 1e-6)):
+        rms = np.sqrt(np.mean(wide(x) ** 2, axis=-1, keepdims=True) + eps)
+        expected[h] = wide(x) / rms * np.asarray(scale, np.float64)
+    for name, value in expected.items():
+        np.testing.assert_allclose(wide(name), value, rtol=2**-8, atol=1e-30, err_msg=name)
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 64, 130])
+@pytest.mark.parametrize("sizes", [WHOLE, RAGGED])
+def test_raw_control_and_run_to_run(sizes, n):
+    given = activations(sizes, n)
+    first = run(*given, weights(sizes))
+    assert all(same(first, run(*given, weights(sizes, "raw"))).values())
+    for _ in range(20):
+        assert all(same(first, run(*given, weights(sizes))).values())
+
+
+@pytest.mark.parametrize("sizes", [WHOLE, RAGGED])
+def test_rows_do_not_depend_on_the_batch(sizes):
+    given = activations(sizes, 64)
+    together = run(*given, weights(sizes), batch_invariant=True)
+    for n in (1, 5, 33):
+        alone = run(*(x[:n] for x in given), weights(sizes), batch_invariant=True)
+        assert all(same(alone, {name: value[:n] for name, value in together.items()}).values())
+
+
+def test_special_values_stay_in_their_rows():
+    attended, residual = activations(WHOLE, 4)
+    clean = run(attended, residual, weights(WHOLE))
+    for value in (np.nan, np.inf):
+        found = run(attended.at[1, 3].set(value), residual, weights(WHOLE))
+        for name in RESULTS:
+            assert np.array_equal(bits(found[name][2:]), bits(clean[name][2:])), name
+            assert np.isnan(np.asarray(found["y"][1], np.float32)).all()
+
+
+def test_independent_chains_in_one_program():
+    # XLA may run them at once, on several streams.
+    many = [activations(LARGE, n) for n in (1, 3, 8, 16, 33, 64)]
+    together = jax.jit(lambda many, w: [run(*given, w) for given in many])
+    for _ in range(10):
+        for found, given in zip(together(many, weights(LARGE)), many, strict=True):
+            assert all(same(found, run(*given, weights(LARGE))).values())
+
+
+CONFIG = LlamaConfig(
+    vocab_size=500, hidden_size=256, intermediate_size=640, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=32,
+    max_position_embeddings=1024, dtype="bfloat16",
+)  # fmt: skip
+NOT_WHOLE = dataclasses.replace(CONFIG, hidden_size=200, intermediate_size=300, vocab_size=333, num_kv_heads=4)
+PROMPTS = [[5, 17, 3, 88, 41, 2, 60], [300, 1, 2, 3, 4, 5, 6]]
+
+
+def model(config, format="lane-planar", chain=True, implementation="ffi"):
+    def encode(path, w):
+        axis = -2 if "embedding" in jax.tree_util.keystr(path) else -1
+        return encoded(np.asarray(w), format, axis) if w.ndim == 2 else w
+
+    params = jax.tree_util.tree_map_with_path(encode, fuse_projections(random_params(config)))
+    found = Llama.from_params(config, params, implementation=implementation)
+    found.chain = chain
+    return found
+
+
+def decode_program(model, prompts=PROMPTS):
+    s = internals._Setup.of(model, prompts, 16, GREEDY, None, None, 0)
+    start = internals._start(s.static, False, s.weights, s.inputs)
+    return internals._advance.lower(s.static, s.weights, s.inputs, start, np.int32(9), s.static.look_every).compile(), s
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("config", [CONFIG, NOT_WHOLE])
+def test_tokens_with_and_without_the_chain(config, tied):
+    config = dataclasses.replace(config, tie_word_embeddings=tied)
+    chained, ordinary = (
+        generate(model(config, chain=chain), PROMPTS, max_new_tokens=24, return_logits=True) for chain in (True, False)
+    )
+    assert chained.sequences() == ordinary.sequences()
+    scale = np.abs(ordinary.logits).max()
+    np.testing.assert_allclose(chained.logits, ordinary.logits, atol=0.03 * scale)
+
+
+@pytest.mark.parametrize("config", [CONFIG, NOT_WHOLE])
+def test_logits_equal_those_of_the_raw_control(config):
+    runs = [
+        generate(model(config, format), PROMPTS, max_new_tokens=24, return_logits=True)
+        for format in ("lane-planar", "raw", "lane-planar")
+    ]
+    assert len({run.logits.tobytes() for run in runs}) == 1
+    assert all(run.sequences() == runs[0].sequences() for run in runs)
+
+
+def test_one_call_a_layer_and_no_copies():
+    program, s = decode_program(model(CONFIG, implementation=None))
+    text = program.as_text()
+    assert text.count('custom_call_target="jaxzip_decode_chain"') == CONFIG.num_layers
+    assert text.count('custom_call_target="jaxzip_lane_planar_gemm"') == 1  # the first layer's projection
+    assert made_of_shape(text, weight_shapes(s.weights)) == []
