@@ -13,6 +13,7 @@ What cannot be put together so (a window for each tensor, rows that do not fill 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,10 +42,11 @@ def is_fused(params: Mapping[str, Any]) -> bool:
 
 
 def fuse_projections(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a Llama with ``attn/qkv_proj`` and ``mlp/gate_up_proj`` in place of their parts.
+    """The parameters of a model with ``attn/qkv_proj`` and ``mlp/gate_up_proj`` in place of their parts.
 
     Leaves stay where they are, host or device. Weights of one name get overflow lists of one length, in all layers, so
-    that these share traces. Everything else, and a tree that is fused already, is passed on as it is.
+    that these share traces. Biases are put together as their weights are, and so are the experts' gate and up, as
+    stacks. Everything else, and a tree that is fused already, is passed on as it is.
 
     Args:
       params: see :meth:`jaxzip.models.Llama.from_params`. Parts of one weight have one format; others are encoded in
@@ -53,9 +55,10 @@ def fuse_projections(params: Mapping[str, Any]) -> dict[str, Any]:
     layers = {i: _fuse_layer(layer) for i, layer in params["layers"].items()}
     holders: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for layer in layers.values():
-        for block in GROUPS:
-            for name, holder in layer.get(block, {}).items():
-                holders.setdefault((block, name), []).append(holder)
+        for block in ("attn", "mlp", "experts"):
+            for name, holder in (layer["mlp"] if block == "experts" else layer).get(block, {}).items():
+                if "kernel" in holder:
+                    holders.setdefault((block, name), []).append(holder)
     for alike in holders.values():
         for holder, kernel in zip(alike, same_lengths([holder["kernel"] for holder in alike])):
             holder["kernel"] = kernel
@@ -65,12 +68,37 @@ def fuse_projections(params: Mapping[str, Any]) -> dict[str, Any]:
 def _fuse_layer(layer: Mapping[str, Any]) -> dict[str, Any]:
     fused = dict(layer)
     for block, (name, parts) in GROUPS.items():
-        projections = {key: dict(value) for key, value in layer.get(block, {}).items()}
-        if parts[0] in projections:
-            weights = [projections.pop(part)["kernel"] for part in parts]
-            projections = {name: {"kernel": concatenate_outputs(weights)}, **projections}
-        fused[block] = projections
+        fused[block] = _fuse_block(layer.get(block, {}), name, parts)
+    if "experts" in fused["mlp"]:
+        fused["mlp"]["experts"] = _fuse_block(fused["mlp"]["experts"], *GROUPS["mlp"])
     return fused
+
+
+def _fuse_block(block: Mapping[str, Any], name: str, parts: Sequence[str]) -> dict[str, Any]:
+    projections = {key: dict(value) for key, value in block.items()}
+    if parts[0] not in projections:
+        return projections
+    found = [projections.pop(part) for part in parts]
+    kernels = [each["kernel"] for each in found]
+    whole = {"kernel": (concatenate_outputs if kernels[0].ndim == 2 else concatenate_stacks)(kernels)}
+    if "bias" in found[0]:
+        biases = [each["bias"] for each in found]
+        whole["bias"] = _like(biases)(biases)
+    return {name: whole, **projections}
+
+
+def concatenate_stacks(weights: Sequence[Any]) -> Any:
+    """``jnp.concatenate(weights, axis=2)`` of stacks ``[E, K, M]``, dense or compressed, bit for bit."""
+    if not any(isinstance(w, CompressedTensor) for w in weights):
+        return _like(weights)(weights, axis=2)
+    if not _stand_below_each_other(weights):
+        return _encoded_again(weights)
+    experts = range(weights[0].shape[0])
+    each = [_lane_planar([jax.tree.map(lambda leaf: leaf[i], w) for w in weights]) for i in experts]  # noqa: B023
+    lengths = [_lengths(z) for z in each]
+    each = [_with_lengths(z, {name: max(found[name] for found in lengths) for name in lengths[0]}) for z in each]
+    stacked = {name: _like([a], "stack")([z.payload[name] for z in each]) for name, a in each[0].payload.items()}
+    return dataclasses.replace(each[0], payload=stacked)
 
 
 def concatenate_outputs(weights: Sequence[Any]) -> Any:
@@ -89,9 +117,14 @@ def concatenate_outputs(weights: Sequence[Any]) -> Any:
     formats_found = {w.format if isinstance(w, CompressedTensor) else "raw" for w in weights}
     if formats_found == {"raw"}:
         return _raw(_like(_arrays(weights))(_arrays(weights), axis=1))
-    if formats_found == {"lane-planar"} and all(w.shape[1] % lane_planar.BLOCK == 0 for w in weights[:-1]):
+    if _stand_below_each_other(weights):
         return _lane_planar(weights)
     return _encoded_again(weights)
+
+
+def _stand_below_each_other(weights) -> bool:
+    """Whether weights are lane-planar and all but the last fill their row blocks."""
+    return all(map(_is_lane_planar, weights)) and all(w.shape[-1] % lane_planar.BLOCK == 0 for w in weights[:-1])
 
 
 def _arrays(weights) -> list[Any]:
@@ -103,20 +136,20 @@ def _values(z: CompressedTensor) -> Any:
 
 
 def _raw(values) -> CompressedTensor:
-    return CompressedTensor({"values": values}, tuple(values.shape), np.dtype(values.dtype), "raw", KERNEL_AXIS)
+    return CompressedTensor({"values": values}, tuple(values.shape[-2:]), np.dtype(values.dtype), "raw", KERNEL_AXIS)
 
 
-def _like(arrays):
-    """NumPy's concatenate on the host, JAX's elsewhere."""
-    return np.concatenate if all(isinstance(a, np.ndarray) for a in arrays) else jnp.concatenate
+def _like(arrays, function: str = "concatenate"):
+    """NumPy's function on the host, JAX's elsewhere."""
+    return getattr(np if all(isinstance(a, np.ndarray) for a in arrays) else jnp, function)
 
 
 def _encoded_again(weights) -> CompressedTensor:
     """In the format of the first compressed part, where that is smaller."""
-    encoded = next(w for w in weights if isinstance(w, CompressedTensor) and w.format != "raw")
-    dense = np.concatenate([host.dense(w) if isinstance(w, CompressedTensor) else np.asarray(w) for w in weights], 1)
+    found = (w.format for w in weights if isinstance(w, CompressedTensor) and w.format != "raw")
+    dense = np.concatenate([host.dense(w) if isinstance(w, CompressedTensor) else np.asarray(w) for w in weights], -1)
     on_host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(list(weights)))
-    return jaxzip.compress(dense, format=encoded.format, on_host=on_host)
+    return jaxzip.compress(dense, format=next(found, "raw"), on_host=on_host)
 
 
 def _lane_planar(weights: Sequence[CompressedTensor]) -> CompressedTensor:

@@ -1,4 +1,4 @@
-"""The layers that hold weights: ``Linear``, ``Embedding`` and ``RMSNorm``; weights may be dense or compressed.
+"""The layers that hold weights: ``Linear``, ``Stack``, ``Embedding``, ``RMSNorm``; weights may be dense or compressed.
 
 New layers hold ``jax.ShapeDtypeStruct`` in place of weights: building a model allocates nothing.
 """
@@ -44,7 +44,7 @@ def _operands(x: jax.Array, weight: Any, op: str, execution: Execution) -> tuple
     implementation = execution.implementation
     if not isinstance(weight, CompressedTensor):
         return x, weight, None
-    if implementation == registry.XLA and op == "matmul":
+    if implementation == registry.XLA and op in ("matmul", "ragged_matmul"):
         return x, jax.lax.optimization_barrier(jaxzip.decompress(weight, implementation=registry.XLA)), None
     known = implementation in ops.implementations(op) or implementation not in ops.implementations("matmul")
     return x, weight, implementation if known else None
@@ -110,6 +110,24 @@ class Linear(nnx.Module):
         """``x[..., K]`` (plus ``residual[..., M]``) to ``[..., M]`` in ``out_dtype``, by default the layer's."""
         y = _matmul(x, self.kernel.get_value(), out_dtype or self.dtype, execution, residual=residual)
         return y + self.bias.get_value().astype(y.dtype) if hasattr(self, "bias") else y
+
+
+class Stack(nnx.Module):
+    """As many linear layers as there are experts: ``kernel[E, K, M]`` is an array or a CompressedTensor."""
+
+    def __init__(self, count: int, in_features: int, out_features: int, *, dtype: str):
+        self.count, self.dtype = count, dtype
+        self.kernel = _abstract(count, in_features, out_features, dtype=dtype)
+
+    def __call__(self, rows: jax.Array, sizes: jax.Array, *, execution: Execution = DEFAULT) -> jax.Array:
+        """``rows[R, K]`` to ``[R, M]``; the first ``sizes[0]`` rows are for expert 0, and so on, int32 ``[E]``.
+
+        With ``batch_invariant`` only the fused kernels will do, in which a row's sums depend on nothing else.
+        """
+        rows, weight, implementation = _operands(rows, self.kernel.get_value(), "ragged_matmul", execution)
+        if execution.batch_invariant and implementation is None:
+            implementation = "ffi"
+        return jaxzip.ragged_matmul(rows, weight, sizes, out_dtype=self.dtype, implementation=implementation)
 
 
 class Embedding(nnx.Module):

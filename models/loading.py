@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxzip.models.config import LlamaConfig
+from jaxzip.models.config import DecoderConfig, token_ids
+from jaxzip.models.decoder import Decoder
+from jaxzip.models.families import config_from_hf, family_of
 from jaxzip.models.fuse import fuse_projections
-from jaxzip.models.llama import Llama
 from jaxzip.models.tokenizer import Tokenizer
 
 from jaxzip.checkpoint import Checkpoint, open_checkpoint
@@ -23,17 +26,19 @@ def load_model(
     format: str | None = "auto",
     transform: Callable[[Any], Any] | None = None,
     fuse: bool | None = None,
-) -> tuple[Llama, Tokenizer]:
-    """Loads a model and its tokenizer.
+    dtype: str | None = None,
+) -> tuple[Decoder, Tokenizer]:
+    """Loads a model of whatever family, and its tokenizer.
 
     Args:
-      path: a compressed checkpoint that was converted from a Llama model's safetensors or GGUF file.
+      path: a compressed checkpoint that was converted from a model's safetensors or GGUF file.
       implementation: of every matmul, see :func:`jaxzip.matmul`.
       format: what compressed weights are changed to on the way in; ``"auto"``: what runs fastest on this process's
         devices. ``None``: as they are stored.
       transform: applied to the tree of parameters before the model gets it, for instance to decompress it.
       fuse: whether projections of the same input become one weight, see :func:`jaxzip.models.fuse_projections`;
         ``None``: on a GPU. They are put together on the host, which then holds all weights.
+      dtype: of activations and KV cache, see ``DecoderConfig``; default: the checkpoint's.
 
     Raises:
       CheckpointError: the checkpoint has no model configuration or no tokenizer.
@@ -41,31 +46,74 @@ def load_model(
       CorruptDataError: a tensor is corrupt.
     """
     checkpoint = open_checkpoint(path)
+    options = {"implementation": implementation, "format": format, "transform": transform, "fuse": fuse}
+    model = read_model(checkpoint, path, dtype=dtype, **options)
+    return model, read_tokenizer(checkpoint, model.config, path)
+
+
+def read_model(
+    checkpoint: Checkpoint,
+    path: str | Path,
+    *,
+    implementation: str | None = None,
+    format: str | None = "auto",
+    transform: Callable[[Any], Any] | None = None,
+    fuse: bool | None = None,
+    dtype: str | None = None,
+) -> Decoder:
+    """The model alone; arguments and errors are those of :func:`load_model`."""
     config = read_config(checkpoint, path)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
     if fuse is None:
         fuse = default_device().platform == "gpu"
-    params = checkpoint.load_tree(format=format, on_host=fuse)
+    params = model_params(config, checkpoint.load_tree(format=format, on_host=fuse))
     if transform:
         params = transform(params)
-    model = Llama.from_params(config, fuse_projections(params) if fuse else params, implementation=implementation)
-    return model, read_tokenizer(checkpoint, config, path)
+    if fuse:
+        params = fuse_projections(params)
+    return family_of(config).from_params(config, params, implementation=implementation)
 
 
-def read_config(checkpoint: Checkpoint, path: str | Path) -> LlamaConfig:
-    """The model's configuration, as the source had it.
+def model_params(config: DecoderConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters among a checkpoint's tensors: a tied head is left out, and what is no language model's."""
+    known = {"embedder", "layers", "final_norm", *(() if config.tie_word_embeddings else ("lm_head",))}
+    return {name: value for name, value in tree.items() if name in known}
+
+
+def read_config(checkpoint: Checkpoint, path: str | Path) -> DecoderConfig:
+    """The model's configuration, as the source had it; generation_config.json says which tokens end a text.
 
     Raises:
       CheckpointError: the source had none.
+      UnsupportedConfigError: the model is of another family than those in ``jaxzip.models``.
+      CorruptDataError: a configuration is damaged.
     """
-    if checkpoint.hf_config is None:
+    hf = checkpoint.hf_config or _json(checkpoint, "config.json", path)
+    if not hf:
         raise CheckpointError(
             f"{path} has no model configuration: it was converted from a plain tree of arrays; build the model with "
             "jaxzip.models.Llama.from_params(config, open_checkpoint(path).load_tree())"
         )
-    return LlamaConfig.from_hf(checkpoint.hf_config)
+    config, generation = config_from_hf(hf), _json(checkpoint, "generation_config.json", path)
+    changes: dict[str, Any] = {}
+    if generation.get("eos_token_id") is not None:
+        changes["eos_token_ids"] = token_ids(generation["eos_token_id"])
+    if generation.get("bos_token_id") is not None:
+        changes["bos_token_id"] = generation["bos_token_id"]
+    return dataclasses.replace(config, **changes)
 
 
-def read_tokenizer(checkpoint: Checkpoint, config: LlamaConfig, path: str | Path) -> Tokenizer:
+def _json(checkpoint: Checkpoint, name: str, path: str | Path) -> dict[str, Any]:
+    """A small JSON file that came with the source; empty if there was none."""
+    try:
+        found = json.loads(checkpoint.extra_file(name) or b"{}")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name} is damaged ({error}); convert the model again") from None
+    return found if isinstance(found, dict) else {}
+
+
+def read_tokenizer(checkpoint: Checkpoint, config: DecoderConfig, path: str | Path) -> Tokenizer:
     """The tokenizer that came with the source.
 
     Raises:

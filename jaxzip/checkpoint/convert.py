@@ -150,6 +150,8 @@ def _entry(info: TensorInfo, z: CompressedTensor | None, note: str, digest: dict
     }
     if info.source_name is not None:
         entry["source_name"] = info.source_name
+    if info.source_names:
+        entry["source_names"] = list(info.source_names)
     if info.derived is not None:
         entry["derived"] = info.derived
     if z is None or z.format == "raw":

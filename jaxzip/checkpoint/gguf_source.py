@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxzip.checkpoint import llama_names
+from jaxzip.checkpoint import hf_names
 from jaxzip.checkpoint.source import BF16, TensorInfo, dict_leaf
 from jaxzip.checkpoint.tree_metadata import Leaf
 from jaxzip.errors import CheckpointError, CorruptDataError
@@ -110,8 +110,8 @@ class GgufSource:
         return out.reshape(shape)
 
     def _info(self, tensor, kind: str) -> TensorInfo:
-        name = llama_names.hf_name(tensor.name) if self._llama else None
-        path = llama_names.tree_path(name) if name else tuple(tensor.name.split("."))
+        name = hf_names.hf_name(tensor.name) if self._llama else None
+        path = hf_names.tree_path(name) if name else tuple(tensor.name.split("."))
         shape = tuple(int(n) for n in reversed(tensor.shape))
         if self._transposed(tensor):
             shape = shape[::-1]
@@ -126,8 +126,8 @@ class GgufSource:
         return kind in ("F16", "F32", "F64") and self._derived is not None and (self._quantised or ndim == 1)
 
     def _transposed(self, tensor) -> bool:
-        name = llama_names.hf_name(tensor.name) if self._llama else None
-        return name is not None and len(tensor.shape) == 2 and llama_names.is_kernel(llama_names.tree_path(name))
+        name = hf_names.hf_name(tensor.name) if self._llama else None
+        return name is not None and len(tensor.shape) == 2 and hf_names.is_kernel(hf_names.tree_path(name))
 
     def _permuted_heads(self, name: str) -> int:
         if not self._llama or not name.startswith("blk."):

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxzip.checkpoint import array_store
 from jaxzip.checkpoint.layout import CHECKPOINT_FILE
-from jaxzip.checkpoint.source import TensorInfo, llama_config, small_files
+from jaxzip.checkpoint.source import TensorInfo, model_config, small_files
 from jaxzip.checkpoint.tree_metadata import Leaf, read_json, read_tree
 
 
@@ -25,7 +25,7 @@ class OrbaxSource:
     def __init__(self, path: Path, tree: Path, notes: tuple[str, ...] = ()):
         self.path, self.notes = path, notes
         self.extra_files = small_files(path)
-        self.hf_config = llama_config(self.extra_files)
+        self.hf_config = model_config(self.extra_files)
         self._directory = tree
         top = next((d for d in (tree, tree.parent) if (d / CHECKPOINT_FILE).exists()), None)
         self.custom_metadata = read_json(top / CHECKPOINT_FILE).get("custom_metadata") if top else None

@@ -7,6 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from jaxzip.checkpoint import array_store, checksum, layout
 from jaxzip.checkpoint.convert import check_apart
 from jaxzip.checkpoint.partial import PartialCheckpoint, sync_directory
@@ -104,7 +106,7 @@ def _restore_safetensors(checkpoint: Checkpoint, destination: Path, progress: Pr
         raise CheckpointError(f"{destination} exists; give another destination, or delete it first")
     if not destination.parent.is_dir():
         raise CheckpointError(f"{destination.parent} is no directory; create it, or give another destination")
-    names = {entry["source_name"]: name for name, entry in checkpoint.tensors.items()}
+    names, tensors = _places_by_source_name(checkpoint), _Recent(checkpoint)
     tracker = Tracker(progress, _total_bytes(checkpoint))
     partial = destination.parent / (destination.name + layout.PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
@@ -119,9 +121,10 @@ def _restore_safetensors(checkpoint: Checkpoint, destination: Path, progress: Pr
             with open(path, "wb") as out:
                 out.write(content)
                 for tensor in parse_header(path, content):
-                    name = names[tensor.name]
-                    out.write(checksum.as_bytes(_checked(checkpoint, name)).data)
-                    tracker.advance(name, checkpoint.tensors[name]["original_bytes"])
+                    name, expert = names[tensor.name]
+                    bits = checksum.as_bytes(tensors.dense(name, expert))
+                    out.write(bits.data)
+                    tracker.advance(name, bits.nbytes)
                 out.flush()
                 os.fsync(out.fileno())
         sync_directory(partial)
@@ -131,6 +134,36 @@ def _restore_safetensors(checkpoint: Checkpoint, destination: Path, progress: Pr
         raise array_store.write_error(error, partial) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _places_by_source_name(checkpoint: Checkpoint) -> dict[str, tuple[str, int | None]]:
+    """Where each of the source's tensors is: a name, and the number in a stack of experts."""
+    names: dict[str, tuple[str, int | None]] = {}
+    for name, entry in checkpoint.tensors.items():
+        if "source_names" in entry:
+            names |= {source: (name, i) for i, source in enumerate(entry["source_names"])}
+        else:
+            names[entry["source_name"]] = (name, None)
+    return names
+
+
+class _Recent:
+    """Decoded tensors of a checkpoint, with the last stacks kept: files hold an expert's matrices side by side."""
+
+    _KEPT = 3  # gate, up and down
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._stacks: dict[str, np.ndarray] = {}
+
+    def dense(self, name: str, expert: int | None) -> np.ndarray:
+        if expert is None:
+            return _checked(self._checkpoint, name)
+        if name not in self._stacks:
+            while len(self._stacks) >= self._KEPT:
+                self._stacks.pop(next(iter(self._stacks)))
+            self._stacks[name] = _checked(self._checkpoint, name)
+        return self._stacks[name][expert]
 
 
 def _total_bytes(checkpoint: Checkpoint) -> int:

@@ -1,4 +1,4 @@
-"""Reads safetensors: a Hugging Face directory (Llama models into the tree of ``jaxzip.models``) or a single file."""
+"""Reads safetensors: a Hugging Face directory (known models into the tree of ``jaxzip.models``) or a single file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxzip.checkpoint import llama_names
-from jaxzip.checkpoint.source import TensorInfo, dict_leaf, llama_config, small_files
+from jaxzip.checkpoint import hf_names
+from jaxzip.checkpoint.source import TensorInfo, dict_leaf, model_config, small_files
 from jaxzip.checkpoint.tree_metadata import Leaf, read_json
 from jaxzip.errors import CheckpointError, CorruptDataError
 from jaxzip.tensor import TABLE_AXIS
@@ -35,6 +35,10 @@ INDEX_FILE = "model.safetensors.index.json"
 #: Where a converted checkpoint keeps the headers, so that the files can be written again byte for byte.
 HEADER_SUFFIX = ".header"
 _MAX_HEADER = 100 << 20
+_NO_MODEL = (
+    "no model that jaxzip.models computes by its config.json: tensors keep their own names, matrices are [M, K] as in "
+    "PyTorch"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +116,9 @@ def parse_header(path: Path, header: bytes, size: int | None = None) -> list[Ent
 class SafetensorsSource:
     """Tensors of one or several safetensors files.
 
-    A Llama (``config.json`` says so) gets the tree of ``jaxzip.models``, kernels as transposed views. Anything else
-    keeps its names, split at the dots, and PyTorch's ``[M, K]`` matrices.
+    A model of a family that jaxzip knows (``config.json`` says so) gets the tree of ``jaxzip.models``: kernels as
+    transposed views, experts of a layer as one stack. Anything else keeps its names, split at the dots, and PyTorch's
+    ``[M, K]`` matrices.
     """
 
     kind = "safetensors"
@@ -123,57 +128,64 @@ class SafetensorsSource:
         self.path = path
         self._files = self._list_files(path)
         self.extra_files = small_files(path) if path.is_dir() else {}
-        self.hf_config = llama_config(self.extra_files)
-        llama = self.hf_config is not None
-        self.notes: tuple[str, ...] = (
-            ()
-            if llama
-            else (
-                "not a Llama model by its config.json: tensors keep their own names, matrices are [M, K] as in PyTorch",
-            )
-        )
-        self._entries: dict[tuple[str, ...], Entry] = {}
-        self._transposed: set[tuple[str, ...]] = set()
-        self._infos: list[TensorInfo] = []
+        self.hf_config = model_config(self.extra_files)
+        self.notes: tuple[str, ...] = () if self.hf_config is not None else (_NO_MODEL,)
+        #: The entries of each tensor: one, or those of a stack by number.
+        self._entries: dict[tuple[str, ...], dict[int | None, Entry]] = {}
         for file in self._files:
             header, entries = read_header(file)
             self.extra_files[file.name + HEADER_SUFFIX] = header
             for entry in entries:
-                self._add(entry, llama)
+                self._add(entry)
+        self._infos = tuple(self._info(path, found) for path, found in self._entries.items())
 
     def tensors(self) -> tuple[TensorInfo, ...]:
-        return tuple(self._infos)
+        return self._infos
 
     def other_leaves(self) -> tuple[Leaf, ...]:
         return ()
 
     def read(self, info: TensorInfo) -> np.ndarray:
-        entry = self._entries[info.path]
-        # Not a memory map: its pages would count as this process's memory.
-        array = np.fromfile(entry.file, entry.dtype, math.prod(entry.shape), offset=entry.start)
-        if array.size != math.prod(entry.shape):
-            raise CorruptDataError(f"{entry.file}: {entry.name} is truncated; get the file again")
-        array = array.reshape(entry.shape)
-        return array.swapaxes(-1, -2) if info.path in self._transposed else array
+        entries = self._entries[info.path]
+        if None in entries:
+            array = _read_entry(entries[None])
+        else:
+            first = entries[0]
+            array = np.empty((len(entries), *first.shape), first.dtype)
+            for number, entry in entries.items():
+                array[number] = _read_entry(entry)
+        return array.swapaxes(-1, -2) if self._transposed(info.path, array.ndim) else array
 
     def files(self) -> tuple[Path, ...]:
         return self._files
 
-    def _add(self, entry: Entry, llama: bool) -> None:
-        path = llama_names.tree_path(entry.name) if llama else None
-        known = path is not None
-        path = path or tuple(entry.name.split("."))
-        if path in self._entries:
+    def _place(self, name: str) -> hf_names.Place | None:
+        return hf_names.place(name) if self.hf_config is not None else None
+
+    def _transposed(self, path: tuple[str, ...], ndim: int) -> bool:
+        known = self._place(next(iter(self._entries[path].values())).name) is not None
+        return known and hf_names.is_kernel(path) and ndim >= 2
+
+    def _add(self, entry: Entry) -> None:
+        place = self._place(entry.name) or hf_names.Place(tuple(entry.name.split(".")))
+        found = self._entries.setdefault(place.path, {})
+        if place.expert in found:
             raise CorruptDataError(
-                f"{entry.file}: {entry.name} is also in {self._entries[path].file}; keep one of them"
+                f"{entry.file}: {entry.name} is also in {found[place.expert].file}; keep one of them"
             )
-        self._entries[path] = entry
-        transposed = known and llama_names.is_kernel(path) and len(entry.shape) == 2
-        if transposed:
-            self._transposed.add(path)
+        found[place.expert] = entry
+
+    def _info(self, path: tuple[str, ...], entries: dict[int | None, Entry]) -> TensorInfo:
+        entry = next(iter(entries.values()))
+        known = self._place(entry.name) is not None
         axis = None if known or len(entry.shape) < 2 else TABLE_AXIS
-        shape = entry.shape[::-1] if transposed else entry.shape
-        self._infos.append(TensorInfo(dict_leaf(path), shape, entry.dtype, axis, entry.name))
+        if None in entries:
+            shape = entry.shape[::-1] if len(entry.shape) == 2 and self._transposed(path, 2) else entry.shape
+            return TensorInfo(dict_leaf(path), shape, entry.dtype, axis, entry.name)
+        _check_stack("/".join(path), entries)
+        names = tuple(entries[number].name for number in range(len(entries)))
+        shape = (len(entries), *entry.shape[::-1])
+        return TensorInfo(dict_leaf(path), shape, entry.dtype, axis, source_names=names)
 
     @staticmethod
     def _list_files(path: Path) -> tuple[Path, ...]:
@@ -194,3 +206,25 @@ class SafetensorsSource:
             if not (path / name).exists():
                 raise CheckpointError(f"{path / name} is missing, {INDEX_FILE} names it; get the file")
         return tuple(path / name for name in names)
+
+
+def _read_entry(entry: Entry) -> np.ndarray:
+    # Not a memory map: its pages would count as this process's memory.
+    array = np.fromfile(entry.file, entry.dtype, math.prod(entry.shape), offset=entry.start)
+    if array.size != math.prod(entry.shape):
+        raise CorruptDataError(f"{entry.file}: {entry.name} is truncated; get the file again")
+    return array.reshape(entry.shape)
+
+
+def _check_stack(name: str, entries: dict[int | None, Entry]) -> None:
+    """Experts are matrices, numbered from 0 without a gap, and alike."""
+    missing = [number for number in range(max(entries) + 1) if number not in entries]
+    if missing:
+        raise CorruptDataError(f"{name}: expert {missing[0]} of {max(entries) + 1} is missing; get the model again")
+    first = entries[0]
+    for entry in entries.values():
+        if (entry.shape, entry.dtype) != (first.shape, first.dtype) or len(entry.shape) != 2:
+            raise CorruptDataError(
+                f"{entry.file}: {entry.name} is {entry.dtype}{list(entry.shape)}, {first.name} is "
+                f"{first.dtype}{list(first.shape)}; experts of a layer must be matrices of one shape and dtype"
+            )

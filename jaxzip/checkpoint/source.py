@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from jaxzip.checkpoint import layout
+from jaxzip.checkpoint import hf_names, layout
 from jaxzip.checkpoint.tree_metadata import DICT_KEY, TREE_FILE, Leaf
 from jaxzip.errors import CheckpointError, CorruptDataError
 
@@ -34,6 +34,7 @@ class TensorInfo:
       output_axis: axis of output features where the source knows it (PyTorch weights: -2), else ``None``.
       source_name: its name in the source file, where that is not the path.
       derived: how its bits came from the source's, if they are not the source's own.
+      source_names: of a stack that the source holds as separate matrices, in the order of the stack.
     """
 
     leaf: Leaf
@@ -42,6 +43,7 @@ class TensorInfo:
     output_axis: int | None = None
     source_name: str | None = None
     derived: str | None = None
+    source_names: tuple[str, ...] = ()
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -101,8 +103,8 @@ def small_files(directory: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in files if f.stat().st_size <= _SMALL_BYTES and not f.name.startswith("_")}
 
 
-def llama_config(files: dict[str, bytes]) -> dict[str, Any] | None:
-    """The model's configuration, if ``config.json`` is among ``files`` and is a Llama's.
+def model_config(files: dict[str, bytes]) -> dict[str, Any] | None:
+    """The model's configuration, if ``config.json`` is among ``files`` and is that of a family that jaxzip knows.
 
     Raises:
       CorruptDataError: it is no JSON.
@@ -111,7 +113,7 @@ def llama_config(files: dict[str, bytes]) -> dict[str, Any] | None:
         config = json.loads(files.get("config.json", b"null"))
     except ValueError as error:
         raise CorruptDataError(f"config.json is truncated or corrupt ({error}); get it again") from None
-    return config if isinstance(config, dict) and config.get("model_type") == "llama" else None
+    return config if isinstance(config, dict) and hf_names.model_type(config) in hf_names.MODEL_TYPES else None
 
 
 def identity(source: Source) -> dict[str, Any]:
