@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxzip.ffi import cuda_encode, cuda_ops, format_ops
 from jaxzip.ffi.decode_chain import register_decode_chain
 from jaxzip.ffi.libraries import compute_capabilities, register_cuda
+from jaxzip.ffi.ragged import register_ragged_on_cuda
 
 from jaxzip.formats import auto
 from jaxzip.ops import registry
@@ -39,6 +40,7 @@ def register_cuda_backend() -> None:
     add("matmul", fn=_matmul, check=_check_matmul, priority=PRIORITY)
     add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY)
     add("take", fn=format_ops.take, check=_check_take, priority=PRIORITY)
+    register_ragged_on_cuda(_check_hopper, PRIORITY, CONTROL_PRIORITY)
     register_decode_chain(_check_hopper, FUSED_ROWS[LANE_PLANAR], PRIORITY)
     for step, fn in ((SHIFTS, cuda_encode.shifts), (COUNTS, cuda_encode.counts), (PAYLOAD, cuda_encode.payload)):
         add(step, fn=fn, check=lambda *_, **__: _check_hopper(), priority=PRIORITY)

@@ -56,6 +56,7 @@ _CUDA_HANDLERS = (
     "jaxzip_tca_tbe_matmul",
     "jaxzip_lane_planar_decompress",
     "jaxzip_lane_planar_gemm",
+    "jaxzip_lane_planar_ragged_gemm",
     "jaxzip_lane_planar_take",
     "jaxzip_lane_planar_shifts",
     "jaxzip_lane_planar_counts",

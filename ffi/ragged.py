@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxzip.ffi.cuda_ops import fragment_blocks
 from jaxzip.ffi.custom_call import call, sizes
 from jaxzip.ffi.format_ops import BY_FORMAT, LANE_PLANAR
 
+from jaxzip.ops import registry
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
@@ -39,12 +43,29 @@ def on_cpu(x, w: CompressedTensor, group_sizes, *, out_dtype) -> jax.Array:
     return _call(f"{fmt.prefix}_ragged_matmul", x, w, group_sizes, fmt.operands(w.payload), out_dtype)
 
 
-def check_cuda(x, w: CompressedTensor, group_sizes, *, out_dtype) -> None:
-    """Raises NotImplementedError where the CUDA kernel does not take these arguments, whatever the device."""
+def register_ragged_on_cuda(check_device: Callable[[], None], priority: int, control_priority: int) -> None:
+    """Adds the CUDA kernel to the registry: for lane-planar, and for raw weights as the control that must be asked for.
+
+    ``check_device()`` raises NotImplementedError where a device here cannot run it.
+    """
+
+    def check_format(format: str):
+        def check(x, w: CompressedTensor, group_sizes, *, out_dtype) -> None:
+            if w.format != format:
+                raise NotImplementedError(f"the grouped kernel for {format} weights does not take {w.format}")
+            _check_cuda(x, w, out_dtype)
+            check_device()
+
+        return check
+
+    add = functools.partial(registry.register, "ragged_matmul", "ffi", on_cuda, platforms=("cuda",))
+    add(check=check_format("lane-planar"), priority=priority)
+    add(check=check_format("raw"), priority=control_priority)
+
+
+def _check_cuda(x, w: CompressedTensor, out_dtype) -> None:
     if w.format == "raw":
         _check_raw(w)
-    elif w.format != "lane-planar":
-        raise NotImplementedError(f"no grouped CUDA kernel for format {w.format}")
     else:
         _check_axis(w)
     if x.dtype != jnp.bfloat16:

@@ -122,3 +122,23 @@ def test_decoding_first_leaves_the_rounding_to_the_dot():
     assert dots(rows(300).astype(jnp.float32)) == ["f32"]
     assert dots(rows(300).astype(jnp.float32), out_dtype=jnp.bfloat16) == ["f32"]
     assert dots(rows(300), bias=jnp.ones(M, jnp.bfloat16)) == ["f32"]
+
+
+def test_grouped_products_are_fused_for_few_rows_an_expert():
+    def calls(format, rows, experts=3, **options):
+        one = encoded(format)
+        stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * experts), one)
+        run = lambda x, z, sizes: jaxzip.ragged_matmul(x, z, sizes, **options)  # noqa: E731
+        return custom_calls(run, jnp.ones((rows, K), jnp.bfloat16), stack, jnp.zeros(experts, jnp.int32))
+
+    gemm = "jaxzip_lane_planar_ragged_gemm"
+    assert calls("lane-planar", 192) == [(gemm, f"tensor<192x{M}xbf16>")]
+    assert calls("lane-planar", 5, out_dtype=jnp.float32) == [(gemm, f"tensor<5x{M}xf32>")]
+    assert calls("lane-planar", 193) == [("jaxzip_lane_planar_decompress", f"tensor<3x{K}x{M}xbf16>")]
+    assert calls("tca-tbe", 5) == [("jaxzip_tca_tbe_decompress", f"tensor<3x{K}x{M}xbf16>")]
+    assert calls("raw", 5) == []
+    assert calls("raw", 5, implementation="ffi") == [(gemm, f"tensor<5x{M}xbf16>")]
+    with pytest.raises(NotImplementedError, match="above 64 each"):
+        calls("lane-planar", 193, implementation="ffi")
+    with pytest.raises(NotImplementedError, match="up to 1024 experts"):
+        calls("lane-planar", 5, 1025, implementation="ffi")

@@ -72,6 +72,20 @@ __device__ __forceinline__ void async_copy_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void async_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// A barrier (1 to 15) of so many threads of a CTA.
+__device__ __forceinline__ void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0,%1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// 16 bytes, kept in L1, or zeros; in the last group of copies that was begun.
+__device__ __forceinline__ void async_copy_16_or_zero(uint32_t to, const void* from, bool copy) {
+  asm volatile("cp.async.ca.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(copy ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void async_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all groups of copies but the last `kGroups`.
+template <int kGroups>
+__device__ __forceinline__ void async_copy_wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 
 __device__ __forceinline__ int cluster_rank() {
   int r;
