@@ -16,6 +16,8 @@ from jaxzip.ops.decode_chain import OP, ChainWeights
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 FORMATS = ("lane-planar", "raw")
+#: Most rows for which SwiGLU is part of its product, where the intermediate size is a multiple of ``GATED_STEP``.
+GATED_ROWS, GATED_STEP = 32, 64
 #: Results of the custom call, in their order: what goes from kernel to kernel, then the products of the tail.
 RESULTS = ("x1", "h1", "gu", "act", "x2", "h2", "y")
 
@@ -36,7 +38,7 @@ def chain_results(
     out_dtype: jnp.dtype,
     batch_invariant: bool,
 ) -> dict[str, jax.Array]:
-    """All that the kernels write, by the names in ``RESULTS``.
+    """All that the kernels write, by the names in ``RESULTS``; ``gu`` is empty where SwiGLU is part of its product.
 
     Arguments are those of :func:`jaxzip.ops.decode_chain.decode_chain`. Raw weights go through the same kernels, after
     XLA has brought them into fragment order: the control of exactness.
@@ -45,7 +47,9 @@ def chain_results(
       jax.errors.JaxRuntimeError: at run time, when shapes do not fit each other.
     """
     (n, hidden), intermediate = residual.shape, weights.down_proj.matrix_shape[1]
-    shapes = [(n, hidden), (n, hidden), (n, 2 * intermediate), (n, intermediate), (n, hidden), (n, hidden)]
+    gated = n <= GATED_ROWS and intermediate % GATED_STEP == 0
+    products = 0 if gated else 2 * intermediate
+    shapes = [(n, hidden), (n, hidden), (n, products), (n, intermediate), (n, hidden), (n, hidden)]
     results = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     results.append(jax.ShapeDtypeStruct((n, weights.tail.matrix_shape[0]), out_dtype))
     operands = [operand for w in weights.matrices for operand in _operands(w)]

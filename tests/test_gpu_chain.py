@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import made_of_shape, weight_shapes
-from jaxzip.ffi.decode_chain import RESULTS, chain_results
+from jaxzip.ffi.decode_chain import GATED_ROWS, GATED_STEP, RESULTS, chain_results
 from jaxzip.models import GREEDY, Llama, LlamaConfig, fuse_projections, generate, random_params
 
 import jaxzip
@@ -53,6 +53,13 @@ def run(attended, residual, weights, out_dtype=jnp.bfloat16, batch_invariant=Fal
     return chain_results(attended, residual, weights, **options)
 
 
+def close(found, expected, rtol):
+    """To ``rtol`` of each value, or of a thousandth of the largest: sums of products that cancel out."""
+    expected = np.asarray(expected, np.float64)
+    atol = rtol * 1e-3 * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=rtol, atol=atol)
+
+
 def same(one, other):
     return {name: np.array_equal(bits(one[name]), bits(other[name])) for name in one}
 
@@ -65,24 +72,31 @@ def test_each_kernel_does_what_it_does_alone(sizes, n, batch_invariant):
     out_dtype = jnp.float32 if n % 2 else jnp.bfloat16
     found = run(attended, residual, w, out_dtype, batch_invariant)
     options = {"implementation": "ffi", "batch_invariant": batch_invariant}
-    expected = {
+    products = {
         "x1": jaxzip.matmul(attended, w.o_proj, residual=residual, **options),
         "gu": jaxzip.matmul(found["h1"], w.gate_up_proj, **options),
         "x2": jaxzip.matmul(found["act"], w.down_proj, residual=found["x1"], **options),
         "y": jaxzip.matmul(found["h2"], w.tail, out_dtype=out_dtype, **options),
     }
-    assert same(expected, found) == dict.fromkeys(expected, True)
+    gated = n <= GATED_ROWS and sizes[2] % GATED_STEP == 0
+    assert found["gu"].shape == (n, 0 if gated else 2 * sizes[2])
+    if gated:
+        found["gu"] = products["gu"]
+    # Otherwise a chain may use other configurations, and with them another order of sums.
+    if batch_invariant:
+        assert same(products, found) == dict.fromkeys(products, True)
+    for name, value in products.items():
+        close(found[name], value, 2**-7)
 
     def wide(name):
         return np.asarray(found[name], np.float64)
 
     gate, up = np.split(wide("gu"), 2, axis=-1)
-    expected = {"act": gate / (1 + np.exp(-gate)) * up}
+    # A gate that another order of sums rounds to its neighbour moves its result by two steps.
+    close(found["act"], gate / (1 + np.exp(-gate)) * up, 2**-6 if gated and not batch_invariant else 2**-8)
     for x, h, scale, eps in (("x1", "h1", w.mlp_scale, 1e-5), ("x2", "h2", w.tail_scale, 1e-6)):
         rms = np.sqrt(np.mean(wide(x) ** 2, axis=-1, keepdims=True) + eps)
-        expected[h] = wide(x) / rms * np.asarray(scale, np.float64)
-    for name, value in expected.items():
-        np.testing.assert_allclose(wide(name), value, rtol=2**-8, atol=1e-30, err_msg=name)
+        close(found[h], wide(x) / rms * np.asarray(scale, np.float64), 2**-8)
 
 
 @pytest.mark.parametrize("n", [1, 7, 16, 64, 130])
@@ -101,7 +115,8 @@ def test_rows_do_not_depend_on_the_batch(sizes):
     together = run(*given, weights(sizes), batch_invariant=True)
     for n in (1, 5, 33):
         alone = run(*(x[:n] for x in given), weights(sizes), batch_invariant=True)
-        assert all(same(alone, {name: value[:n] for name, value in together.items()}).values())
+        names = RESULTS if n > GATED_ROWS else [name for name in RESULTS if name != "gu"]
+        assert all(np.array_equal(bits(alone[name]), bits(together[name][:n])) for name in names)
 
 
 def test_special_values_stay_in_their_rows():

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "decode_chain/chain.h"
+#include "epilogue.h"
 #include "operands.h"
 
 namespace jaxzip {
@@ -62,12 +63,16 @@ ffi::Error DecodeChain(cudaStream_t stream, ffi::Buffer<ffi::BF16> attended, ffi
                        ffi::Result<ffi::AnyBuffer> y, int64_t intermediate, float mlp_eps, float tail_eps, bool batch_invariant,
                        bool raw) {
   return Guard("jaxzip_decode_chain", [&] {
-    const Operand<char> result("y", *y, 2);
+    const Operand<char> result("y", *y, 2), products("gu", *gu, 2);
     result.ExpectBatch("y", {});
     const Bf16Operand rows("attended", attended, 2), hidden_rows("residual", residual, 2);
     const int64_t n = rows.core[0], width = rows.core[1], hidden = hidden_rows.core[1], outputs = result.core[1];
     result.ExpectCore("y", {n, outputs});
     if (n > INT32_MAX) throw InvalidArgument("attended has more than 2^31 - 1 rows");
+    const bool gated = products.core[1] == 0;  // SwiGLU is part of its product, which then is not needed
+    if (gated && (n > kGatedMaxN || intermediate % lp::kBlock))
+      throw InvalidArgument("gu is empty, which needs at most " + std::to_string(kGatedMaxN) + " rows and an intermediate size of whole " +
+                            std::to_string(lp::kBlock) + "s; there are " + std::to_string(n) + " and " + std::to_string(intermediate));
     const decode_chain::Chain chain = {
         JAXZIP_MATRIX(o, hidden, width),
         JAXZIP_MATRIX(gate_up, 2 * intermediate, hidden),
@@ -82,7 +87,7 @@ ffi::Error DecodeChain(cudaStream_t stream, ffi::Buffer<ffi::BF16> attended, ffi
         Given("residual", residual, {n, hidden}),
         Made("x1", x1, {n, hidden}),
         Made("h1", h1, {n, hidden}),
-        Made("gu", gu, {n, 2 * intermediate}),
+        gated ? nullptr : Made("gu", gu, {n, 2 * intermediate}),
         Made("act", act, {n, intermediate}),
         Made("x2", x2, {n, hidden}),
         Made("h2", h2, {n, hidden}),

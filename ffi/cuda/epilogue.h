@@ -4,12 +4,17 @@
 
 namespace jaxzip {
 
+constexpr int kGatedMaxN = 32;  // above, a kernel of its own for SwiGLU is faster
+
 // Where results go: y[n, m], bf16 or fp32. `bias` [m] and `residual` [n, m] are bf16 or null, and are added in this order.
 struct Epilogue {
   void* y;
   bool fp32_out;
   const __nv_bfloat16* bias;
   const __nv_bfloat16* residual;
+  // The first half of the m rows is a gate for the second: y[n, m / 2] is silu(gate) * up of both rounded to bf16. For bf16 results
+  // without bias and residual, m / 2 whole row blocks, and n up to kGatedMaxN.
+  bool gated = false;
 };
 
 }  // namespace jaxzip

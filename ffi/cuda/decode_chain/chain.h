@@ -1,8 +1,9 @@
 // What a decode step of a Llama-shaped model computes between one layer's attention and the next's, as a chain of kernels that overlap.
 //
-//   attended -- o_proj --+--> x1 -- RMSNorm --> h1 -- gate_up --> gu -- SwiGLU --> act -- down --+--> x2 -- RMSNorm --> h2 -- tail --> y
-//   residual ------------+     \-----------------------------------------------------------------+
+//   attended -- o_proj --+--> x1 -- RMSNorm --> h1 -- gate_up, SwiGLU --> act -- down --+--> x2 -- RMSNorm --> h2 -- tail --> y
+//   residual ------------+     \--------------------------------------------------------+
 //
+// SwiGLU is part of its product, or, given memory for that product's own results `gu`, a kernel of its own with the same results.
 // Every kernel is launched programmatically dependent: it starts while the one before still runs, asks for its weights, and only then
 // waits. Each waits before it reads or writes anything that another kernel writes, so that the end of the last is the end of all.
 #pragma once
@@ -21,7 +22,8 @@ struct Chain {
   int n;
   const __nv_bfloat16* attended;  // [n, o.k]
   const __nv_bfloat16* residual;  // [n, hidden]
-  // Results; nothing may overlap. x1, h1, x2, h2 are [n, hidden], gu [n, 2 * intermediate], act [n, intermediate].
+  // Results; nothing may overlap. x1, h1, x2, h2 are [n, hidden], act [n, intermediate], gu [n, 2 * intermediate] or null: see
+  // Epilogue::gated for when it may be.
   __nv_bfloat16 *x1, *h1, *gu, *act, *x2, *h2;
   void* y;  // [n, tail.m], bf16 or fp32
   bool fp32_out;

@@ -6,16 +6,12 @@
 #include <cstdint>
 
 #include "../ptx.cuh"
+#include "../swiglu.cuh"
 
 namespace jaxzip::decode_chain {
 
 constexpr int kVector = 8;  // bf16 in 16 bytes
 
-__device__ __forceinline__ float2 unpack(uint32_t pair) { return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)); }
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 __host__ __device__ inline bool whole_vectors(int features, const void* a, const void* b, const void* c) {
   const uintptr_t any = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c);
   return features % kVector == 0 && any % 16 == 0;

@@ -10,13 +10,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kMaxGrid = 528;  // four a multiprocessor of an H200: more only queue
 
-__device__ __forceinline__ float swiglu_of(float gate, float up) { return gate * __frcp_rn(1 + expf(-gate)) * up; }
-
-__device__ __forceinline__ uint32_t swiglu_of(uint32_t gates, uint32_t ups) {
-  const float2 gate = unpack(gates), up = unpack(ups);
-  return pack(swiglu_of(gate.x, up.x), swiglu_of(gate.y, up.y));
-}
-
 // Rows of `features` whole vectors.
 __global__ void __launch_bounds__(kThreads) swiglu(const uint4* x, uint4* y, int n, int features) {
   ptx::launch_dependents();

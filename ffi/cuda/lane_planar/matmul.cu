@@ -12,13 +12,39 @@ namespace {
 // Up to so many rows the direct kernel is faster; above, mma.sync needs more instructions than there is time.
 constexpr int kDirectRows = 8, kDirectRowsSmall = 16;
 constexpr long long kSmall = 8000000;  // weights
+constexpr int kDirectRowsChained = 2;  // wgmma fills its slots while the kernel before ends
 constexpr int kInvariantMaxN = 64;  // of choose_batch_invariant
 
 // The rows of x from `first` on, and where their results go.
 Epilogue from_row(const Epilogue& e, int m, int first) {
-  const size_t offset = static_cast<size_t>(m) * first;
-  return {static_cast<char*>(e.y) + offset * (e.fp32_out ? 4 : 2), e.fp32_out, e.bias,
-          e.residual ? e.residual + offset : nullptr};
+  const size_t offset = static_cast<size_t>(m) * first, y_offset = e.gated ? offset / 2 : offset;
+  return {static_cast<char*>(e.y) + y_offset * (e.fp32_out ? 4 : 2), e.fp32_out, e.bias, e.residual ? e.residual + offset : nullptr,
+          e.gated};
+}
+
+static_assert(kWgmmaDealsPairs, "gated products need it");
+
+struct Choice {
+  DirectConfig direct;  // unless its clusters are 0
+  WgmmaConfig wgmma;
+};
+
+Choice choose(const Matrix& shape, int rows, bool gated, const MatmulOptions& options) {
+  // Pairs of a gated product are dealt as row blocks of half of it are, twice over.
+  Matrix dealt = shape;
+  if (gated) dealt.m /= 2;
+  Choice c = {};
+  if (options.batch_invariant) {
+    c.wgmma = choose_batch_invariant(shape);  // also of a gated one: the same bits
+    c.wgmma.clusters = std::min(c.wgmma.clusters, dealt.m_blocks());
+    return c;
+  }
+  const bool small = static_cast<long long>(shape.m) * shape.k < kSmall;
+  const int few = small ? kDirectRowsSmall : options.chained ? kDirectRowsChained : kDirectRows;
+  if (rows <= few) c.direct = choose_direct(dealt, rows, options.chained);
+  if (c.direct.clusters && !direct_shared_bytes(shape, rows, c.direct, false, gated)) c.direct.clusters = 0;
+  if (!c.direct.clusters) c.wgmma = choose_wgmma(dealt, rows);
+  return c;
 }
 
 }  // namespace
@@ -28,19 +54,17 @@ cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const 
   // Encoded and raw blocks must get one configuration, and so must every width of a block.
   Matrix shape = w;
   shape.block_words = kMaxBlockWords;
+  if (epilogue.gated && (n > kGatedMaxN || w.m % (2 * kBlock) || epilogue.fp32_out || epilogue.bias || epilogue.residual))
+    return cudaErrorInvalidValue;
   const int most = options.batch_invariant ? kInvariantMaxN : kWgmmaMaxN;
   for (int first = 0; first < n; first += most) {
     const int rows = std::min(n - first, most);
     const __nv_bfloat16* from = x + static_cast<size_t>(first) * w.k;
     const Epilogue to = from_row(epilogue, w.m, first);
-    const bool small = static_cast<long long>(w.m) * w.k < kSmall;
-    const bool few = !options.batch_invariant && rows <= (small ? kDirectRowsSmall : kDirectRows);
-    const DirectConfig direct = few ? choose_direct(shape, rows) : DirectConfig{};
+    const Choice choice = choose(shape, rows, epilogue.gated, options);
     const cudaError_t error =
-        direct.clusters ? launch_matmul_direct(w, from, rows, to, direct, stream, options.raw, options.overlap)
-                        : launch_matmul_wgmma(w, from, rows, to,
-                                              options.batch_invariant ? choose_batch_invariant(shape) : choose_wgmma(shape, rows), stream,
-                                              options.raw, options.overlap);
+        choice.direct.clusters ? launch_matmul_direct(w, from, rows, to, choice.direct, stream, options.raw, options.overlap)
+                               : launch_matmul_wgmma(w, from, rows, to, choice.wgmma, stream, options.raw, options.overlap);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -14,6 +14,8 @@ struct MatmulOptions {
   bool raw = false;
   // Programmatic dependent launch: only x, bias, residual and y may depend on the kernel before, which may still run.
   bool overlap = false;
+  // One of a chain of kernels that overlap: configurations for that, in which others may be faster.
+  bool chained = false;
 };
 
 // y[n, m] = x[n, k] @ W[m, k].T for any n >= 1, in as many launches on `stream` as n needs; sm_90. No allocation, no

@@ -46,20 +46,20 @@ const Variant* find_variant(int n, const DirectConfig& c, bool raw) {
   return raw ? find_variant<Raw>(n, c) : find_variant<LanePlanar>(n, c);
 }
 
-DirectPlan plan_for(const Matrix& w, int n, const DirectConfig& c, bool raw) {
-  return raw ? plan_direct<Raw>(w, n, c.tiles_per_warp, c.warps, c.cluster, c.clusters)
-             : plan_direct<LanePlanar>(w, n, c.tiles_per_warp, c.warps, c.cluster, c.clusters);
+DirectPlan plan_for(const Matrix& w, int n, const DirectConfig& c, bool raw, bool gated) {
+  return raw ? plan_direct<Raw>(w, n, c.tiles_per_warp, c.warps, c.cluster, c.clusters, gated)
+             : plan_direct<LanePlanar>(w, n, c.tiles_per_warp, c.warps, c.cluster, c.clusters, gated);
 }
 
 }  // namespace
 
-int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& c, bool raw) {
+int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& c, bool raw, bool gated) {
   if (n < 1 || n > kDirectMaxN || c.cluster < 1 || c.cluster > 8 || c.clusters < 1 ||
       !find_variant(n, c, raw))
     return 0;
   const int group_rows = c.tiles_per_warp * kTileRows;
-  if (c.clusters > (w.m + group_rows - 1) / group_rows) return 0;
-  const int bytes = plan_for(w, n, c, raw).bytes;
+  if (c.clusters > (w.m + group_rows - 1) / group_rows >> gated) return 0;
+  const int bytes = plan_for(w, n, c, raw, gated).bytes;
   return bytes <= kSharedPerSm / c.ctas_per_sm - (c.ctas_per_sm > 1 ? 1024 : 0) ? bytes : 0;
 }
 
@@ -114,10 +114,10 @@ int direct_resident_clusters(const Matrix& w, int n, const DirectConfig& c) {
 
 cudaError_t launch_matmul_direct(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue,
                                  const DirectConfig& c, cudaStream_t stream, bool raw, bool overlap) {
-  const int bytes = direct_shared_bytes(w, n, c, raw);
+  const int bytes = direct_shared_bytes(w, n, c, raw, epilogue.gated);
   if (!bytes) return cudaErrorInvalidValue;
   const Variant& v = *find_variant(n, c, raw);
-  DirectArgs args = {w, x, n, overlap, plan_for(w, n, c, raw), epilogue};
+  DirectArgs args = {w, x, n, overlap, plan_for(w, n, c, raw, epilogue.gated), epilogue};
   if (const cudaError_t error = allow_shared(v)) return error;
   const Launch launch(c, bytes, overlap, stream);
   void* parameters[] = {&args};

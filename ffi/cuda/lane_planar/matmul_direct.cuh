@@ -22,7 +22,8 @@ constexpr int kSumPad = 4;  // floats after a column of sums: a warp's stores th
 struct DirectPlan {
   int cluster;                // CTAs that share a row group, each with its part of K
   int clusters;               // row groups are dealt to them in turn
-  int groups, groups_longer;  // of a cluster; the first groups_longer clusters have one more
+  int groups, groups_longer;  // of a cluster; the first groups_longer clusters have one more, or a pair more
+  int gated, half;            // 1: groups are dealt in pairs, of a gate's and of those half further down
   int k_blocks, k_longer;     // of a rank; the first k_longer ranks have one more
   int all_k_blocks;
   int log_n;    // of the columns in the buffers of sums
@@ -43,13 +44,15 @@ struct DirectArgs {
 };
 
 template <class Weights>
-DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, int cluster, int clusters) {
+DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, int cluster, int clusters, bool gated) {
   DirectPlan p = {};
   const int group_rows = tiles_per_warp * kTileRows, all_groups = (w.m + group_rows - 1) / group_rows;
   p.cluster = cluster;
   p.clusters = clusters;
-  p.groups = all_groups / clusters;
-  p.groups_longer = all_groups % clusters;
+  p.gated = gated;
+  p.half = all_groups / 2;
+  p.groups = (all_groups >> p.gated) / clusters << p.gated;
+  p.groups_longer = (all_groups >> p.gated) % clusters;
   p.all_k_blocks = w.k_blocks();
   p.k_blocks = p.all_k_blocks / cluster;
   p.k_longer = p.all_k_blocks % cluster;
@@ -57,7 +60,7 @@ DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, in
   p.x_pitch = (p.k_blocks + (p.k_longer > 0)) * kBlock * 2 + 16;
   p.chunks = (group_rows / 4 + cluster - 1) / cluster;
   p.magic = 65536 / cluster + 1;
-  const int most_groups = p.groups + (p.groups_longer > 0);
+  const int most_groups = p.groups + ((p.groups_longer > 0) << p.gated);
   const int sum_bytes = ((group_rows + kSumPad) << p.log_n) * 4;
   const int plane_bytes = tiles_per_warp * Weights::kPlaneBytes;
   p.area = sum_bytes > plane_bytes ? sum_bytes : plane_bytes;
@@ -110,13 +113,15 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
     if (bulk_x && !args.overlap) load_x();
   }
 
-  const int groups = plan.groups + longer, total = groups * units_k;
+  const int groups = plan.groups + (longer << plan.gated), total = groups * units_k;
   auto range_begin = [&](int i) { return static_cast<int>(static_cast<uint32_t>(total * i) / kWarps); };
   const int begin = range_begin(warp), end = range_begin(warp + 1);
   // Exact for fewer than 2^20 units. A table in the plan would be one more miss of the constant cache: 0.1-0.4 us.
   const int first_group = units_k ? static_cast<int>((begin + 0.5f) * ptx::reciprocal(static_cast<float>(units_k))) : 0;
   const int first_k = begin - first_group * units_k;
-  auto group_index = [&](int group) { return cluster + group * plan.clusters; };  // of the matrix
+  auto group_index = [&](int group) {  // of the matrix
+    return cluster + (group >> plan.gated) * plan.clusters + (group & plan.gated ? plan.half : 0);
+  };
   auto block_index = [&](int group, int k) {
     return static_cast<uint32_t>(group_index(group) / kGroups * plan.all_k_blocks + k_begin + k);
   };
@@ -149,7 +154,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
     }
   };
 
-  if (args.overlap) ptx::launch_dependents();
+  ptx::launch_dependents();
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
     entries[i] = make_uint2(0, 0);
@@ -287,15 +292,18 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
     const float4 v = *reinterpret_cast<const float4*>(memory + offset);
     sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
   };
-  auto write = [&](int group, int n, int row, float4 sum) {
-    const uint32_t shifts = *reinterpret_cast<const uint32_t*>(memory + plan.shift + group * kGroupRows + row);
-    store_rows(args.epilogue, w.m, n, group_index(group) * kGroupRows + row, sum, shifts);
+  auto shifts_of = [&](int group, int row) {
+    return *reinterpret_cast<const uint32_t*>(memory + plan.shift + group * kGroupRows + row);
   };
-  if (ranks > 1) ptx::cluster_wait();  // the others have started
-#pragma unroll 1
-  for (uint32_t o = threadIdx.x; o < groups * kGroupChunks << plan.log_n; o += kThreads) {
-    const uint32_t chunk = o % kGroupChunks, n = o / kGroupChunks & (columns - 1), group = o / kGroupChunks >> plan.log_n;
-    if (n >= args.n) continue;
+  auto write = [&](int group, int n, int row, float4 sum) {
+    store_rows(args.epilogue, w.m, n, group_index(group) * kGroupRows + row, sum, shifts_of(group, row));
+  };
+  auto write_gated = [&](int group, int n, int row, float4 gate, float4 up) {
+    const int to = group_index(group) * kGroupRows + row;
+    store_gated(args.epilogue, w.m, n, to, finish_rounded(args.epilogue, gate, to, shifts_of(group, row)),
+                finish_rounded(args.epilogue, up, plan.half * kGroupRows + to, shifts_of(group + 1, row)));
+  };
+  auto sum_of_warps = [&](uint32_t group, uint32_t n, uint32_t chunk) {
     float4 sum = make_float4(0, 0, 0, 0);
     if (total) {
       const uint32_t at = (n * kPitch + chunk * 4) * 4, first = owners[group] & 255, last = owners[group] >> 8;
@@ -303,7 +311,18 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
       for (uint32_t i = first; i < last; ++i) add(sum, i * plan.area + at);
       add(sum, plan.finished + (group << plan.log_n) * (kPitch * 4) + at);
     }
-    if (ranks == 1) {
+    return sum;
+  };
+  if (ranks > 1) ptx::cluster_wait();  // the others have started
+  const int pairs = ranks == 1 ? plan.gated : 0;
+#pragma unroll 1
+  for (uint32_t o = threadIdx.x; o < (groups >> pairs) * kGroupChunks << plan.log_n; o += kThreads) {
+    const uint32_t chunk = o % kGroupChunks, n = o / kGroupChunks & (columns - 1), group = o / kGroupChunks >> plan.log_n << pairs;
+    if (n >= args.n) continue;
+    const float4 sum = sum_of_warps(group, n, chunk);
+    if (pairs) {
+      write_gated(group, n, chunk * 4, sum, sum_of_warps(group + 1, n, chunk));
+    } else if (ranks == 1) {
       write(group, n, chunk * 4, sum);
     } else {
       const uint32_t which = chunk * plan.magic >> 16, slot = ((group * plan.chunks + which) << plan.log_n) + n;
@@ -312,18 +331,27 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   }
   if (ranks == 1) return;
   ptx::barrier_wait(sums_barrier, 0);
+  auto sum_of_ranks = [&](uint32_t slot) {
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 2
+    for (int i = 0; i < ranks; ++i) add(sum, received + (i * per_rank + slot) * 16);
+    return sum;
+  };
   // Slot o of this rank: column, chunk, row group from the inside out; row groups are few, so they are counted.
+  const uint32_t group_slots = plan.chunks << plan.log_n;
 #pragma unroll 1
-  for (uint32_t o = threadIdx.x; o < per_rank; o += kThreads) {
+  for (uint32_t o = threadIdx.x; o < per_rank >> plan.gated; o += kThreads) {
     const uint32_t n = o & (columns - 1);
     int group = 0, which = o >> plan.log_n;
     for (; which >= plan.chunks; which -= plan.chunks) ++group;
     const int row = (which * ranks + rank) * 4;
     if (n >= args.n || row >= kGroupRows) continue;
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 2
-    for (int i = 0; i < ranks; ++i) add(sum, received + (i * per_rank + o) * 16);
-    write(group, n, row, sum);
+    if (plan.gated) {
+      const uint32_t slot = o + group * group_slots;  // behind as many gates there are as many others
+      write_gated(2 * group, n, row, sum_of_ranks(slot), sum_of_ranks(slot + group_slots));
+    } else {
+      write(group, n, row, sum_of_ranks(o));
+    }
   }
 }
 

@@ -19,11 +19,12 @@ struct DirectConfig {
 };
 
 // The configuration for this shape by a model fitted to an H200's 132 SMs; `clusters` is 0 where no kernel fits (n too large
-// for its x slice). Asks nothing of the driver.
-DirectConfig choose_direct(const Matrix& w, int n);
+// for its x slice). Asks nothing of the driver. `chained`: for kernels that overlap.
+DirectConfig choose_direct(const Matrix& w, int n, bool chained = false);
 
-// Shared memory that a CTA needs, or 0 if there is no such kernel or more is needed than an SM has.
-int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& config, bool raw = false);
+// Shared memory that a CTA needs, or 0 if there is no such kernel or more is needed than an SM has. Of a gated product (see Epilogue)
+// row groups are dealt in pairs, so `clusters` is at most half as many.
+int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& config, bool raw = false, bool gated = false);
 
 // How many clusters of this configuration run at once on the current device; asks the driver.
 int direct_resident_clusters(const Matrix& w, int n, const DirectConfig& config);

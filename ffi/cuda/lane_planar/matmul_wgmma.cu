@@ -9,7 +9,10 @@
 
 namespace jaxzip::lane_planar {
 
-WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const WgmmaConfig& c, int plane_bytes, int limit) {
+// Of blocks that a CTA asks for before the kernel before has ended: 24 KB less are 2 us a layer slower, more delay that kernel.
+constexpr int kEarlyBytes = 96 << 10;
+
+WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const WgmmaConfig& c, bool gated, int plane_bytes, int limit) {
   WgmmaPlan p = {};
   p.k_groups = c.k_groups;
   p.teams = groups / c.k_groups;
@@ -17,7 +20,9 @@ WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const Wgmma
   while (1 << p.log_teams < p.teams) ++p.log_teams;
   p.cluster = c.cluster;
   p.clusters = c.clusters;
-  p.row_blocks = (w.m_blocks() + c.clusters - 1) / c.clusters;
+  p.gated = gated;
+  p.half = w.m_blocks() / 2;
+  p.row_blocks = ((w.m_blocks() >> p.gated) + c.clusters - 1) / c.clusters;
   p.chunks = w.k_blocks() / c.cluster;
   p.k_longer = w.k_blocks() % c.cluster;
   p.items = kTiles * instruction_n / 8;
@@ -33,11 +38,12 @@ WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const Wgmma
   constexpr int kEnoughSlots = 5;
   const int slots_of_pass = (p.chunks + (p.k_longer > 0) + c.k_groups - 1) / c.k_groups;
   const bool enough = (limit - fixed - sum_bytes) / slot >= std::min(kEnoughSlots, slots_of_pass);
-  p.sums_in_slots = sum_bytes > 0 && !enough && p.row_blocks <= p.teams && sum_bytes <= limit - fixed;
+  p.sums_in_slots = sum_bytes > 0 && !enough && !gated && p.row_blocks <= p.teams && sum_bytes <= limit - fixed;
   if (p.sums_in_slots) sum_bytes = 0;
   const int fitting = std::min((limit - fixed - sum_bytes) / slot, kMaxSlots);
   p.slots = c.slots ? std::min(c.slots, kMaxSlots) : fitting;
   if (p.slots < kMinSlots || p.slots > fitting) return p;
+  p.early = std::max(1, kEarlyBytes / (groups * block));
   const int ring = std::max(p.slots * slot, p.sums_in_slots ? p.teams * p.received_bytes : 0);
   p.blocks = p.slots * slot_x;
   p.planes = ring;
@@ -75,8 +81,8 @@ const Variant* find_variant(int n, bool raw) {
   return nullptr;
 }
 
-WgmmaPlan plan_for(const Matrix& w, const Variant& v, const WgmmaConfig& c) {
-  return plan_wgmma(w, v.n, v.groups(), c, v.raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes, kSharedPerSm);
+WgmmaPlan plan_for(const Matrix& w, const Variant& v, const WgmmaConfig& c, bool gated) {
+  return plan_wgmma(w, v.n, v.groups(), c, gated, v.raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes, kSharedPerSm);
 }
 
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
@@ -130,17 +136,17 @@ struct Launch {
 namespace {
 
 // With `bytes` 0 if there is none.
-WgmmaPlan any_plan(const Matrix& w, int n, const WgmmaConfig& c, bool raw) {
+WgmmaPlan any_plan(const Matrix& w, int n, const WgmmaConfig& c, bool raw, bool gated = false) {
   const Variant* v = n < 1 || n > kWgmmaMaxN ? nullptr : find_variant(n, raw);
-  if (!v || c.cluster < 1 || c.cluster > 8 || c.clusters < 1 || c.clusters > w.m_blocks() || c.k_groups < 1 ||
+  if (!v || c.cluster < 1 || c.cluster > 8 || c.clusters < 1 || c.clusters > w.m_blocks() >> gated || c.k_groups < 1 ||
       v->groups() % c.k_groups || w.k_blocks() / c.cluster < c.k_groups)
     return {};
-  return plan_for(w, *v, c);
+  return plan_for(w, *v, c, gated);
 }
 
 }  // namespace
 
-int wgmma_shared_bytes(const Matrix& w, int n, const WgmmaConfig& c, bool raw) { return any_plan(w, n, c, raw).bytes; }
+int wgmma_shared_bytes(const Matrix& w, int n, const WgmmaConfig& c, bool raw, bool gated) { return any_plan(w, n, c, raw, gated).bytes; }
 
 int wgmma_slots(const Matrix& w, int n, const WgmmaConfig& c, bool raw) {
   const WgmmaPlan plan = any_plan(w, n, c, raw);
@@ -167,10 +173,10 @@ int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& c) {
 
 cudaError_t launch_matmul_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue, const WgmmaConfig& c,
                                 cudaStream_t stream, bool raw, bool overlap) {
-  const int bytes = wgmma_shared_bytes(w, n, c, raw);
+  const int bytes = wgmma_shared_bytes(w, n, c, raw, epilogue.gated);
   if (!bytes) return cudaErrorInvalidValue;
   const Variant& v = *find_variant(n, raw);
-  WgmmaArgs args = {{}, w, x, epilogue, n, overlap, XLoad::kPlain, plan_for(w, v, c)};
+  WgmmaArgs args = {{}, w, x, epilogue, n, overlap, XLoad::kPlain, plan_for(w, v, c, epilogue.gated)};
   if (w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
     if (!tensor_map_encoder()) return cudaErrorNotSupported;
     args.x_load = w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk;

@@ -39,7 +39,7 @@ __device__ __forceinline__ float4 transpose_rows(float4 v, int lane) {
 
 // What all warps of a CTA know of their work.
 struct WgmmaWork {
-  int rank, cluster, k_begin, chunks, row_blocks, slots_per_pass, passes;
+  int rank, cluster, k_begin, chunks, row_blocks, slots_per_pass, passes;  // row_blocks of a gated product are pairs
   uint32_t shared, barriers, block_bytes, x_bytes;  // x_bytes of a slot
 
   __device__ __forceinline__ WgmmaWork(const WgmmaArgs& args, uint32_t shared, int chunk_bytes)
@@ -47,15 +47,18 @@ struct WgmmaWork {
     const WgmmaPlan& plan = args.plan;
     k_begin = rank * plan.chunks + min(rank, plan.k_longer);
     chunks = plan.chunks + (rank < plan.k_longer);  // at least k_groups
-    row_blocks = plan.row_blocks - (cluster + (plan.row_blocks - 1) * plan.clusters >= args.w.m_blocks());
+    row_blocks = plan.row_blocks - (cluster + (plan.row_blocks - 1) * plan.clusters >= (args.w.m_blocks() >> plan.gated));
     slots_per_pass = (chunks + plan.k_groups - 1) >> plan.log_k_groups;
-    passes = (row_blocks + plan.teams - 1) >> plan.log_teams;
+    passes = (row_blocks + plan.teams - 1) >> plan.log_teams << plan.gated;
     barriers = shared + plan.barriers;
     block_bytes = args.w.block_words * 4;
     x_bytes = plan.k_groups * chunk_bytes;
   }
   __device__ __forceinline__ int row_block_of(const WgmmaPlan& plan, int team, int pass) const {
-    return cluster + (team + pass * plan.teams) * plan.clusters;
+    return cluster + (team + (pass >> plan.gated) * plan.teams) * plan.clusters + (pass & plan.gated ? plan.half : 0);
+  }
+  __device__ __forceinline__ int passes_of(const WgmmaPlan& plan, int team) const {
+    return (row_blocks - team + plan.teams - 1) >> plan.log_teams << plan.gated;
   }
 };
 
@@ -65,7 +68,7 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
   const WgmmaPlan& plan = args.plan;
   // Lanes 0 .. kGroups - 1 ask for the block of a warp group each.
   const int team = lane >> plan.log_k_groups, k_group = lane & (plan.k_groups - 1);
-  const int own_passes = lane < kGroups ? (work.row_blocks - team + plan.teams - 1) >> plan.log_teams : 0;
+  const int own_passes = lane < kGroups ? work.passes_of(plan, team) : 0;
   const int own_slots = (work.chunks - k_group + plan.k_groups - 1) >> plan.log_k_groups;  // of a pass; the last slot may have none
   const int total = work.passes * work.slots_per_pass;
   const bool plain_x = args.x_load == XLoad::kPlain;
@@ -101,15 +104,18 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
       copy_x<kN>(args, to, work.barriers + at * kSlotBarriers + kFull, first, plan.k_groups);
   };
 
-  const int first = min(total, plan.slots);
+  // More bytes than memory needs to be busy only make queues in which the kernel before waits for its last ones.
+  const int first = min(total, plan.slots), early = min(first, plan.early);
   Cursor c;
   if (args.overlap && !plain_x) {
 #pragma unroll 1
-    for (int i = 0; i < first; ++i, advance(c)) copy_blocks(c, i);
+    for (int i = 0; i < early; ++i, advance(c)) copy_blocks(c, i);
     ptx::wait_for_previous_grid();
-    c = {};
+    Cursor x;
 #pragma unroll 1
-    for (int i = 0; i < first; ++i, advance(c)) bring_x(c, i);
+    for (int i = 0; i < first; ++i, advance(x)) bring_x(x, i);
+#pragma unroll 1
+    for (int i = early; i < first; ++i, advance(c)) copy_blocks(c, i);
   } else {
     ptx::wait_for_previous_grid();
 #pragma unroll 1
@@ -140,7 +146,7 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
   const int tile = warp & 3, group = warp >> 2;
   const int k_groups = plan.k_groups, team = group >> plan.log_k_groups, k_group = group & (k_groups - 1);
   const int ranks = plan.cluster, rank = work.rank;
-  const int own_passes = (work.row_blocks - team + plan.teams - 1) >> plan.log_teams;
+  const int own_passes = work.passes_of(plan, team);
   const int own_slots = (work.chunks - k_group + k_groups - 1) >> plan.log_k_groups;
   const uint32_t arrived = work.barriers + kArrived + 8 * team, may_send = work.barriers + kMaySend + 8 * team;
   const auto row_block_of = [&](int pass) { return work.row_block_of(plan, team, pass); };
@@ -155,7 +161,11 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
     const int row = row_block * kBlock + (item & 3) * kTileRows + ((lane >> 3) & 1) * 8 + (lane >> 4) * 4;
     v = transpose_rows(v, lane);
     const uint32_t shifts = __ldg(reinterpret_cast<const uint32_t*>(w.shift + row));
-    if (n < args.n) store_rows(args.epilogue, w.m, n, row, v, shifts);
+    if (n >= args.n) return;
+    if (kN <= kGatedMaxN && args.epilogue.gated)
+      store_rows_of_pair(args.epilogue, w.m, n, row, v, shifts);
+    else
+      store_rows(args.epilogue, w.m, n, row, v, shifts);
   };
   const auto finish = [&](int pass) {
     const int team_warp = warp - team * k_groups * 4;
@@ -325,7 +335,7 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __g
     if (lane == 0) ptx::barrier_init_only(work.barriers + kIdle, ranks * kGroups * 4);
     ptx::barrier_init_done();
   }
-  if (args.overlap) ptx::launch_dependents();
+  ptx::launch_dependents();
   __syncthreads();
   if (ranks > 1) {
     ptx::cluster_arrive_relaxed();

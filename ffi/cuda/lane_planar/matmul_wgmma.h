@@ -9,6 +9,8 @@
 namespace jaxzip::lane_planar {
 
 constexpr int kWgmmaMaxN = 256;
+// The kernel gives both rows of a gated product's pair (see Epilogue) to one thread, the gate's first.
+constexpr bool kWgmmaDealsPairs = true;
 
 struct WgmmaConfig {
   int k_groups;   // 1, 2 or 4: so many of a CTA's warp groups share a row block and split its part of K, chunk by chunk
@@ -27,8 +29,9 @@ WgmmaConfig choose_wgmma(const Matrix& w, int n);
 // One configuration for every n in 1..64: the order of summation depends on m and k only, so a column's bits do not depend on n.
 WgmmaConfig choose_batch_invariant(const Matrix& w);
 
-// Shared memory that a CTA needs, or 0 if there is no such kernel or more is needed than an SM has.
-int wgmma_shared_bytes(const Matrix& w, int n, const WgmmaConfig& config, bool raw = false);
+// Shared memory that a CTA needs, or 0 if there is no such kernel or more is needed than an SM has. Of a gated product (see Epilogue)
+// row blocks are dealt in pairs, so `clusters` is at most half as many.
+int wgmma_shared_bytes(const Matrix& w, int n, const WgmmaConfig& config, bool raw = false, bool gated = false);
 
 // Slots of the ring then; 0 as well.
 int wgmma_slots(const Matrix& w, int n, const WgmmaConfig& config, bool raw = false);
