@@ -11,7 +11,7 @@
     params      plain nested dicts in and out of a model      init  random weights for tests and benchmarks
     cache       KVCache, static shapes      sampling  logits to a token      generate  the loop under one jit
     memory_plan what that takes of a device's memory
-    loading     a model and its tokenizer from a compressed checkpoint
+    loading     a model and its tokenizer from a compressed checkpoint      gemma_orbax  Gemma's own trees
     tokenizer   text to ids and back        tokenizer_gguf  tokenizer.json from GGUF metadata
 
     prompts ─► pad left ─► prefill ─► sample ─► while not all done: decode one token, sample ─► tokens

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxzip.models import gemma_orbax
 from jaxzip.models.config import DecoderConfig, token_ids
 from jaxzip.models.decoder import Decoder
 from jaxzip.models.families import config_from_hf, family_of
@@ -76,7 +77,12 @@ def read_model(
 
 
 def model_params(config: DecoderConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters among a checkpoint's tensors: a tied head is left out, and what is no language model's."""
+    """The parameters among a checkpoint's tensors: a tied head is left out, and what is no language model's.
+
+    A Gemma's own tree, nested or flat, becomes that of ``jaxzip.models``.
+    """
+    if gemma_orbax.is_gemma_tree(tree):
+        return gemma_orbax.params_from_gemma(tree)
     known = {"embedder", "layers", "final_norm", *(() if config.tie_word_embeddings else ("lm_head",))}
     return {name: value for name, value in tree.items() if name in known}
 

@@ -313,7 +313,7 @@ def test_newer_layout_version(dst, call):
     edit_document(
         dst, lambda d: d.update(layout_version=layout.LAYOUT_VERSION + 1, library_version="9.9", tensors=None)
     )
-    with pytest.raises(UnsupportedVersionError, match=r"layout version 2 \(written by jaxzip 9.9\).*upgrade"):
+    with pytest.raises(UnsupportedVersionError, match=r"layout version 3 \(written by jaxzip 9.9\).*upgrade"):
         call(dst)
 
 

@@ -101,7 +101,7 @@ def test_a_converted_checkpoint_of_the_dense_state(tmp_path, pure):
     assert_same_state(restore_module(structure, tmp_path / "converted", format=None), jaxzip.compress_module(model))
     dense = restore_module(structure, tmp_path / "converted", rules=[], format=None)
     assert isinstance(dense.layers[0].mlp.up.kernel.get_value(), CompressedKernel)  # as the checkpoint has it
-    assert isinstance(dense.layers[0].attention.query.kernel.get_value(), jax.Array)
+    assert isinstance(dense.layers[0].attention.query.kernel.get_value(), CompressedKernel)  # as a matrix
 
 
 def test_a_layer_that_contracts_other_axes_gets_its_own_layout(tmp_path):

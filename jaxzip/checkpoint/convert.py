@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxzip.checkpoint import layout
+from jaxzip.checkpoint import kernel_layout, layout
 from jaxzip.checkpoint.checksum import checksum
 from jaxzip.checkpoint.partial import PartialCheckpoint, check_name
 from jaxzip.checkpoint.progress import ProgressCallback, Tracker
@@ -28,7 +28,7 @@ from jaxzip.rules import (
     rule_for,
     tensor_report,
 )
-from jaxzip.tensor import CompressedTensor
+from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 
 def convert(
@@ -87,7 +87,7 @@ def convert(
         entries = [partial.entries[info.path] for info in infos]
         if not partial.finished:
             document = {
-                "layout_version": layout.LAYOUT_VERSION,
+                "layout_version": layout.version_for(entries),
                 "library_version": __version__,
                 "source": source_identity | {"cast": cast, "notes": list(source.notes)},
                 "source_custom_metadata": source.custom_metadata,
@@ -129,6 +129,8 @@ def _convert_tensor(
 
 def _compress(array: np.ndarray, info: TensorInfo, rule: CompressionRule) -> CompressedTensor:
     axis = rule.output_axis if info.output_axis is None else info.output_axis
+    if info.axes is not None:
+        array, axis = np.ascontiguousarray(info.axes.to_matrix(array)), KERNEL_AXIS
     try:
         return compress(array, format=format_for(array.dtype, rule.format), output_axis=axis, on_host=True)
     except (TypeError, ValueError) as error:
@@ -156,6 +158,8 @@ def _entry(info: TensorInfo, z: CompressedTensor | None, note: str, digest: dict
         entry["derived"] = info.derived
     if z is None or z.format == "raw":
         return entry
+    if info.axes is not None:
+        entry[kernel_layout.MATRIX_KEY] = kernel_layout.to_json(info.axes)
     report = tensor_report(info.name, z)
     window = {"start_exp": np.asarray(z.payload["start_exp"]).tolist()} if "start_exp" in z.payload else None
     return entry | {

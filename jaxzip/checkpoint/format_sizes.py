@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxzip.checkpoint import kernel_layout
 from jaxzip.checkpoint.read import Checkpoint
 from jaxzip.formats import lane_planar
 from jaxzip.tensor import KERNEL_AXIS
@@ -28,6 +29,10 @@ def _lane_planar(entry: dict[str, Any]) -> int:
     if entry["format"] in ("raw", "lane-planar") or entry["dtype"] != "bfloat16":
         return entry["stored_bytes"]
     *stack, first, second = entry["shape"]
+    if kernel_layout.MATRIX_KEY in entry:
+        axes = kernel_layout.from_json(entry[kernel_layout.MATRIX_KEY])
+        *batch, first, second = axes.matrix_shape
+        stack = [*entry["shape"][: len(entry["shape"]) - len(axes.shape)], *batch]
     m, k = (second, first) if entry["output_axis"] == KERNEL_AXIS else (first, second)
     rows, columns = lane_planar.block_grid(m, k)
     weights = rows * columns * lane_planar.POSITIONS

@@ -19,15 +19,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxzip.checkpoint import kernel_layout
 from jaxzip.checkpoint.tree_metadata import read_json, write_json
 from jaxzip.errors import CheckpointError, CorruptDataError, UnsupportedVersionError
 
-LAYOUT_VERSION = 1
+#: The newest version that is read. 2: kernels of rank 3 and more are stored as matrices, with their axes.
+LAYOUT_VERSION = 2
 CHECKPOINT_FILE = "_CHECKPOINT_METADATA"
 COMMIT_FILE = "commit_success.txt"
 EXTRA_DIRECTORY = "_jaxzip"
 PARTIAL_SUFFIX = ".jaxzip-partial"
 _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+
+
+def version_for(entries: Iterable[dict[str, Any]]) -> int:
+    """The oldest version whose readers understand these entries: what older ones can read stays readable for them."""
+    return 2 if any(kernel_layout.MATRIX_KEY in entry for entry in entries) else 1
 
 
 def document_digest(document: dict[str, Any]) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxzip.checkpoint import array_store
+from jaxzip.checkpoint import array_store, gemma_names
+from jaxzip.checkpoint.kernel_layout import kernel_axes, names
 from jaxzip.checkpoint.layout import CHECKPOINT_FILE
 from jaxzip.checkpoint.source import TensorInfo, model_config, small_files
 from jaxzip.checkpoint.tree_metadata import Leaf, read_json, read_tree
+from jaxzip.tensor import TABLE_AXIS
 
 
 class OrbaxSource:
@@ -31,10 +34,23 @@ class OrbaxSource:
         self.custom_metadata = read_json(top / CHECKPOINT_FILE).get("custom_metadata") if top else None
         self._tree = read_tree(tree)
         self._infos: tuple[TensorInfo, ...] | None = None
+        if self.hf_config is None and gemma_names.is_gemma(leaf.path for leaf in self._tree.leaves):
+            self._guess_config()
+
+    def _guess_config(self) -> None:
+        """A released Gemma checkpoint has no configuration beside it: its shapes say which model it is."""
+        dtypes = {gemma_names.key(info.path): info for info in self.tensors()}
+        self.hf_config = gemma_names.config({name: info.shape for name, info in dtypes.items()})
+        if self.hf_config is None:
+            self.notes += (gemma_names.UNKNOWN,)
+        else:
+            self.hf_config["dtype"] = str(dtypes[gemma_names.EMBEDDING].dtype)
 
     def tensors(self) -> tuple[TensorInfo, ...]:
         if self._infos is None:
-            self._infos = tuple(self._info(leaf) for leaf in self._tree.leaves if leaf.has_array)
+            infos = [self._info(leaf) for leaf in self._tree.leaves if leaf.has_array]
+            axes = kernel_axes({info.path: info.shape for info in infos})
+            self._infos = tuple(dataclasses.replace(info, axes=axes.get(info.path)) for info in infos)
         return self._infos
 
     def other_leaves(self) -> tuple[Leaf, ...]:
@@ -54,4 +70,5 @@ class OrbaxSource:
 
     def _info(self, leaf: Leaf) -> TensorInfo:
         store = array_store.open_array(self._directory, leaf.store_name, **self._storage)
-        return TensorInfo(leaf, tuple(store.shape), np.dtype(store.dtype.numpy_dtype))
+        axis = TABLE_AXIS if names(leaf.path)[-1] == gemma_names.TABLE else None
+        return TensorInfo(leaf, tuple(store.shape), np.dtype(store.dtype.numpy_dtype), axis)

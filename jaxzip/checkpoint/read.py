@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_dtypes  # noqa: F401 - gives NumPy the names of bfloat16 and float8
 import numpy as np
 
 from jaxzip import formats
-from jaxzip.checkpoint import array_store, checksum, layout
+from jaxzip.checkpoint import array_store, checksum, kernel_layout, layout
 from jaxzip.checkpoint.partial import check_name, child_name
 from jaxzip.checkpoint.tree_metadata import Leaf, nest
 from jaxzip.compress import AUTO, best_format, format_for
@@ -21,6 +22,12 @@ from jaxzip.errors import CheckpointError, CorruptDataError, TensorNotFoundError
 from jaxzip.ops import host
 from jaxzip.ops.transcode import transcode
 from jaxzip.tensor import CompressedTensor
+
+if TYPE_CHECKING:
+    from jaxzip.modules.kernel import CompressedKernel, KernelAxes
+
+    #: What a checkpoint holds at a path.
+    Tensor = CompressedTensor | CompressedKernel | np.ndarray
 
 Sharding = jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding | None]
 
@@ -77,8 +84,10 @@ class Checkpoint:
             raise TensorNotFoundError(layout.not_found(name, self.tensors, self.path))
         return self.tensors[name]
 
-    def load(self, name: str, *, format: str | None = None, verify: bool = False) -> CompressedTensor | np.ndarray:
+    def load(self, name: str, *, format: str | None = None, verify: bool = False) -> Tensor:
         """Reads one tensor to the host: a CompressedTensor with NumPy leaves, or the array if it is stored raw.
+
+        A kernel of rank 3 or more that is stored as a matrix is a ``jaxzip.modules.CompressedKernel`` of its own shape.
 
         Args:
           name: '/'-joined path.
@@ -104,8 +113,10 @@ class Checkpoint:
             raise CorruptDataError(
                 f"{name}: the decoded bits do not have the checksum of the original; get {self.path} again"
             )
-        if format is not None and isinstance(value, CompressedTensor):
-            value = transcode(value, format_for(value.dtype, format), on_host=True)
+        if format is not None and not isinstance(value, np.ndarray):
+            z = _matrix(value)
+            again = transcode(z, format_for(z.dtype, format), on_host=True)
+            value = again if z is value else dataclasses.replace(value, matrix=again)
         return value
 
     def load_tree(
@@ -146,7 +157,7 @@ class Checkpoint:
         check_name(name)
         return array_store.read_array(self.path, name, shape=tuple(spec["shape"]), dtype=np.dtype(spec["dtype"]))
 
-    def _read_compressed(self, name: str, leaf: Leaf, entry: Mapping[str, Any]) -> CompressedTensor:
+    def _read_compressed(self, name: str, leaf: Leaf, entry: Mapping[str, Any]) -> Tensor:
         if entry["format"] not in formats.names():
             raise CheckpointError(
                 f"{name}: unknown format {entry['format']!r}; this jaxzip knows "
@@ -158,8 +169,11 @@ class Checkpoint:
                 f"{name}: {fmt.name} version {entry['format_version']}, this jaxzip reads up to "
                 f"{fmt.version}; upgrade jaxzip"
             )
+        axes, shape = None, list(entry["shape"])
+        if kernel_layout.MATRIX_KEY in entry:
+            axes, shape = self._axes(name, entry)
         payload = {field: self._read(leaf, field, spec) for field, spec in entry["payload"].items()}
-        core = tuple(entry["shape"][-entry["core_ndim"] :])
+        core = tuple(shape[-entry["core_ndim"] :])
         z = CompressedTensor(
             payload, core, np.dtype(entry["dtype"]), fmt.name, entry["output_axis"], entry["format_version"]
         )
@@ -167,9 +181,20 @@ class Checkpoint:
             validate(z)
         except CorruptDataError as error:
             raise CorruptDataError(f"{name} in {self.path}: {error}") from None
-        if list(z.shape) != entry["shape"]:
-            raise CorruptDataError(f"{name}: the payload has shape {z.shape}, the metadata says {entry['shape']}")
-        return z
+        if list(z.shape) != shape:
+            raise CorruptDataError(f"{name}: the payload has shape {z.shape}, the metadata says {shape}")
+        return z if axes is None else _kernel(z, axes)
+
+    def _axes(self, name: str, entry: Mapping[str, Any]) -> tuple[KernelAxes, list[int]]:
+        """Of a kernel that is stored as a matrix: its axes, and the matrix's shape."""
+        try:
+            axes = kernel_layout.from_json(entry[kernel_layout.MATRIX_KEY])
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CorruptDataError(f"{name} in {self.path}: its kernel axes cannot be read ({error})") from None
+        stack = entry["shape"][: len(entry["shape"]) - len(axes.shape)]
+        if [*stack, *axes.shape] != entry["shape"]:
+            raise CorruptDataError(f"{name} in {self.path}: a tensor of shape {entry['shape']} has no axes {axes}")
+        return axes, [*stack, *axes.matrix_shape]
 
 
 def _resolve(format: str | None, entry: Mapping[str, Any], sharding: jax.sharding.Sharding | None) -> str | None:
@@ -206,12 +231,25 @@ def validate(z: CompressedTensor) -> None:
         host.validate(host.matrix(z, index), z.format, m, k)
 
 
-def dense(value: CompressedTensor | np.ndarray, order: str = checksum.C_ORDER) -> np.ndarray:
+def _kernel(z: CompressedTensor, axes: KernelAxes) -> CompressedKernel:
+    # Imported here: jaxzip.modules reads and writes checkpoints.
+    from jaxzip.modules.kernel import CompressedKernel
+
+    return CompressedKernel(z, axes)
+
+
+def _matrix(value: CompressedTensor | CompressedKernel) -> CompressedTensor:
+    return value if isinstance(value, CompressedTensor) else value.matrix
+
+
+def dense(value: Tensor, order: str = checksum.C_ORDER) -> np.ndarray:
     """The array that ``value`` (valid, on the host) stands for; its last two axes swapped with order "swapped".
 
     C-contiguous, decoded without JAX: a proof of identity should not depend on the kernels that it is for.
     """
     swapped = order == checksum.SWAPPED
-    if not isinstance(value, CompressedTensor):
+    if not isinstance(value, CompressedTensor | np.ndarray):
+        value = value.axes.from_matrix(host.dense(value.matrix))
+    if isinstance(value, np.ndarray):
         return value.swapaxes(-1, -2) if swapped else value
     return host.dense(value, swapped=swapped)

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,9 @@ import numpy as np
 from jaxzip.checkpoint import hf_names, layout
 from jaxzip.checkpoint.tree_metadata import DICT_KEY, TREE_FILE, Leaf
 from jaxzip.errors import CheckpointError, CorruptDataError
+
+if TYPE_CHECKING:
+    from jaxzip.modules.kernel import KernelAxes
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -35,6 +38,7 @@ class TensorInfo:
       source_name: its name in the source file, where that is not the path.
       derived: how its bits came from the source's, if they are not the source's own.
       source_names: of a stack that the source holds as separate matrices, in the order of the stack.
+      axes: of a kernel of rank 3 or more that is to be compressed as a matrix.
     """
 
     leaf: Leaf
@@ -44,6 +48,7 @@ class TensorInfo:
     source_name: str | None = None
     derived: str | None = None
     source_names: tuple[str, ...] = ()
+    axes: KernelAxes | None = None
 
     @property
     def path(self) -> tuple[str, ...]:

@@ -80,11 +80,14 @@ def distinct_weights(ckpt: pathlib.Path) -> list:
     from jaxzip.errors import CheckpointError
     from jaxzip.formats.auto import default_device
     from jaxzip.models.fuse import fuse_projections
+    from jaxzip.models.loading import model_params, read_config
     from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
     checkpoint = open_checkpoint(ckpt)
     fuse = checkpoint.hf_config is not None and default_device().platform == "gpu"
     params = checkpoint.load_tree(format="auto", on_host=fuse)
+    if checkpoint.hf_config is not None:
+        params = model_params(read_config(checkpoint, ckpt), params)
     if fuse:
         params = fuse_projections(params)
     weights = {}

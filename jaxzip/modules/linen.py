@@ -19,13 +19,20 @@ import numpy as np
 from flax import linen as nn
 
 from jaxzip.modules import equation
-from jaxzip.modules.compress_module import TABLE, compress_again, compress_for, compressed_report, dense_report
+from jaxzip.modules.compress_module import (
+    TABLE,
+    compress_again,
+    compress_for,
+    compressed_report,
+    dense_report,
+    logical_array,
+)
 from jaxzip.modules.embed import TableOptions, attend, lookup
 from jaxzip.modules.hooks import DotGeneral, Einsum, promote_dtype_linen
 from jaxzip.modules.kernel import CompressedKernel, Operand
 from jaxzip.modules.nnx_layers import KernelUse
 from jaxzip.modules.rule import KernelRule
-from jaxzip.ops import decompress, host
+from jaxzip.ops import decompress
 from jaxzip.rules import DEFAULT_RULES, CompressionReport, CompressionRule, path_name, rule_for
 from jaxzip.tensor import CompressedTensor
 
@@ -108,8 +115,9 @@ def compress_linen(
     """Compresses a Linen parameter tree; ``model.apply({"params": params}, ...)`` goes on working with the result.
 
     Args:
-      params: nested dicts; bf16 leaves that a rule takes are compressed, others stay. CompressedTensors, which
-        ``jaxzip.checkpoint.Checkpoint.load_tree`` gives, are taken as they are, or encoded anew for their layers.
+      params: nested dicts; bf16 leaves that a rule takes are compressed, others stay. CompressedTensors and
+        CompressedKernels, which ``jaxzip.checkpoint.Checkpoint.load_tree`` gives, are taken as they are, or encoded
+        anew for their layers.
       rules: the first that matches decides; a :class:`KernelRule` also says how a weight of your own module is used.
       uses: how the layers of Flax use their kernels, as :func:`find_uses` finds it. Without it, kernels of rank 2 are
         ``[K, M]``, leaves called ``embedding`` are tables, and other leaves of rank 3 or more need a KernelRule to be
@@ -128,10 +136,11 @@ def compress_linen(
     def load(name, leaf, rule):
         """A tensor that is compressed already, from a checkpoint."""
         leaf = jax.tree.map(np.asarray, leaf)
+        matrix, axes = (leaf.matrix, leaf.axes) if isinstance(leaf, CompressedKernel) else (leaf, None)
         use = _use(name, leaf, rule, uses or {})
-        z = compress_again(leaf, None, use)
+        z = compress_again(matrix, axes, use)
         if z is None:
-            array = host.dense(leaf)
+            array = logical_array(matrix, axes)
             rows.append(dense_report(name, array, use if use != TABLE else "encoding would not be smaller"))
             return put(array)
         rows.append(compressed_report(name, z))
@@ -142,7 +151,7 @@ def compress_linen(
         if isinstance(leaf, KernelBox) or not hasattr(leaf, "dtype"):
             return leaf
         rule = rule_for(name, leaf.shape, leaf.dtype, rules)
-        if isinstance(leaf, CompressedTensor):
+        if isinstance(leaf, CompressedTensor | CompressedKernel):
             return load(name, leaf, rule)
         z, note = None, rule if isinstance(rule, str) else ""
         if not note:
@@ -154,7 +163,7 @@ def compress_linen(
         rows.append(dense_report(name, leaf, note) if z is None else compressed_report(name, z))
         return leaf if z is None else KernelBox(z)
 
-    known = lambda leaf: isinstance(leaf, KernelBox | CompressedTensor)  # noqa: E731
+    known = lambda leaf: isinstance(leaf, KernelBox | CompressedTensor | CompressedKernel)  # noqa: E731
     tree = jax.tree_util.tree_map_with_path(convert, params, is_leaf=known)
     used = {next((rule for rule in rules if rule.matches(row.path)), None) for row in rows}
     return tree, CompressionReport(tuple(rows), tuple(rule for rule in rules if rule not in used))

@@ -179,6 +179,8 @@ def _load(
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{key} in {checkpoint.path}: its kernel axes cannot be read ({error})") from None
     value, expected = checkpoint.load(key, format=format), variable.get_value()
+    if isinstance(value, CompressedKernel):  # as jaxzip convert stores kernels of rank 3 and more
+        value, axes = value.matrix, value.axes
     stored = value.shape
     if axes is not None:
         if stored[len(stored) - len(axes.matrix_shape) :] != axes.matrix_shape:
