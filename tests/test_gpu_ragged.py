@@ -7,7 +7,7 @@ import pytest
 
 import jaxzip
 from jaxzip.compress import encode_as
-from jaxzip.testing import all_bit_patterns, bits, gaussian_weights
+from jaxzip.testing import all_bit_patterns, bimodal_weights, bits, gaussian_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 #: (E, K, M): the experts of Qwen3 30B-A3B (gate and up, down) and a part of Mixtral's, then ragged ones.
@@ -62,7 +62,19 @@ def test_products_have_the_raw_controls_bits(shape):
         assert np.array_equal(bits(rounded), bits(y.astype(jnp.bfloat16)))
 
 
-@pytest.mark.parametrize("shape", [(16, 2048, 192), (16, 768, 130)])
+@pytest.mark.parametrize("sizes", [[2, 3, 1], [0, 40, 3]])
+def test_escapes_without_room_in_their_block(sizes):
+    """Each expert has a list of its own, of hundreds of entries."""
+    w = bimodal_weights((3, 130, 200))
+    w[2, :, :3] = np.asarray(1e30, w.dtype)
+    z, x = encoded(w), activations(sum(sizes), 130)
+    assert z.payload["overflow"].shape[1] > 1000
+    y = fused(x, z, np.asarray(sizes, np.int32))
+    assert np.array_equal(bits(y), bits(fused(x, encoded(w, "raw"), np.asarray(sizes, np.int32))))
+    np.testing.assert_allclose(y, reference(x, w, sizes), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 2048, 192), (16, 768, 130), (8, 8192, 65)])
 def test_a_rows_bits_depend_on_its_expert_alone(shape):
     experts, k, m = shape
     z, row = encoded(gaussian_weights(shape)), activations(1, k, seed=5)
