@@ -3,7 +3,9 @@
 import functools
 import os
 
-# Before any test initialises a JAX backend.
+# Before any test initialises a JAX backend. Workers of pytest-xdist share a GPU: none may take its memory for itself.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import pytest  # noqa: E402
