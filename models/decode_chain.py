@@ -98,14 +98,15 @@ def step(model: nnx.Module, x: jax.Array, cache: KVCache, execution: Execution) 
       CUDA they are computed as ``Decoder.run_layers`` and ``Decoder.logits`` do.
     """
     first, positions = model.layers[0], cache.positions(1)
+    ropes = [model.config.rope(i) for i in range(len(model.layers))]
+    angles = {rope: rotation(model.config, rope, positions) for rope in dict.fromkeys(ropes)}
     with jax.named_scope("layers/0"):
         y = first.attn.qkv_proj(first.input_norm(x, execution=execution), execution=execution)
     all_keys, all_values = [], []
     for i, (layer, (norm, projection)) in enumerate(zip(model.layers, _following(model), strict=True)):
         with jax.named_scope(f"layers/{i}"):
-            angles = rotation(model.config, model.config.rope(i), positions)
             x, y, keys, values = run_link(
-                layer, norm, projection, y, x, angles, cache.keys[i], cache.values[i], cache.start, cache.end,
+                layer, norm, projection, y, x, angles[ropes[i]], cache.keys[i], cache.values[i], cache.start, cache.end,
                 is_head=i == len(cache.keys) - 1, execution=execution,
             )  # fmt: skip
         all_keys.append(keys)

@@ -7,7 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxzip.models import Llama, LlamaConfig, decode_chain, fuse_projections, generate, random_params
+from jaxzip.models import (
+    Gemma2,
+    Gemma3,
+    Llama,
+    LlamaConfig,
+    Mistral,
+    Qwen2,
+    Qwen3,
+    decode_chain,
+    fuse_projections,
+    generate,
+    random_params,
+)
 from jaxzip.models.execution import Execution
 from test_cuda_lowering import with_cuda_backend  # noqa: F401 - a fixture that every test here uses
 
@@ -39,7 +51,7 @@ def params(format="lane-planar", config=CONFIG, other=None):
     def compress(path, w):
         name = jax.tree_util.keystr(path)
         chosen = other if other and "'1'" in name and "mlp" in name else format
-        return encoded(w, chosen, -2 if "embedding" in name else -1)
+        return encoded(w, chosen, -2 if "embedding" in name else -1) if w.ndim == 2 else w
 
     return jax.tree_util.tree_map_with_path(compress, fuse_projections(random_params(config)))
 
@@ -55,6 +67,19 @@ def test_takes_fused_llamas_in_one_format(tied):
     assert applies(params(config=config), 256, config, implementation="ffi")
     assert applies(params(config=config), 1000, config, batch_invariant=True)
     assert applies(params("raw", config), config=config, implementation="ffi")
+
+
+OTHERS = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
+
+
+@pytest.mark.parametrize(
+    ("family", "taken"),
+    [(Mistral, True), (Qwen3, True), (Qwen2, False), (Gemma2, False), (Gemma3, False)],  # biases, norms behind, GeGLU
+)
+def test_takes_the_families_that_are_llamas(family, taken):
+    config = family.config_class(**OTHERS)
+    model = family.from_params(config, params(config=config))
+    assert decode_chain.applies(model, 3, Execution()) == taken
 
 
 @pytest.mark.parametrize(
