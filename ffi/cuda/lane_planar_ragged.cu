@@ -34,8 +34,10 @@ ffi::Error LanePlanarRaggedGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, f
     const LanePlanarPayload p = payload.At(0, {experts}), last = payload.At(experts - 1, {experts});
     if (experts > 1 && (p.blocks == last.blocks || p.shift == last.shift || (p.overflow_length && p.overflow == last.overflow)))
       throw InvalidArgument("the weights are not stacked: a dimension of experts is 1");
-    if (n > INT32_MAX || pitch > INT32_MAX || m > INT32_MAX || p.overflow_length > INT32_MAX)
-      throw InvalidArgument("the CUDA kernels take fewer than 2^31 rows, columns and overflow entries");
+    if (n > lp::kRaggedMaxRows)
+      throw InvalidArgument("x has " + std::to_string(n) + " rows, the kernel takes up to " + std::to_string(lp::kRaggedMaxRows));
+    if (pitch > INT32_MAX || m > INT32_MAX || p.overflow_length > INT32_MAX)
+      throw InvalidArgument("the CUDA kernels take fewer than 2^31 rows, columns and overflow entries of a weight");
     const lp::Matrix first = {p.blocks, reinterpret_cast<const lp::OverflowEntry*>(p.overflow), p.shift,
                               static_cast<uint32_t>(p.overflow_length), p.block_words, static_cast<int>(m), static_cast<int>(k)};
     const lp::Stack stack = {first, static_cast<int>(experts)};

@@ -63,15 +63,16 @@ RaggedConfig choose_ragged(const Stack& w, int n) {
 cudaError_t launch_matmul_ragged(const Stack& w, const Groups& groups, void* y, bool fp32_out, const RaggedConfig& c,
                                  cudaStream_t stream, bool raw) {
   const int bytes = ragged_shared_bytes(w, c, raw);
-  if (!bytes || groups.pitch % 8 || groups.pitch < w.first.k || groups.pitch > w.first.k_blocks() * kBlock ||
-      (reinterpret_cast<uintptr_t>(groups.x) & 15))
-    return cudaErrorInvalidValue;
+  const bool rows_fit = groups.n >= 0 && groups.n <= kRaggedMaxRows;
+  const bool pitch_fits = groups.pitch % 8 == 0 && groups.pitch >= w.first.k && groups.pitch <= w.first.k_blocks() * kBlock;
+  if (!bytes || !rows_fit || !pitch_fits || (reinterpret_cast<uintptr_t>(groups.x) & 15)) return cudaErrorInvalidValue;
   if (groups.n == 0) return cudaSuccess;
   const Variant& v = *find_variant(c, raw);
   int device, sms;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) return error;
-  if (const cudaError_t error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared)) return error;
+  if (const cudaError_t error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared))
+    return error;
   const int group_rows = c.tiles_per_warp * kTileRows;
   RaggedArgs args = {w.first, groups, w.experts, (w.first.m + group_rows - 1) / group_rows, v.plan(w.experts, c.warps * c.teams),
                      {y, fp32_out, nullptr, nullptr}};

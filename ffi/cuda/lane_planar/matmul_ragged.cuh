@@ -1,6 +1,6 @@
 // Grouped matmul: as the small-N matmul, weights go straight from global memory to registers and mma.sync multiplies.
 //
-// A work item is a row group (16, 32 or 64 rows) of an expert that has rows of x, times some 8 to 32 of those. How many items
+// A work item is a row group (32 or 64 rows) of an expert that has rows of x, times some 8 to 32 of those. How many items
 // there are is known on the device only, so the grid is as large as the GPU, a CTA an SM: each sums up the group sizes, and its
 // teams of warps take every so many-th item (items go to all SMs before an SM gets a second one). A team's warps split K, the
 // same way for every item, and stream their blocks of one item after the other without a pause; at an item's end
@@ -29,7 +29,7 @@ struct RaggedArgs {
   Matrix w;  // expert 0
   Groups groups;
   int experts;
-  int items_per_tile;  // row groups of an expert
+  int row_groups;  // of an expert
   RaggedPlan plan;
   Epilogue epilogue;
 };
@@ -42,7 +42,7 @@ struct RaggedShape {
   static constexpr int kInFlight = 4;  // tiles that a warp has on their way
   static constexpr int kAhead = kInFlight / kTilesPerWarp;
   static constexpr int kPlaneBytes = kTilesPerWarp * Weights::kPlaneBytes;
-  static constexpr int kXBytes = kColumns * kBlock * 2;      // of a warp's slice of x
+  static constexpr int kXBytes = kColumns * kBlock * 2;    // of a warp's slice of x
   static constexpr int kSumBytes = kColumns * kPitch * 4;    // of a warp's sums of an item
 
   static RaggedPlan plan(int experts, int warps) {
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kTeams * kWarps * 32, 1) matmul_ragged(const _
       rows += first_row[e];
       first_row[e] = row;
       first_item[e] = items;
-      items += (min(rows, args.groups.n) - row + kColumns - 1) / kColumns * args.items_per_tile;
+      items += (min(rows, args.groups.n) - row + kColumns - 1) / kColumns * args.row_groups;
     }
     int items_before = items;
 #pragma unroll

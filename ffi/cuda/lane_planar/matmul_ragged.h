@@ -8,7 +8,8 @@
 
 namespace jaxzip::lane_planar {
 
-constexpr int kRaggedMaxExperts = 1024;  // what two votes of a warp find one in
+constexpr int kRaggedMaxExperts = 1024;   // what two votes of a warp find one in
+constexpr int kRaggedMaxRows = 1 << 20;  // so that sums of sizes stay below 2^31, whatever the sizes
 
 // Encoded experts of one shape, one after the other in each array.
 struct Stack {
@@ -24,7 +25,7 @@ struct Groups {
 };
 
 struct RaggedConfig {
-  int tiles_per_warp;  // a work item has 16, 32 or 64 rows of an expert ...
+  int tiles_per_warp;  // 2 or 4: a work item has 32 or 64 rows of an expert ...
   int column_tiles;    // ... and up to 8, 16 or 32 of the expert's rows of x
   int warps;           // of a team: K is split over so many; a result's bits depend on this alone
   int teams;           // of a CTA, of which there is one an SM
