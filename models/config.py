@@ -128,6 +128,11 @@ class DecoderConfig:
         """Embeddings are multiplied by this, rounded to their dtype, before the first layer."""
         return None
 
+    @property
+    def expert_sizes(self) -> tuple[int, int, int]:
+        """Of the feed-forward network: how many there are in a layer, how many a token has, the width of one."""
+        return 1, 1, self.intermediate_size
+
     def window(self, layer: int) -> int | None:
         """How many tokens, the own included, a query of layer ``layer`` sees; ``None``: all before it."""
         return None

@@ -116,7 +116,7 @@ def concatenate_outputs(weights: Sequence[Any]) -> Any:
         raise ValueError("a compressed table is no kernel; take its .T")
     formats_found = {w.format if isinstance(w, CompressedTensor) else "raw" for w in weights}
     if formats_found == {"raw"}:
-        return _raw(_like(_arrays(weights))(_arrays(weights), axis=1))
+        return raw_kernel(_like(_arrays(weights))(_arrays(weights), axis=1))
     if _stand_below_each_other(weights):
         return _lane_planar(weights)
     return _encoded_again(weights)
@@ -135,7 +135,8 @@ def _values(z: CompressedTensor) -> Any:
     return z.payload["values"].T if z.raw_transposed else z.payload["values"]
 
 
-def _raw(values) -> CompressedTensor:
+def raw_kernel(values: Any) -> CompressedTensor:
+    """Dense kernels ``[..., K, M]`` as a tensor in the ``raw`` format, which the fused kernels take."""
     return CompressedTensor({"values": values}, tuple(values.shape[-2:]), np.dtype(values.dtype), "raw", KERNEL_AXIS)
 
 

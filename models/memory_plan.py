@@ -54,14 +54,15 @@ def memory_plan(
     heads = config.num_kv_heads * config.head_dim
     cache = 2 * config.num_layers * batch * heads * slots * itemsize
     rows = batch * width
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    # Of the MLP: gate and up, their product, and what is as wide as the model.
-    peaks = [rows * (3 * intermediate + 4 * hidden) * itemsize]
+    hidden, (experts, chosen, intermediate) = config.hidden_size, config.expert_sizes
+    # Of the MLP: gate and up, their product, and what is as wide as the model; of each of a token's experts.
+    peaks = [rows * (chosen * (3 * intermediate + 2 * hidden) + 2 * hidden) * itemsize]
     # Of attention: scores and probabilities of one block of queries.
     peaks.append(batch * config.num_heads * min(width, QUERY_BLOCK) * slots * (4 + itemsize))
     if scratch and rows > PREFILL_ROWS:
-        # While gate and up are multiplied, their weight is there decoded.
-        peaks.append((rows * (2 * intermediate + 5 * hidden) + 2 * hidden * intermediate) * itemsize)
+        # While gate and up are multiplied, their weight is there decoded, that of all experts at once.
+        activations = rows * (chosen * (2 * intermediate + hidden) + 4 * hidden)
+        peaks.append((activations + 2 * experts * hidden * intermediate) * itemsize)
     working = max(peaks) + batch * config.vocab_size * 4
     return MemoryPlan(weight_bytes, cache, working)
 

@@ -30,6 +30,10 @@ class ExpertsConfig(SlidingConfig):
                 f"num_experts_per_token={self.num_experts_per_token} must be between 1 and {self.num_experts=}"
             )
 
+    @property
+    def expert_sizes(self) -> tuple[int, int, int]:
+        return self.num_experts, self.num_experts_per_token, self.intermediate_size
+
     @classmethod
     def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
         # Mixtral's name and Qwen's.

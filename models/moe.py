@@ -11,8 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxzip.models.config import DecoderConfig
 from jaxzip.models.execution import DEFAULT, Execution
+from jaxzip.models.fuse import raw_kernel
 from jaxzip.models.layers import Linear, Stack
 from jaxzip.models.mlp import gated
+
+from jaxzip.tensor import CompressedTensor
 
 
 class Experts(nnx.Module):
@@ -74,9 +77,17 @@ class MixtureOfExperts(nnx.Module):
         out = jnp.sum(each * weights[:, :, None], axis=1).astype(x.dtype).reshape(x.shape)
         return out if residual is None else residual + out
 
+    def _router(self, execution: Execution) -> Linear:
+        """The router; one too small to be compressed goes through the fused kernel where XLA's dot will not do."""
+        if not execution.batch_invariant or isinstance(self.router.kernel.get_value(), CompressedTensor):
+            return self.router
+        raw = Linear(*self.router.kernel.get_value().shape, dtype=self.router.dtype)
+        raw.kernel.set_value(raw_kernel(self.router.kernel.get_value()))
+        return raw
+
     def route(self, tokens: jax.Array, *, execution: Execution = DEFAULT) -> tuple[jax.Array, jax.Array]:
         """The experts of each token, best first, int32 ``[N, top_k]``, and their weights, fp32 of the same shape."""
-        logits = self.router(tokens, out_dtype="float32", execution=execution)
+        logits = self._router(execution)(tokens, out_dtype="float32", execution=execution)
         weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
         if self.normalized:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

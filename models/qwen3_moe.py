@@ -33,6 +33,10 @@ class Qwen3MoeConfig(ExpertsConfig):
     qk_norm: ClassVar[bool] = True
     hf_defaults = {"sliding_window": 4096, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
 
+    @property
+    def expert_sizes(self) -> tuple[int, int, int]:
+        return self.num_experts, self.num_experts_per_token, self.expert_size
+
     @classmethod
     def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
         fields, step, dense = super().fields_from_hf(hf), hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers")
