@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 from jaxzip.models.attention import Attention
-from jaxzip.models.config import FULL, SLIDING, SlidingConfig
+from jaxzip.models.config import FULL, SLIDING, SlidingConfig, or_default
 from jaxzip.models.decoder import Decoder
 from jaxzip.models.execution import DEFAULT
 from jaxzip.models.layers import norm
@@ -55,7 +55,7 @@ class Gemma2Config(SlidingConfig):
 
     @classmethod
     def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        fields, pattern = super().fields_from_hf(hf), hf.get("sliding_window_pattern", cls.pattern)
+        fields, pattern = super().fields_from_hf(hf), or_default(hf.get("sliding_window_pattern"), cls.pattern)
         types = (SLIDING if (i + 1) % pattern else FULL for i in range(fields["num_layers"]))
         return {
             **fields,

@@ -22,6 +22,8 @@ from jaxzip.tensor import CompressedTensor
 
 #: Rows of activations beyond which a GPU decodes a compressed weight once and multiplies by XLA's dot.
 PREFILL_ROWS = 256
+#: Rows for each expert that the grouped kernel takes at a time.
+FUSED_ROWS = 64
 #: Rows up to which a norm is a kernel of its own on a GPU; XLA's is as fast for more, and may join with what follows.
 _FEW_ROWS = 256
 
@@ -122,12 +124,25 @@ class Stack(nnx.Module):
     def __call__(self, rows: jax.Array, sizes: jax.Array, *, execution: Execution = DEFAULT) -> jax.Array:
         """``rows[R, K]`` to ``[R, M]``; the first ``sizes[0]`` rows are for expert 0, and so on, int32 ``[E]``.
 
-        With ``batch_invariant`` only the fused kernels will do, in which a row's sums depend on nothing else.
+        With ``batch_invariant`` only the fused kernels will do, in which a row's sums depend on nothing else: they get
+        as many rows at a time as they take.
         """
         rows, weight, implementation = _operands(rows, self.kernel.get_value(), "ragged_matmul", execution)
-        if execution.batch_invariant and implementation is None:
-            implementation = "ffi"
-        return jaxzip.ragged_matmul(rows, weight, sizes, out_dtype=self.dtype, implementation=implementation)
+
+        def multiply(rows, sizes, implementation):
+            return jaxzip.ragged_matmul(rows, weight, sizes, out_dtype=self.dtype, implementation=implementation)
+
+        if not execution.batch_invariant:
+            return multiply(rows, sizes, implementation)
+        most = FUSED_ROWS * self.count
+        chunks = -(-rows.shape[0] // most)
+        ends = jnp.cumsum(sizes)
+        edges = most * jnp.arange(chunks, dtype=sizes.dtype)[:, None]
+        of_chunks = jnp.clip(ends - edges, 0, most) - jnp.clip(ends - sizes - edges, 0, most)
+        padded = jnp.pad(rows, ((0, chunks * most - rows.shape[0]), (0, 0))).reshape(chunks, most, -1)
+        each = (padded, of_chunks) if chunks > 1 else (rows[None], of_chunks)
+        out = jax.lax.map(lambda chunk: multiply(*chunk, implementation or "ffi"), each)
+        return out.reshape(-1, out.shape[-1])[: rows.shape[0]]
 
 
 class Embedding(nnx.Module):

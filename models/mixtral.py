@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from jaxzip.models.config import DecoderConfig, SlidingConfig, UnsupportedConfigError
+from jaxzip.models.config import DecoderConfig, SlidingConfig, UnsupportedConfigError, or_default
 from jaxzip.models.llama import Block, Llama
 from jaxzip.models.moe import MixtureOfExperts
 
@@ -25,6 +25,10 @@ class ExpertsConfig(SlidingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not isinstance(self.num_experts, int) or not isinstance(self.num_experts_per_token, int):
+            raise UnsupportedConfigError(
+                f"{self.num_experts=} and {self.num_experts_per_token=} must be integers"
+            )
         if not 1 <= self.num_experts_per_token <= self.num_experts:
             raise UnsupportedConfigError(
                 f"num_experts_per_token={self.num_experts_per_token} must be between 1 and {self.num_experts=}"
@@ -37,7 +41,7 @@ class ExpertsConfig(SlidingConfig):
     @classmethod
     def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
         # Mixtral's name and Qwen's.
-        experts = hf["num_local_experts"] if "num_local_experts" in hf else hf["num_experts"]
+        experts = or_default(hf.get("num_local_experts"), hf.get("num_experts"))
         chosen = hf["num_experts_per_tok"]
         return {**super().fields_from_hf(hf), "num_experts": experts, "num_experts_per_token": chosen}
 
