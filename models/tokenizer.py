@@ -93,7 +93,8 @@ class Tokenizer:
             were trained with a default system message want it here.
 
         Raises:
-          ValueError: the vocabulary has no chat tokens (a base model), or a message lacks role or content.
+          ValueError: the vocabulary has no chat tokens (a base model), or a message lacks role or content, or has a
+            role that the model's chats do not have.
         """
         found = self._chat_format()
         if found is None:
@@ -105,7 +106,13 @@ class Tokenizer:
         for i, message in enumerate(messages):
             if not {"role", "content"} <= set(message):
                 raise ValueError(f"message {i} has keys {sorted(message)}, expected role and content")
-            text += found["message"].format(role=message["role"], content=message["content"])
+            role = found.get("roles", {}).get(message["role"], message["role"])
+            if role is None:
+                raise ValueError(
+                    f"message {i} is of {message['role']!r}, which this model's chats do not have; put its text in "
+                    "front of the user's"
+                )
+            text += found["message"].format(role=role, content=message["content"])
         return self.encode(text + found["answer"], add_special_tokens=False)
 
     def stream_decoder(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
@@ -117,7 +124,7 @@ class Tokenizer:
         return next(known, None)
 
 
-#: ChatML (SmolLM2, Qwen) and Llama 3's headers.
+#: ChatML (SmolLM2, Qwen), Llama 3's headers and Gemma's turns; ``roles``: by another name, or ``None``: not there.
 _CHAT_FORMATS = (
     {
         "needs": ("<|im_start|>", "<|im_end|>"),
@@ -130,6 +137,13 @@ _CHAT_FORMATS = (
         "begin": "<|begin_of_text|>",
         "message": "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
         "answer": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    },
+    {
+        "needs": ("<start_of_turn>", "<end_of_turn>", "<bos>"),
+        "begin": "<bos>",
+        "message": "<start_of_turn>{role}\n{content}<end_of_turn>\n",
+        "answer": "<start_of_turn>model\n",
+        "roles": {"assistant": "model", "system": None},
     },
 )
 

@@ -114,6 +114,17 @@ def test_chat(tokenizer):
         tokenizer.encode_chat([{"content": "x"}])
 
 
+def test_gemmas_chat():
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate("adehilmorsu\n")}, []))
+    inner.add_special_tokens(["<bos>", "<start_of_turn>", "<end_of_turn>"])
+    messages = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user")]
+    text = "".join(inner.id_to_token(i) for i in Tokenizer(inner).encode_chat(messages))
+    turns = [f"<start_of_turn>{role}\nhi<end_of_turn>\n" for role in ("user", "model", "user")]
+    assert text == "<bos>" + "".join(turns) + "<start_of_turn>model\n"
+    with pytest.raises(ValueError, match="message 0 is of 'system'"):
+        Tokenizer(inner).encode_chat([{"role": "system", "content": "hi"}])
+
+
 def test_a_base_model_has_no_chat():
     plain = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])))
     assert not plain.has_chat
