@@ -170,9 +170,14 @@ def test_tokens_with_and_without_the_chain(config, tied):
     chained, ordinary = (
         generate(model(config, chain=chain), PROMPTS, max_new_tokens=24, return_logits=True) for chain in (True, False)
     )
-    assert chained.sequences() == ordinary.sequences()
-    scale = np.abs(ordinary.logits).max()
-    np.testing.assert_allclose(chained.logits, ordinary.logits, atol=0.03 * scale)
+    tolerance = 0.03 * np.abs(ordinary.logits).max()
+    for row, (a, b) in enumerate(zip(chained.sequences(), ordinary.sequences(), strict=True)):
+        # Products of other configurations round otherwise: tokens may part where two are as good as each other.
+        same = next((i for i, (s, t) in enumerate(zip(a, b, strict=True)) if s != t), len(a))
+        assert same >= 4
+        np.testing.assert_allclose(chained.logits[row, : same + 1], ordinary.logits[row, : same + 1], atol=tolerance)
+        if same < len(a):
+            assert abs(ordinary.logits[row, same, a[same]] - ordinary.logits[row, same, b[same]]) <= tolerance
 
 
 @pytest.mark.parametrize("config", [CONFIG, NOT_WHOLE])
