@@ -117,6 +117,11 @@ class Attention(nnx.Module):
                 kernel = functools.partial(_kernel_for_each, num_heads=config.num_heads, **scores)
             kernel = with_gradient_of(xla, kernel)
             return jax.lax.platform_dependent(*operands, cuda=kernel, default=xla)
+        if execution.batch_invariant and gpu_is_here():
+            raise NotImplementedError(
+                f"batch_invariant: the attention kernel lacks head_dim={config.head_dim}, dtype={config.dtype}, "
+                f"attn_softcap={config.attn_softcap}, and XLA's sums depend on the batch's longest sequence"
+            )
         return xla(*operands)
 
 

@@ -73,7 +73,8 @@ def generate(
         however long the prompts are, and takes longer.
 
     Raises:
-      NotImplementedError: ``batch_invariant`` and a weight is dense or in a format without such a kernel.
+      NotImplementedError: ``batch_invariant`` and a weight is dense or in a format without such a kernel, or attention
+        on a GPU has none (heads of more than 128, capped scores).
       PromptError: no prompt, an empty one, an id outside the vocabulary, or a prompt too long for the context.
       ValueError: ``max_new_tokens`` is below 1, or sampling without a key.
     """
