@@ -26,9 +26,7 @@ class ExpertsConfig(SlidingConfig):
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.num_experts, int) or not isinstance(self.num_experts_per_token, int):
-            raise UnsupportedConfigError(
-                f"{self.num_experts=} and {self.num_experts_per_token=} must be integers"
-            )
+            raise UnsupportedConfigError(f"{self.num_experts=} and {self.num_experts_per_token=} must be integers")
         if not 1 <= self.num_experts_per_token <= self.num_experts:
             raise UnsupportedConfigError(
                 f"num_experts_per_token={self.num_experts_per_token} must be between 1 and {self.num_experts=}"

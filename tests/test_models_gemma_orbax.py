@@ -106,8 +106,8 @@ def saved(tree, path, family=None):
     return path
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-@pytest.mark.parametrize("layout", [flat, nested], ids=["flat", "nested"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "layout"), [("gemma2", nested), ("gemma3_text", flat)])
 def test_logits_and_tokens_are_those_of_the_hugging_face_model(layout, family, tmp_path):
     tree = layout(released(family))
     source = saved(tree, tmp_path / "source", family)

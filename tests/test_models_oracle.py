@@ -95,7 +95,7 @@ def test_experts_are_compressed_as_stacks(family, converted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "fuse"), [("qwen2", True), ("gemma3_text", False), ("qwen3_moe", True)])
+@pytest.mark.parametrize(("family", "fuse"), [("qwen2", True), ("qwen3_moe", True)])
 def test_compressed_weights_give_the_tokens_of_dense_ones(family, fuse, converted):
     """In the dtype of the weights; qwen2 has biases, qwen3_moe experts, which are fused as well."""
     models = [load(converted(family), fuse=fuse, implementation="xla", transform=f) for f in (None, dense)]
@@ -128,7 +128,7 @@ PARTS = ("gate_proj", "up_proj")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
 def test_windows_and_caps_matter_here(family, converted):
     """Or the comparison with transformers would not show that they are computed."""
     model, tokens = load(converted(family), dtype="float32"), jnp.array([make.PROMPTS[0]])
@@ -161,6 +161,13 @@ def test_the_command_line_needs_no_flags(tmp_path):
     assert model.config.eos_token_ids == (95, 94)
 
 
+def assert_same_model(a, b):
+    assert type(a) is type(b) and a.config == b.config
+    a, b = a.to_params(), b.to_params()
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert all(np.array_equal(bits(x), bits(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
 def test_a_head_beside_a_tied_embedding_is_not_needed(tmp_path, converted):
     tensors = safetensors.numpy.load_file(HERE / "qwen3" / "model.safetensors")
     (tmp_path / "source").mkdir()
@@ -168,8 +175,8 @@ def test_a_head_beside_a_tied_embedding_is_not_needed(tmp_path, converted):
     safetensors.numpy.save_file(tensors, tmp_path / "source" / "model.safetensors")
     shutil.copy(HERE / "qwen3" / "config.json", tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out")
-    found, expected = (load(path)(jnp.array([[5, 17, 3]])) for path in (tmp_path / "out", converted("qwen3")))
-    assert np.array_equal(found, expected)
+    assert "lm_head/kernel" in open_checkpoint(tmp_path / "out").tensors
+    assert_same_model(load(tmp_path / "out"), load(converted("qwen3")))
 
 
 def test_a_language_model_beside_an_image_encoder(tmp_path, converted):
@@ -184,9 +191,8 @@ def test_a_language_model_beside_an_image_encoder(tmp_path, converted):
         config = {"model_type": "gemma3", "text_config": text, "dtype": "bfloat16"}
         (source / "config.json").write_text(json.dumps(config))
         convert(source, tmp_path / f"out{i}")
-        found, expected = (load(path) for path in (tmp_path / f"out{i}", converted("gemma3_text")))
-        assert found.config == expected.config
-        assert np.array_equal(bits(found(jnp.array([[5, 17]]))), bits(expected(jnp.array([[5, 17]]))))
+        assert "vision_tower/encoder/weight" in open_checkpoint(tmp_path / f"out{i}").tensors
+        assert_same_model(load(tmp_path / f"out{i}"), load(converted("gemma3_text")))
 
 
 def test_an_unknown_family_is_named(tmp_path):
