@@ -6,6 +6,8 @@ tokens [N, D] ─► router ─► the k best experts of each token, their weigh
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -72,9 +74,11 @@ class MixtureOfExperts(nnx.Module):
         order, sizes = group(chosen, self.experts.down_proj.count)
         rows = self.experts(tokens[order // self.top_k], sizes, execution=execution)
         # Back to the order of the tokens: a token's sum has its experts in the order of their weights, always.
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+        places = jnp.arange(order.size, dtype=order.dtype)
+        back = jnp.zeros_like(order).at[order].set(places, unique_indices=True)
         each = rows[back].reshape(-1, self.top_k, x.shape[-1]).astype(jnp.float32)
-        out = jnp.sum(each * weights[:, :, None], axis=1).astype(x.dtype).reshape(x.shape)
+        parts = [each[:, i] * weights[:, i, None] for i in range(self.top_k)]
+        out = functools.reduce(jnp.add, parts).astype(x.dtype).reshape(x.shape)
         return out if residual is None else residual + out
 
     def _router(self, execution: Execution) -> Linear:
@@ -88,10 +92,21 @@ class MixtureOfExperts(nnx.Module):
     def route(self, tokens: jax.Array, *, execution: Execution = DEFAULT) -> tuple[jax.Array, jax.Array]:
         """The experts of each token, best first, int32 ``[N, top_k]``, and their weights, fp32 of the same shape."""
         logits = self._router(execution)(tokens, out_dtype="float32", execution=execution)
-        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
+        shares = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+        weights, chosen = jax.lax.top_k(shares / sum_in_order(shares), self.top_k)
         if self.normalized:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+            weights = weights / sum_in_order(weights)
         return chosen, weights
+
+
+def sum_in_order(x: jax.Array) -> jax.Array:
+    """``sum(x, axis=-1, keepdims=True)``, halves added to halves: XLA's order would depend on the number of rows."""
+    length = x.shape[-1]
+    x = jnp.pad(x, ((0, 0), (0, (1 << (length - 1).bit_length()) - length)))
+    while x.shape[-1] > 1:
+        low, high = jnp.split(x, 2, axis=-1)
+        x = low + high
+    return x
 
 
 def group(chosen: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
