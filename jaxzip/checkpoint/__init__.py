@@ -8,7 +8,8 @@ compressed Orbax checkpoint  --read-->  CompressedTensors     --verify-->  the s
   v
 the original Orbax tree, or the original safetensors files
 
-hf_names, gemma_names   tensors of known models by their names      kernel_layout   kernels of rank 3 and more as matrices
+hf_names, gemma_names   tensors of known models by their names
+kernel_layout           kernels of rank 3 and more as the matrices that they are multiplied as
 """
 
 from jaxzip.checkpoint.convert import convert
