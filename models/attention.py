@@ -89,12 +89,9 @@ class Attention(nnx.Module):
         return jnp.concatenate(normed, axis=-2).reshape(qkv.shape)
 
     def append_and_attend(
-        self, qkv, rotation, keys, values, start, end, *, warm: jax.Array | None = None, execution: Execution = DEFAULT
+        self, qkv, rotation, keys, values, start, end, *, execution: Execution = DEFAULT
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """All between ``project`` and ``o_proj``: ``[B, S, H * head_dim]`` and the updated keys and values.
-
-        ``warm``: what the kernel after will read, see ``decode_attention``.
-        """
+        """All between ``project`` and ``o_proj``: ``[B, S, H * head_dim]`` and the updated keys and values."""
         config = self.config
         scores = {"divisor": config.query_divisor, "window": self.window}
         xla = functools.partial(_append_and_attend, num_heads=config.num_heads, cap=config.attn_softcap, **scores)
@@ -102,15 +99,6 @@ class Attention(nnx.Module):
         single = qkv.shape[1] == 1
         has_kernel = decode_attention.supported(config.head_dim, config.dtype) and gpu_is_here()
         if has_kernel and config.attn_softcap is None and (single or execution.batch_invariant):
-            if single and warm is not None:
-                options = {"batch_invariant": execution.batch_invariant, **scores}
-
-                def warming(warm, *operands):
-                    return _kernel_for_one(*operands, warm=warm, **options)
-
-                return jax.lax.platform_dependent(
-                    warm, *operands, cuda=warming, default=lambda _, *operands: xla(*operands)
-                )
             if single:
                 kernel = functools.partial(_kernel_for_one, batch_invariant=execution.batch_invariant, **scores)
             else:

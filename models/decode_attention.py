@@ -32,10 +32,6 @@ CHUNKS = ((256, (1024, 2)), (32, (256, 3)), (0, (128, 3)))
 FIXED = (128, 3)
 #: What CUDA allows as the third size of a grid.
 MAX_ROWS = 65535
-#: Programs that read ``warm``, about: one on each SM of an H200.
-WARM_PROGRAMS = 128
-#: Words of it that a program reads at a time.
-WARM_WORDS = 4096
 #: Slots that a program has in one step of its loop.
 BLOCK = 64
 #: Chunks whose sums are put together at a time.
@@ -68,7 +64,6 @@ def decode_attention(
     batch_invariant: bool = False,
     divisor: float | None = None,
     window: int | None = None,
-    warm: jax.Array | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attends with one query a row to the row's slots of the cache, the query's own slot included.
@@ -82,8 +77,6 @@ def decode_attention(
       batch_invariant: a row's result must not depend on the number of rows: chunks have one length.
       divisor: of the scores, by default ``sqrt(D)``.
       window: a query sees the last ``window`` slots only, its own included.
-      warm: uint32, read by programs beside those that attend, so that the kernel after finds it in the L2 cache:
-        attention of few rows leaves memory idle.
       append: ``N == B``, and the new keys and values go into the cache first. Otherwise they are there already.
       interpret: run on any device, slowly.
 
@@ -108,24 +101,16 @@ def decode_attention(
     sums = jax.ShapeDtypeStruct((rows, kv_heads, chunks, group, head_dim), jnp.float32)
     results = [out] if chunks == 1 else [sums, each, each]
     cache = [jax.ShapeDtypeStruct(keys.shape, keys.dtype)] * 2 if append else []
-    attend = functools.partial(_attend_chunk, append=append, results=len(results), divisor=divisor, **shapes)
-    operands, beside, read = [start, own, qkv, cos, sin, keys, values], 0, []
-    if warm is not None:
-        beside = pl.cdiv(WARM_PROGRAMS, kv_heads * rows)
-        programs = beside * kv_heads * rows
-        operands.append(warm.reshape(-1))
-        read = [jax.ShapeDtypeStruct((programs,), warm.dtype)]
-        attend = functools.partial(_attend_or_warm, attend, chunks=chunks, beside=beside, place=7)
     found = pl.pallas_call(
-        attend,
-        grid=(chunks + beside, kv_heads, rows),
-        out_shape=(*results, *cache, *read),
+        functools.partial(_attend_chunk, append=append, results=len(results), divisor=divisor, **shapes),
+        grid=(chunks, kv_heads, rows),
+        out_shape=(*results, *cache),
         input_output_aliases={5 + i: len(results) + i for i in range(len(cache))},
         interpret=interpret,
         **_compiler(interpret, num_warps=4, num_stages=stages),
         name="decode_attention",
-    )(*operands)
-    results, updated = found[: len(results)], found[len(results) : len(results) + len(cache)]
+    )(start, own, qkv, cos, sin, keys, values)
+    results, updated = found[: len(results)], found[len(results) :]
     if chunks > 1:
         out = pl.pallas_call(
             functools.partial(_gather_chunks, **shapes),
@@ -144,44 +129,20 @@ def _compiler(interpret: bool, **parameters: int) -> dict:
     return {} if interpret else {"compiler_params": plt.CompilerParams(**parameters)}
 
 
-def _slots(row, start_ref, own_ref, queries, window):
-    """The sequence of a row, the first slot that it sees and its own."""
+def _slots(start_ref, own_ref, queries, window):
+    """The sequence of this program's row, the first slot that it sees and its own."""
+    row = pl.program_id(2)
     start, own = start_ref[row // queries], own_ref[row % queries]
-    return row // queries, start if window is None else jnp.maximum(start, own - (window - 1)), own
-
-
-def _attend_or_warm(attend, *refs, chunks, beside, place):
-    """The program's chunk, or behind the chunks its part of what is to be in the cache: operand ``place``."""
-    *others, read_ref = refs
-    warm_ref = others.pop(place)
-    chunk, head, row = (pl.program_id(i) for i in range(3))
-    program = (row * pl.num_programs(1) + head) * beside + chunk - chunks
-
-    @pl.when(chunk < chunks)
-    def _():
-        attend(*others, at=(chunk, head, row))
-
-    @pl.when(chunk >= chunks)
-    def _():
-        (words,), programs = warm_ref.shape, read_ref.shape[0]
-        steps = pl.cdiv(words, programs * WARM_WORDS)
-        each = jnp.arange(WARM_WORDS, dtype=jnp.int32)
-
-        def read(i, total):
-            at = (program * steps + i) * WARM_WORDS + each
-            return total + _load(warm_ref, (at,), at < words)
-
-        # The sum is nothing that anybody wants, but what nobody stores is not read.
-        read_ref[program] = jnp.sum(jax.lax.fori_loop(0, steps, read, jnp.zeros(WARM_WORDS, warm_ref.dtype)))
+    return row, row // queries, start if window is None else jnp.maximum(start, own - (window - 1)), own
 
 
 def _attend_chunk(
     start_ref, own_ref, qkv_ref, cos_ref, sin_ref, keys_ref, values_ref, *written,
-    append, results, divisor, group, kv_heads, queries, chunk_slots, window, at=None,
+    append, results, divisor, group, kv_heads, queries, chunk_slots, window,
 ):  # fmt: skip
     results, cache = written[:results], written[results:]
-    chunk, head, row = at or tuple(pl.program_id(i) for i in range(3))
-    sequence, start, own = _slots(row, start_ref, own_ref, queries, window)
+    chunk, head = pl.program_id(0), pl.program_id(1)
+    row, sequence, start, own = _slots(start_ref, own_ref, queries, window)
     first = start + chunk * chunk_slots
 
     head_dim, dtype = keys_ref.shape[-1], keys_ref.dtype
@@ -262,8 +223,8 @@ def _attend_chunk(
 def _gather_chunks(
     start_ref, own_ref, sums_ref, largest_ref, total_ref, out_ref, *, group, kv_heads, queries, chunk_slots, window
 ):
-    member, head, row = (pl.program_id(i) for i in range(3))
-    _, start, own = _slots(row, start_ref, own_ref, queries, window)
+    member, head = pl.program_id(0), pl.program_id(1)
+    row, _, start, own = _slots(start_ref, own_ref, queries, window)
     used = (own - start) // chunk_slots + 1
     head_dim = out_ref.shape[-1]
 

@@ -27,11 +27,6 @@ from jaxzip.tensor import CompressedTensor
 
 Projection = Linear | Embedding
 
-#: Rows up to which attention reads the weight of o_proj beside its own work, and bytes of it at most: attention of few
-#: rows leaves memory idle, and what more rows read would push the weight out of the L2 cache.
-WARM_ROWS = 16
-WARM_BYTES = 32 << 20
-
 
 def applies(model: nnx.Module, rows: int, execution: Execution) -> bool:
     """Whether a GPU would decode ``rows`` sequences in chains.
@@ -119,11 +114,6 @@ def step(model: nnx.Module, x: jax.Array, cache: KVCache, execution: Execution) 
     return y[:, 0], dataclasses.replace(cache, keys=tuple(all_keys), values=tuple(all_values), end=cache.end + 1)
 
 
-def _to_warm(kernel: CompressedTensor, rows: int) -> jax.Array | None:
-    blocks = kernel.payload.get("blocks")
-    return blocks if blocks is not None and rows <= WARM_ROWS and blocks.nbytes <= WARM_BYTES else None
-
-
 @functools.partial(jax.jit, static_argnames=("is_head", "execution"))
 def run_link(
     layer, norm, projection, qkv, x, rotation, keys, values, start, end, *, is_head: bool, execution: Execution
@@ -134,10 +124,7 @@ def run_link(
       The layer's result ``[B, 1, D]``, its projection ``[B, 1, M]`` and the updated keys and values.
     """
     qkv = layer.attn.norm_heads(qkv, execution=execution)
-    warm = _to_warm(layer.attn.o_proj.kernel.get_value(), x.shape[0])
-    out, keys, values = layer.attn.append_and_attend(
-        qkv, rotation, keys, values, start, end, warm=warm, execution=execution
-    )
+    out, keys, values = layer.attn.append_and_attend(qkv, rotation, keys, values, start, end, execution=execution)
 
     def chain(layer, norm, projection, out, x):
         options = _options(layer, norm, is_head, execution)

@@ -56,16 +56,6 @@ def test_one_query_a_row(monkeypatch, long, batch, heads, kv_heads, head_dim, sl
     assert np.array_equal(bits(keys)[:, :, untouched], bits(arguments[3])[:, :, untouched])
 
 
-@pytest.mark.parametrize("words", [1, 70_000])
-def test_what_is_read_beside_changes_nothing(monkeypatch, words):
-    monkeypatch.setattr(decode_attention, "CHUNKS", ((0, (64, 2)),))
-    monkeypatch.setattr(decode_attention, "WARM_PROGRAMS", 6)
-    arguments = (*case(2, 8, 2, 32, 200), jnp.array([0, 37], jnp.int32), jnp.int32(190))
-    warm = jnp.asarray(np.random.default_rng(1).integers(0, 2**32, (words,), np.uint32))
-    for a, b in zip(one(*arguments), one(*arguments, warm=warm), strict=True):
-        assert np.array_equal(bits(a), bits(b))
-
-
 def test_every_query_for_itself():
     length, heads, slots = 2 * QUERY_BLOCK, 2, 2 * QUERY_BLOCK + 40
     arguments = (*case(2, heads, 1, 32, slots, length), jnp.array([0, 300], jnp.int32), jnp.int32(17))
