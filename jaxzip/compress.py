@@ -8,7 +8,7 @@ import numpy as np
 from jaxzip import formats
 from jaxzip.formats import auto
 from jaxzip.formats.base import pad_axis
-from jaxzip.ops import host, registry
+from jaxzip.ops import encode, host, registry
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
 AUTO = "auto"
@@ -22,6 +22,9 @@ def compress(
     on_host: bool = False,
 ) -> CompressedTensor:
     """Encodes ``w`` losslessly.
+
+    A bf16 array on a GPU that has lane-planar's kernels is encoded to that format where it is; everything else goes
+    through the host's encoders. The bytes are the same.
 
     Args:
       w: a Flax kernel ``[K, M]``, or with ``output_axis=-2`` a table ``[M, K]`` (embeddings, PyTorch weights). Leading
@@ -53,11 +56,22 @@ def compress(
     z = CompressedTensor({"values": w}, tuple(w.shape[-2:]), np.dtype(w.dtype), "raw", output_axis)
     if format != "raw":
         try:
-            encoded = encode_as(w, format, output_axis)
+            on_device = not on_host and _device_encodes(w, format)
+            encoded = encode.encode_on_device(w, output_axis) if on_device else encode_as(w, format, output_axis)
         except OverflowError:  # more elements than the format can address
             encoded = z
         z = encoded if encoded.nbytes < z.nbytes else z
     return z if on_host else jax.tree.map(jax.numpy.asarray, z)
+
+
+def _device_encodes(w: jax.Array | np.ndarray, format: str) -> bool:
+    """Whether the device that holds ``w`` has an encoder that is faster than the way to the host."""
+    if format != "lane-planar" or not isinstance(w, jax.Array) or w.dtype != auto.BF16 or len(w.devices()) > 1:
+        return False
+    (device,) = w.devices()
+    if device.platform != "gpu" or w.shape[-1] * w.shape[-2] > np.iinfo(np.int32).max:
+        return False
+    return registry.candidates(encode.SHIFTS, "cuda")[0] != registry.XLA
 
 
 def best_format(dtype: np.dtype, device: jax.Device | None = None, *, otherwise: str | None = None) -> str:

@@ -1,5 +1,7 @@
 """``compress`` and ``compress_params``: what is chosen, what is reported, what is refused."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,6 +11,8 @@ import pytest
 import jaxzip
 from jaxzip import formats
 from jaxzip.testing import all_bit_patterns, bits, gaussian_weights
+
+COMPRESS = importlib.import_module("jaxzip.compress")  # the module, whose name a function has too
 
 
 def test_compress_reports_its_size_and_keeps_the_bits():
@@ -143,3 +147,14 @@ def test_nnx_state_compresses_in_place_of_its_parameters():
     assert "kernel" in {row.path for row in report.tensors}
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, jaxzip.CompressedTensor))
     assert any(isinstance(leaf, jaxzip.CompressedTensor) for leaf in leaves)
+
+
+def test_a_weight_whose_device_encodes_does_not_go_to_the_host(monkeypatch):
+    w = jnp.asarray(gaussian_weights((100, 70)))
+    expected = jaxzip.compress(w, format="lane-planar")
+    monkeypatch.setattr(COMPRESS, "_device_encodes", lambda *_: True)
+    monkeypatch.setattr(COMPRESS, "encode_as", None)
+    found = jaxzip.compress(w, format="lane-planar")
+    for name, leaf in expected.payload.items():
+        assert np.array_equal(found.payload[name], leaf)
+    assert jaxzip.compress(jnp.ones((64, 1), jnp.bfloat16), format="lane-planar").format == "raw"  # not smaller

@@ -1,5 +1,7 @@
 """Encoding by the CUDA kernels gives the host encoder's payload, byte for byte."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from jaxzip.ops.encode import encode_on_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 WEIGHTS = named_weights()
+COMPRESS = importlib.import_module("jaxzip.compress")  # the module, whose name a function has too
 
 
 @pytest.mark.parametrize("output_axis", [-1, -2])
@@ -37,3 +40,12 @@ def test_a_stack():
     stack = 0.02 * jax.random.normal(jax.random.key(3), (3, 130, 200), jnp.bfloat16)
     stack = stack.at[1].multiply(2.0**100)
     assert_same_payload(encode_on_device(stack, implementation="ffi"), encode_as(np.asarray(stack), "lane-planar", -1))
+
+
+def test_compress_encodes_where_the_weight_is(monkeypatch):
+    w = 0.02 * jax.random.normal(jax.random.key(4), (300, 200), jnp.bfloat16)
+    expected = encode_as(np.asarray(w), "lane-planar", -1)
+    monkeypatch.setattr(COMPRESS, "encode_as", None)  # the host's, which must not be needed
+    z = jaxzip.compress(w, format="lane-planar")
+    assert_same_payload(z, expected)
+    assert z.payload["blocks"].devices() == w.devices()
