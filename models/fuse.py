@@ -94,7 +94,7 @@ def concatenate_stacks(weights: Sequence[Any]) -> Any:
     if not _stand_below_each_other(weights):
         return _encoded_again(weights)
     experts = range(weights[0].shape[0])
-    each = [_lane_planar([jax.tree.map(lambda leaf: leaf[i], w) for w in weights]) for i in experts]  # noqa: B023
+    each = [_lane_planar([jax.tree.map(lambda leaf: leaf[i, ...], w) for w in weights]) for i in experts]  # noqa: B023
     lengths = [_lengths(z) for z in each]
     each = [_with_lengths(z, {name: max(found[name] for found in lengths) for name in lengths[0]}) for z in each]
     stacked = {name: _like([a], "stack")([z.payload[name] for z in each]) for name, a in each[0].payload.items()}

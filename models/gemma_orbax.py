@@ -70,7 +70,7 @@ def params_from_gemma(tree: Mapping[str, Any]) -> dict[str, Any]:
                 contract = (1,)  # [2, D, F], as older models have it
             matrix = _matrix(value, KernelAxes(tuple(value.shape), contract, batch))
             for i, path in enumerate(paths):
-                kernel = jax.tree.map(lambda leaf: leaf[i], matrix) if batch else matrix  # noqa: B023
+                kernel = jax.tree.map(lambda leaf: leaf[i, ...], matrix) if batch else matrix  # noqa: B023
                 _put(layer, (*path, "kernel"), kernel)
         else:
             _put(layer, tuple(part.split("/")), value)

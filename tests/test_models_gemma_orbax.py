@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 from checkpoint_cases import assert_same_tree
 from jaxzip.models import config_from_hf
+from jaxzip.models.gemma_orbax import params_from_gemma
 from test_models_oracle import HERE, check, load
 
 import jaxzip
@@ -26,7 +27,7 @@ from jaxzip.checkpoint import (
     verify,
 )
 from jaxzip.errors import CheckpointError, CorruptDataError
-from jaxzip.modules import CompressedKernel
+from jaxzip.modules import CompressedKernel, compress_kernel
 from jaxzip.testing import bits
 
 NORMS = {
@@ -119,6 +120,49 @@ def test_logits_and_tokens_are_those_of_the_hugging_face_model(layout, family, t
     check(model, np.load(HERE / family / "expected.npz"))
     restore(tmp_path / "out", tmp_path / "back")
     assert_same_tree(tree, ocp_v1.load(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("layout", [flat, nested])
+def test_encoded_kernels_are_the_models_own(layout, tmp_path):
+    """Nothing is encoded again: what ``convert`` stored as matrices is what the model multiplies by."""
+    convert(saved(layout(released("gemma2")), tmp_path / "source"), tmp_path / "out")
+    tree = open_checkpoint(tmp_path / "out").load_tree(on_host=True)
+    layer = params_from_gemma(tree)["layers"]["1"]
+    found = {gemma_names.key(name.split("/")): value for name, value in by_name(tree)}
+    for part, path in (("attn/q_einsum/w", ("attn", "q_proj")), ("attn/attn_vec_einsum/w", ("attn", "o_proj"))):
+        assert layer[path[0]][path[1]]["kernel"] is found[f"layer_1/{part}"].matrix
+    assert layer["mlp"]["down_proj"]["kernel"] is found["layer_1/mlp/linear"]
+    gating = found["layer_1/mlp/gating_einsum"].matrix
+    for i, name in enumerate(("gate_proj", "up_proj")):
+        kernel = layer["mlp"][name]["kernel"]
+        assert kernel.shape == (64, 96) and kernel.format == gating.format != "raw"
+        for field, array in kernel.payload.items():
+            assert np.shares_memory(array, gating.payload[field]) and np.array_equal(array, gating.payload[field][i])
+
+
+def by_name(tree):
+    for path, value in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_encoded)[0]:
+        yield "/".join(key.key for key in path), value
+
+
+def is_encoded(leaf):
+    return isinstance(leaf, CompressedKernel | jaxzip.CompressedTensor)
+
+
+def test_kernels_in_other_layouts_are_encoded_again():
+    """As stacks of small matrices, which older versions wrote, or along other axes."""
+    weights = released("gemma2")
+    want = params_from_gemma(flat(weights))
+    tree = flat(weights)
+    query, gating = (tree[f"transformer/layer_0/{part}"] for part in ("attn/q_einsum", "mlp/gating_einsum"))
+    query["w"] = jaxzip.compress(query["w"], format="tca-tbe", on_host=True)
+    gating["w"] = compress_kernel(gating["w"], (1,), batch=(0,), format="lane-planar", on_host=True)
+    layer = params_from_gemma(tree)["layers"]["0"]
+    for block, name in (("attn", "q_proj"), ("mlp", "gate_proj"), ("mlp", "up_proj")):
+        found, expected = layer[block][name]["kernel"], want["layers"]["0"][block][name]["kernel"]
+        assert found.shape == expected.shape
+        found = jaxzip.decompress(jax.tree.map(jax.numpy.asarray, found))
+        assert np.array_equal(bits(found), bits(expected))
 
 
 def test_all_layouts_are_understood():
@@ -220,6 +264,10 @@ def test_kernels_of_rank_3_are_stored_as_matrices(tmp_path):
     assert sizes["as stored"] < sizes["dense"] and sizes["lane-planar"] <= sizes["dense"]
     for format in ("lane-planar", "raw"):
         again = checkpoint.load("attention/query/kernel", format=format)
+        x = jax.random.normal(jax.random.key(0), (3, 128), jax.numpy.bfloat16)
+        y = jaxzip.einsum("td,dnh->tnh", x, jax.tree.map(jax.numpy.asarray, again)[...])
+        expected_y = np.einsum("td,dnh->tnh", np.asarray(x, np.float32), np.asarray(again.dense(), np.float32))
+        np.testing.assert_allclose(np.asarray(y, np.float32), expected_y, rtol=0.01, atol=0.01)
         assert again.matrix.format == format
         assert np.array_equal(bits(again.dense()), bits(tree["attention"]["query"]["kernel"]))
     assert verify(tmp_path / "source", tmp_path / "out").identical

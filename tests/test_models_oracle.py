@@ -64,6 +64,15 @@ def test_logits_and_tokens_are_those_of_transformers(family, converted):
     check(load(converted(family), dtype="float32"), expected)
 
 
+def test_half_precision_is_near(converted):
+    """Weights and activations in fp16, as the configuration says."""
+    model = load(converted("llama"))
+    assert model.config.dtype == "float16"
+    found = np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, jnp.array([make.PROMPTS[0]]))[0])
+    expected = np.load(HERE / "llama" / "expected.npz")["logits"]
+    assert 0 < np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+
+
 def test_every_family_has_its_numbers():
     from jaxzip.models import FAMILIES
 
