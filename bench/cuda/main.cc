@@ -45,40 +45,48 @@ void measure(const Problem& p, const std::vector<Candidate>& kernels, int n, siz
   const size_t size = static_cast<size_t>(p.m) * p.k;
   const auto dense = [&](int i) { return DenseProduct{p.dense->get() + size * (i % p.dense_copies), x.get(), y.get(), p.m, n, p.k}; };
   const int dense_launches = std::max(p.dense_copies, 40), launches = std::max(p.encoded.copies, 40);
+  constexpr Before kBurst = {100, 0}, kSteady = {0, 400};
+  const auto time_dense = [&](int way, int repeats, const Before& before) {
+    return graph_microseconds(stream, [&](int i) { cublas.run(way, dense(i)); }, dense_launches, repeats, before);
+  };
   float best_dense = 1e9f, gemm_ex = 0;
+  int best_way = 0;
   const int ways = cublas.prepare(dense(0));
   for (int way = 0; way < ways; ++way) {
-    const float us = graph_microseconds(stream, [&](int i) { cublas.run(way, dense(i)); }, dense_launches, 5);
+    const float us = time_dense(way, 5, {});
     if (way == 0) gemm_ex = us;
-    best_dense = std::min(best_dense, us);
+    if (us < best_dense) best_dense = us, best_way = way;
   }
+  best_dense = time_dense(best_way, 5, kBurst);
+  const float steady_dense = time_dense(best_way, 11, kSteady);
   struct Timed {
     float us;
     Candidate candidate;
   };
-  const auto time = [&](const Candidate& c, bool overlap, int repeats) {
+  const auto time = [&](const Candidate& c, bool overlap, int repeats, const Before& before = {}) {
     return graph_microseconds(
-        stream, [&](int i) { CHECK(run_candidate(c, p.encoded.copy(i), x.get(), y.get(), n, false, stream, false, overlap)); }, launches, repeats);
+        stream, [&](int i) { CHECK(run_candidate(c, p.encoded.copy(i), x.get(), y.get(), n, false, stream, false, overlap)); }, launches, repeats, before);
   };
   std::vector<Timed> timed;
   for (const Candidate& c : kernels) timed.push_back({time(c, false, 3), c});
   if (timed.empty()) return;
   const auto faster = [](const Timed& a, const Timed& b) { return a.us < b.us; };
   std::sort(timed.begin(), timed.end(), faster);
-  for (size_t i = 0; i < std::min<size_t>(3, timed.size()); ++i) timed[i].us = time(timed[i].candidate, false, 11);
+  for (size_t i = 0; i < std::min<size_t>(3, timed.size()); ++i) timed[i].us = time(timed[i].candidate, false, 5, kBurst);
   std::sort(timed.begin(), timed.begin() + std::min<size_t>(3, timed.size()), faster);
   const Candidate& best = timed[0].candidate;
+  const float steady_us = time(best, false, 11, kSteady);
   float chosen_us = 1e9f;
   for (const Candidate& c : chosen_candidates(p.encoded.matrix, n))
-    if (c.is_wgmma == best.is_wgmma && c.name.find("chosen") == 0) chosen_us = time(c, false, 11);
-  const float us = timed[0].us, overlapped = time(best, true, 11);
+    if (c.is_wgmma == best.is_wgmma && c.name.find("chosen") == 0) chosen_us = time(c, false, 5, kBurst);
+  const float us = timed[0].us, overlapped = time(best, true, 5, kBurst);
   const double bytes = p.encoded.block_words_total * 4.0 + 2.0 * n * (p.m + p.k), floor_us = bytes / kCopyBandwidth * 1e6;
-  std::printf("%5dx%-5d N%-3d %s %.3f bits: cublas %6.2f (gemmEx %6.2f)  best %6.2f  ratio %.3f  chosen %6.2f %.3f  overlapped %6.2f %.3f  %.2f TB/s  floor %6.2f  %s\n",
-              p.m, p.k, n, p.weights.c_str(), p.encoded.bits_per_weight, best_dense, gemm_ex, us, best_dense / us, chosen_us, best_dense / chosen_us, overlapped,
+  std::printf("%5dx%-5d N%-3d %s %.3f bits: cublas %6.2f (gemmEx %6.2f)  best %6.2f  ratio %.3f  steady %6.2f %.3f  chosen %6.2f %.3f  overlapped %6.2f %.3f  %.2f TB/s  floor %6.2f  %s\n",
+              p.m, p.k, n, p.weights.c_str(), p.encoded.bits_per_weight, best_dense, gemm_ex, us, best_dense / us, steady_us, steady_dense / steady_us, chosen_us, best_dense / chosen_us, overlapped,
               best_dense / overlapped, bytes / us / 1e6, floor_us, best.name.c_str());
   json << "{\"m\": " << p.m << ", \"k\": " << p.k << ", \"n\": " << n << ", \"weights\": \"" << p.weights << "\", \"bits\": "
        << p.encoded.bits_per_weight << ", \"cublas_us\": " << best_dense << ", \"gemm_ex_us\": " << gemm_ex << ", \"us\": " << us
-       << ", \"chosen_us\": " << chosen_us << ", \"overlapped_us\": " << overlapped << ", \"ratio\": " << best_dense / us << ", \"floor_us\": " << floor_us << ", \"kernel\": \"" << best.name
+       << ", \"steady_us\": " << steady_us << ", \"steady_cublas_us\": " << steady_dense << ", \"chosen_us\": " << chosen_us << ", \"overlapped_us\": " << overlapped << ", \"ratio\": " << best_dense / us << ", \"floor_us\": " << floor_us << ", \"kernel\": \"" << best.name
        << "\"},\n";
   if (timings)
     for (const Timed& t : timed) std::fprintf(timings, "%d %d %d %.2f %.2f %s\n", p.m, p.k, n, best_dense, t.us, t.candidate.name.c_str());

@@ -1,13 +1,22 @@
 // Median time of one launch inside a CUDA graph of many.
 #pragma once
 #include <algorithm>
+#include <chrono>
 #include <functional>
+#include <thread>
 #include <vector>
 
 #include "check.h"
 
+// What the GPU did before a timing. It lowers its clock at its power limit, so what ran before and for how long changes a time.
+struct Before {
+  int idle_ms = 0;    // nothing
+  int steady_ms = 0;  // then the same launches: what a loop that never ends gets
+};
+
 // Captures launches 0..count-1 of `launch` into a graph, replays it, and returns the median time per launch in us.
-inline float graph_microseconds(cudaStream_t stream, const std::function<void(int)>& launch, int count, int repeats) {
+inline float graph_microseconds(cudaStream_t stream, const std::function<void(int)>& launch, int count, int repeats,
+                                const Before& before = {}) {
   cudaGraph_t graph;
   cudaGraphExec_t executable;
   CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
@@ -18,6 +27,15 @@ inline float graph_microseconds(cudaStream_t stream, const std::function<void(in
   CHECK(cudaEventCreate(&start));
   CHECK(cudaEventCreate(&stop));
   CHECK(cudaGraphLaunch(executable, stream));
+  if (before.idle_ms) {
+    CHECK(cudaStreamSynchronize(stream));
+    std::this_thread::sleep_for(std::chrono::milliseconds(before.idle_ms));
+  }
+  const auto begin = std::chrono::steady_clock::now();
+  while (std::chrono::steady_clock::now() - begin < std::chrono::milliseconds(before.steady_ms)) {
+    CHECK(cudaGraphLaunch(executable, stream));
+    CHECK(cudaStreamSynchronize(stream));
+  }
   std::vector<float> times;
   for (int r = 0; r < repeats; ++r) {
     CHECK(cudaEventRecord(start, stream));
