@@ -1,5 +1,7 @@
 """Encoding on the device gives the host encoder's payload, byte for byte."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,13 @@ from weights import named_weights
 
 import jaxzip
 from jaxzip.compress import encode_as
+from jaxzip.formats import tca_tbe_device
 from jaxzip.ops.encode import encode_on_device
+from jaxzip.testing import BF16, bits, gaussian_weights
 
 WEIGHTS = named_weights()
+GOLDEN = sorted((pathlib.Path(__file__).parent / "data").glob("tca_tbe_*.npz"))
+TCA_TBE = "tca-tbe"
 
 
 def assert_same_payload(z, want):
@@ -24,22 +30,46 @@ def assert_same_payload(z, want):
         assert np.array_equal(got, array), f"{name}: {np.count_nonzero(got != array)} of {array.size} differ"
 
 
+@pytest.mark.parametrize("format", ["lane-planar", TCA_TBE])
 @pytest.mark.parametrize(
     "name, output_axis", [*((name, -1) for name in WEIGHTS), ("gaussian 65x63", -2), ("uniform exponents", -2)]
 )
-def test_the_bytes_of_the_host_encoder(name, output_axis):
+def test_the_bytes_of_the_host_encoder(name, output_axis, format):
     w = WEIGHTS[name]
-    assert_same_payload(encode_on_device(jnp.asarray(w), output_axis), encode_as(w, "lane-planar", output_axis))
+    z = encode_on_device(jnp.asarray(w), output_axis, format=format)
+    assert_same_payload(z, encode_as(w, format, output_axis))
 
 
-def test_stacks_of_matrices_with_other_widths_and_lists():
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_tca_tbe_as_it_was_published(path):
+    """The lists of a payload are longer than the published ones: zeros, up to the length of their bucket."""
+    golden = np.load(path)
+    z = encode_on_device(jnp.asarray(golden["weights"].view(BF16)), -2, format=TCA_TBE)
+    for name, array in z.payload.items():
+        got, want = np.asarray(array).tobytes(), golden[name].tobytes()
+        assert got[: len(want)] == want and not any(got[len(want) :]), name
+
+
+@pytest.mark.parametrize("output_axis", [-1, -2])
+def test_tca_tbe_a_few_rows_of_blocks_at_a_time(monkeypatch, output_axis):
+    """Two rows of BlockTiles of five: the last step comes by one that the step before it has encoded."""
+    monkeypatch.setattr(tca_tbe_device, "_TOGETHER", 2 * 3 * 4096)
+    w = gaussian_weights((170, 260) if output_axis == -1 else (260, 170), seed=3)
+    w.flat[::50] = np.float32(1e30)
+    z = encode_on_device(jnp.asarray(w), output_axis, format=TCA_TBE)
+    assert_same_payload(z, encode_as(w, TCA_TBE, output_axis))
+    assert np.array_equal(bits(jaxzip.decompress(z)), bits(w))
+
+
+@pytest.mark.parametrize("format", ["lane-planar", TCA_TBE])
+def test_stacks_of_matrices_with_other_widths_and_lists(format):
     easy = 0.02 * jax.random.normal(jax.random.key(0), (130, 70), jnp.bfloat16)
     hard = jax.lax.bitcast_convert_type(jax.random.bits(jax.random.key(1), (130, 70), jnp.uint16), jnp.bfloat16)
     stack = jnp.stack([easy, hard, easy * 2])[:, None]
-    z = encode_on_device(stack)
-    assert_same_payload(z, encode_as(np.asarray(stack), "lane-planar", -1))
-    bits = jax.lax.bitcast_convert_type(jaxzip.decompress(z), jnp.uint16)
-    assert np.array_equal(bits, jax.lax.bitcast_convert_type(stack, jnp.uint16))
+    z = encode_on_device(stack, format=format)
+    assert_same_payload(z, encode_as(np.asarray(stack), format, -1))
+    decoded = jax.lax.bitcast_convert_type(jaxzip.decompress(z), jnp.uint16)
+    assert np.array_equal(decoded, jax.lax.bitcast_convert_type(stack, jnp.uint16))
 
 
 def test_refuses_what_it_cannot_encode():
@@ -47,5 +77,15 @@ def test_refuses_what_it_cannot_encode():
         jax.jit(encode_on_device)(jnp.ones((64, 64), jnp.bfloat16))
     with pytest.raises(TypeError, match="bfloat16"):
         encode_on_device(jnp.ones((64, 64), jnp.float32))
-    with pytest.raises(ValueError, match="unknown implementation"):
-        encode_on_device(jnp.ones((64, 64), jnp.bfloat16), implementation="gone")
+    for format in ("lane-planar", TCA_TBE):
+        with pytest.raises(ValueError, match="unknown implementation"):
+            encode_on_device(jnp.ones((64, 64), jnp.bfloat16), format=format, implementation="gone")
+        for shape in ((0, 64), (0, 64, 64), (64,)):
+            with pytest.raises(ValueError, match="expected matrices with elements"):
+                encode_on_device(jnp.ones(shape, jnp.bfloat16), format=format)
+    with pytest.raises(ValueError, match="unknown format 'gone'"):
+        encode_on_device(jnp.ones((64, 64), jnp.bfloat16), format="gone")
+    with pytest.raises(NotImplementedError, match="raw is encoded on the host only"):
+        encode_on_device(jnp.ones((64, 64), jnp.bfloat16), format="raw")
+    with pytest.raises(NotImplementedError, match="65536x40000 matrix is too large"):
+        tca_tbe_device.check_size(65536, 40000)
