@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import synthetic
-from jaxzip.models import GREEDY, Llama, LlamaConfig, fuse_projections
+from jaxzip.models import GREEDY, Gemma3Config, LlamaConfig, Qwen3Config, family_of, fuse_projections
+from jaxzip.models.config import DecoderConfig
+from jaxzip.models.decoder import Decoder
 from jaxzip.models.memory_plan import memory_plan
 
 import jaxzip
@@ -39,15 +41,21 @@ MODELS = {
     "llama-3.1-70b": LlamaConfig(
         vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, **_COMMON
     ),
-    "qwen3-14b": LlamaConfig(
-        vocab_size=151936, hidden_size=5120, intermediate_size=17408, num_layers=40, num_heads=40, **_COMMON
+    "qwen3-14b": Qwen3Config(
+        vocab_size=151936, hidden_size=5120, intermediate_size=17408, num_layers=40, num_heads=40, num_kv_heads=8,
+        head_dim=128, max_position_embeddings=40960, rope_theta=1e6, rms_norm_eps=1e-6,
+    ),
+    "gemma-3-12b": Gemma3Config(
+        vocab_size=262208, hidden_size=3840, intermediate_size=15360, num_layers=48, num_heads=16, num_kv_heads=8,
+        head_dim=256, max_position_embeddings=131072, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        sliding_window=1024, layer_types=(("sliding_attention",) * 5 + ("full_attention",)) * 8,
     ),
     "tiny": LlamaConfig(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64,
         max_position_embeddings=4096,
     ),
 }  # fmt: skip
-NOTES = {"qwen3-14b": "without its norms of queries and keys", "llama-3.1-70b": "as many layers as fit dense"}
+NOTES = {"llama-3.1-70b": "as many layers as fit dense"}
 DENSE = "dense"
 #: Share of the device's memory that a dense model may take.
 ROOM = 0.93
@@ -83,9 +91,15 @@ def copy_bandwidth() -> float:
     return statistics.median(rates)
 
 
-def dense_layer(config: LlamaConfig, kind: str) -> dict:
+def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
+    """The same model with fewer layers."""
+    types = {"layer_types": config.layer_types[:layers]} if hasattr(config, "layer_types") else {}
+    return dataclasses.replace(config, num_layers=layers, **types)
+
+
+def dense_layer(config: DecoderConfig, kind: str) -> dict:
     """Parameters of the first layer and of what is there once, dense, on the device, by the model's names."""
-    params = Llama(dataclasses.replace(config, num_layers=1)).to_params()
+    params = family_of(config)(with_layers(config, 1)).to_params()
     seeds = iter(range(1000))
 
     def draw(leaf):
@@ -111,17 +125,17 @@ def encode(params: dict, format: str) -> dict:
         return jax.tree.unflatten(treedef, list(pool.map(one, paths)))
 
 
-def whole_model(config: LlamaConfig, params: dict, chain: bool) -> Llama:
+def whole_model(config: DecoderConfig, params: dict, chain: bool) -> Decoder:
     """A model of ``config.num_layers`` layers, each with a copy of the first one's weights."""
     fused = jax.tree.map(jnp.asarray, fuse_projections(params))
     first = fused["layers"]["0"]
     layers = {str(i): jax.tree.map(jnp.copy, first) for i in range(1, config.num_layers)}
-    model = Llama.from_params(config, {**fused, "layers": {"0": first, **layers}})
+    model = family_of(config).from_params(config, {**fused, "layers": {"0": first, **layers}})
     model.chain = chain
     return model
 
 
-def setup(model: Llama, batch: int, prompt: int, new: int):
+def setup(model: Decoder, batch: int, prompt: int, new: int):
     tokens = np.random.default_rng(batch).integers(0, model.config.vocab_size, (batch, prompt)).tolist()
     return loop._Setup.of(model, tokens, new, GREEDY, None, (), 0)
 
@@ -137,7 +151,7 @@ def compile_programs(s):
     return prefill, decode, {"prefill": middle - start, "decode": time.perf_counter() - middle}
 
 
-def weight_bytes(model: Llama) -> tuple[int, int]:
+def weight_bytes(model: Decoder) -> tuple[int, int]:
     """Bytes of all weights, and of those that a decode step reads: all but the embedding, of which it reads rows."""
     params = model.to_params()
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
@@ -145,7 +159,7 @@ def weight_bytes(model: Llama) -> tuple[int, int]:
     return size(params), size(params) - unread
 
 
-def measure(model: Llama, batch: int, prompt: int, new: int, repeats: int, bandwidth: float, split: bool) -> dict:
+def measure(model: Decoder, batch: int, prompt: int, new: int, repeats: int, bandwidth: float, split: bool) -> dict:
     s = setup(model, batch, prompt, new)
     prefill, decode, compiling = compile_programs(s)
     steps = -(-(new - 1) // s.static.look_every) * s.static.look_every
@@ -192,7 +206,7 @@ def measure(model: Llama, batch: int, prompt: int, new: int, repeats: int, bandw
     return row
 
 
-def is_compressed(model: Llama) -> bool:
+def is_compressed(model: Decoder) -> bool:
     leaves = jax.tree.leaves(model.to_params(), is_leaf=lambda leaf: isinstance(leaf, CompressedTensor))
     return any(isinstance(leaf, CompressedTensor) for leaf in leaves)
 
@@ -224,11 +238,11 @@ def profile(decode, prefill, s) -> dict[str, float]:
     return {**parts, "longest": dict(longest)}
 
 
-def layers_that_fit(config: LlamaConfig, batch: int, prompt: int, new: int, memory: int) -> int:
+def layers_that_fit(config: DecoderConfig, batch: int, prompt: int, new: int, memory: int) -> int:
     """Most layers of which the dense model and its cache fit."""
     for layers in range(config.num_layers, 0, -1):
-        smaller = dataclasses.replace(config, num_layers=layers)
-        leaves = jax.tree.leaves(Llama(smaller).to_params())
+        smaller = with_layers(config, layers)
+        leaves = jax.tree.leaves(family_of(config)(smaller).to_params())
         weights = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
         if memory_plan(smaller, weights, batch, prompt, new, scratch=False).total <= ROOM * memory:
             return layers
@@ -239,7 +253,7 @@ def bench_model(name: str, args, bandwidth: float, save) -> None:
     config = MODELS[name]
     stats = jax.devices()[0].memory_stats() or {"bytes_limit": 1 << 33}
     layers = args.layers or layers_that_fit(config, max(args.batches), args.prompt, args.new, stats["bytes_limit"])
-    config = dataclasses.replace(config, num_layers=min(layers, config.num_layers))
+    config = with_layers(config, min(layers, config.num_layers))
     about = {"layers": config.num_layers, "of": MODELS[name].num_layers, "note": NOTES.get(name, "")}
     # On the host, so that the device holds the model and no more.
     params, built = jax.device_get(dense_layer(config, args.weights)), {}
