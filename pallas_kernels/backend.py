@@ -10,15 +10,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxzip.pallas_kernels import lane_planar_portable, mosaic_lanes, tca_tbe_portable
+from jaxzip.pallas_kernels import lane_planar_portable, mosaic_lanes, tca_tbe_matmul, tca_tbe_portable
 
 from jaxzip.ops import registry
 from jaxzip.ops.matmul import finish
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 LANE_PLANAR = "lane-planar"
-#: What decodes where there is no Mosaic kernel.
-PORTABLE_DECOMPRESS = {LANE_PLANAR: lane_planar_portable.decompress, "tca-tbe": tca_tbe_portable.decompress}
+TCA_TBE = "tca-tbe"
+#: What decodes and multiplies where there is no Mosaic kernel.
+PORTABLE_DECOMPRESS = {LANE_PLANAR: lane_planar_portable.decompress, TCA_TBE: tca_tbe_portable.decompress}
+PORTABLE_MATMUL = {LANE_PLANAR: lane_planar_portable.matmul, TCA_TBE: tca_tbe_matmul.matmul}
 #: Ahead of XLA, behind the FFI kernels (10).
 MOSAIC_PRIORITY = 5
 #: Nobody gets it without asking.
@@ -76,7 +78,6 @@ def _check_portable(z: CompressedTensor, *, on_gpu: bool) -> None:
 
 def _check_portable_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, on_gpu: bool) -> None:
     if w.format != "raw":
-        _check_format(w)
         _check_portable(w, on_gpu=on_gpu)
     elif w.dtype != jnp.bfloat16:
         raise NotImplementedError(f"the Pallas kernels multiply raw bfloat16 weights, this one is {w.dtype}")
@@ -138,7 +139,7 @@ def _portable_matmul(
         values = w.payload["values"]
         sums = lane_planar_portable.raw_matmul(x, values, rows_first=w.raw_transposed, interpret=interpret)
     else:
-        sums = lane_planar_portable.matmul(x, w.payload, *w.matrix_shape, interpret=interpret)
+        sums = PORTABLE_MATMUL[w.format](x, w.payload, *w.matrix_shape, interpret=interpret)
     return finish(sums, bias, residual, out_dtype)
 
 

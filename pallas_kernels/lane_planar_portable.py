@@ -14,16 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+from jaxzip.pallas_kernels import portable_matmul
 from jaxzip.pallas_kernels.manual_axes import result_like, varying_alike
 
 from jaxzip.formats import lane_planar as layout
 
 _CONSTANT_HIGH = 15
-_SMALLEST_DOT = 16  # rows that a Triton dot takes
-_LARGEST_ROWS = 64
 _WARPS = 4
-_BY_K = (((1,), (1,)), ((), ()))
 
 
 def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: bool, interpret: bool) -> jax.Array:
@@ -51,7 +48,9 @@ def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: 
         out_specs=pl.BlockSpec(
             (layout.BLOCK, layout.BLOCK), (lambda i, j: (j, i)) if transposed else (lambda i, j: (i, j))
         ),
-        **_options("jaxzip_lane_planar_decompress", interpret),
+        name="jaxzip_lane_planar_decompress",
+        interpret=interpret,
+        compiler_params=portable_matmul.compiler_params(interpret, _WARPS),
     )(*operands)
     out = out[:k, :m] if transposed else out[:m, :k]
     return lax.bitcast_convert_type(out, jnp.bfloat16)
@@ -60,14 +59,17 @@ def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: 
 def matmul(x: jax.Array, payload: Mapping[str, jax.Array], m: int, k: int, *, interpret: bool) -> jax.Array:
     """fp32 sums ``[N, M]`` of ``x[N, K] @ W.T`` for the weight of a payload, scaled back; x is bf16 or fp32."""
     columns = layout.block_grid(m, k)[1]
-    scale = lax.bitcast_convert_type((127 - payload["shift"].astype(jnp.int32)) << 23, jnp.float32)
-    overflow = _never_empty(payload["overflow"])
 
-    def weights(blocks_ref, overflow_ref, i, j):
+    def weights(refs, i, j):
+        blocks_ref, overflow_ref = refs
         return _decode(lambda word: blocks_ref[j, word], overflow_ref, i * columns + j)
 
-    blocks = pl.BlockSpec((None, columns, payload["blocks"].shape[2]), lambda _, i: (i, 0, 0))
-    return _matmul(x, scale, payload["blocks"], overflow, blocks, weights, m, k, interpret)
+    blocks = pl.BlockSpec((None, columns, payload["blocks"].shape[2]), lambda _, i, part: (i, 0, 0))
+    operands = (payload["blocks"], _never_empty(payload["overflow"]))
+    specs = (blocks, pl.BlockSpec(memory_space=pl.ANY))
+    options = {"name": "jaxzip_lane_planar_matmul", "warps": _WARPS, "interpret": interpret}
+    sums = portable_matmul.sums(x, operands, specs, weights, m, k, **options)
+    return sums * lax.bitcast_convert_type((127 - payload["shift"][:m].astype(jnp.int32)) << 23, jnp.float32)
 
 
 def raw_matmul(x: jax.Array, w: jax.Array, *, rows_first: bool, interpret: bool) -> jax.Array:
@@ -77,56 +79,12 @@ def raw_matmul(x: jax.Array, w: jax.Array, *, rows_first: bool, interpret: bool)
     rows, columns = layout.block_grid(m, k)
     padded = jnp.pad(bits, ((0, rows * layout.BLOCK - m), (0, columns * layout.BLOCK - k)))
 
-    def weights(w_ref, _, i, j):
-        return w_ref[:, pl.ds(j * layout.BLOCK, layout.BLOCK)].astype(jnp.uint32)
+    def weights(refs, i, j):
+        return refs[0][:, pl.ds(j * layout.BLOCK, layout.BLOCK)].astype(jnp.uint32)
 
-    blocks = pl.BlockSpec((layout.BLOCK, columns * layout.BLOCK), lambda _, i: (i, 0))
-    scale = jnp.ones(rows * layout.BLOCK, jnp.float32)
-    return _matmul(x, scale, padded, jnp.zeros(2, jnp.uint32), blocks, weights, m, k, interpret)
-
-
-def _matmul(x, scale, w, overflow, w_spec, weights: Callable, m: int, k: int, interpret: bool) -> jax.Array:
-    n = x.shape[0]
-    if n == 0:
-        return jnp.zeros((0, m), jnp.float32)
-    rows, columns = layout.block_grid(m, k)
-    step = min(_LARGEST_ROWS, max(_SMALLEST_DOT, pl.next_power_of_2(n)))
-    padded_n = pl.cdiv(n, step) * step
-    x = jnp.pad(x, ((0, padded_n - n), (0, columns * layout.BLOCK - k)))
-
-    def kernel(x_ref, scale_ref, w_ref, overflow_ref, y_ref):
-        row_block = pl.program_id(1)
-
-        def add(j, sums):
-            bits = weights(w_ref, overflow_ref, row_block, j)
-            part = x_ref[:, pl.ds(j * layout.BLOCK, layout.BLOCK)]
-            values = lax.bitcast_convert_type(bits << 16, jnp.float32).astype(part.dtype)
-            return sums + lax.dot_general(part, values, _BY_K, lax.Precision.HIGHEST, jnp.float32)
-
-        sums = lax.fori_loop(0, columns, add, jnp.zeros((step, layout.BLOCK), jnp.float32))
-        y_ref[...] = sums * scale_ref[...][None, :]
-
-    operands = varying_alike((x, scale, w, overflow))
-    y = pl.pallas_call(
-        kernel,
-        out_shape=result_like((padded_n, rows * layout.BLOCK), jnp.float32, operands[0]),
-        grid=(padded_n // step, rows),
-        in_specs=[
-            pl.BlockSpec((step, columns * layout.BLOCK), lambda i, j: (i, 0)),
-            pl.BlockSpec((layout.BLOCK,), lambda i, j: (j,)),
-            w_spec,
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
-        out_specs=pl.BlockSpec((step, layout.BLOCK), lambda i, j: (i, j)),
-        **_options("jaxzip_lane_planar_matmul", interpret),
-    )(*operands)
-    return y[:n, :m]
-
-
-def _options(name: str, interpret: bool) -> dict:
-    # On a GPU the compiler parameters are what chooses Triton.
-    params = None if interpret else triton.CompilerParams(num_warps=_WARPS, num_stages=1)
-    return {"name": name, "interpret": interpret, "compiler_params": params}
+    spec = pl.BlockSpec((layout.BLOCK, columns * layout.BLOCK), lambda _, i, part: (i, 0))
+    options = {"name": "jaxzip_raw_matmul", "warps": _WARPS, "interpret": interpret}
+    return portable_matmul.sums(x, (padded,), (spec,), weights, m, k, **options)
 
 
 def _never_empty(overflow: jax.Array) -> jax.Array:

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+from jaxzip.pallas_kernels import portable_matmul
 from jaxzip.pallas_kernels.manual_axes import result_like, varying_alike
 
 from jaxzip.formats import tca_tbe as layout
 
-_BITMAPS = ("bitmap1", "bitmap2", "bitmap3")
+BITMAPS = ("bitmap1", "bitmap2", "bitmap3")
 _WORD_BITS = 32
 _MOST_VALUES = (1 << 31) - 1
 _WARPS = 4
@@ -29,8 +29,7 @@ def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: 
     Raises:
       NotImplementedError: the lists are too long for 32-bit indices.
     """
-    if max(payload["sign_mantissa"].shape[0], payload["full"].shape[0]) > _MOST_VALUES:
-        raise NotImplementedError("the kernel indexes with 32 bits: at most 2^31 - 1 elements")
+    check_size(payload)
     rows, columns = layout.block_grid(m, k)
 
     def kernel(start_ref, one_ref, two_ref, three_ref, sign_mantissa_ref, full_ref, offsets_ref, out_ref):
@@ -43,8 +42,8 @@ def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: 
     shape = (columns, rows) if transposed else (rows, columns)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     bitmap = pl.BlockSpec((layout.FRAGS_PER_BLOCK, 2), lambda i, j: (i * columns + j, 0))
-    operands = [payload["start_exp"].reshape(1), *(payload[name] for name in _BITMAPS)]
-    operands += [_never_empty(payload["sign_mantissa"]), _never_empty(payload["full"]), payload["tile_offsets"]]
+    operands = [payload["start_exp"].reshape(1), *(payload[name] for name in BITMAPS)]
+    operands += [never_empty(payload["sign_mantissa"]), never_empty(payload["full"]), payload["tile_offsets"]]
     operands = varying_alike(operands)
     out = pl.pallas_call(
         kernel,
@@ -56,13 +55,19 @@ def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: 
         ),
         name="jaxzip_tca_tbe_decompress",
         interpret=interpret,
-        # On a GPU the compiler parameters are what chooses Triton.
-        compiler_params=None if interpret else triton.CompilerParams(num_warps=_WARPS, num_stages=1),
+        compiler_params=portable_matmul.compiler_params(interpret, _WARPS),
     )(*operands)
     return lax.bitcast_convert_type(out[:k, :m] if transposed else out[:m, :k], jnp.bfloat16)
 
 
-def _never_empty(values: jax.Array) -> jax.Array:
+def check_size(payload: Mapping[str, jax.Array]) -> None:
+    """Raises NotImplementedError where the lists are too long for 32-bit indices."""
+    if max(payload["sign_mantissa"].shape[0], payload["full"].shape[0]) > _MOST_VALUES:
+        raise NotImplementedError("the kernel indexes with 32 bits: at most 2^31 - 1 elements")
+
+
+def never_empty(values: jax.Array) -> jax.Array:
+    """A list that a kernel may read, which no empty one is."""
     return values if values.shape[0] else jnp.zeros(1, values.dtype)
 
 
@@ -80,7 +85,7 @@ def _places() -> tuple[jax.Array, jax.Array]:
     return row, column
 
 
-def _count_bits(words: jax.Array) -> jax.Array:
+def count_bits(words: jax.Array) -> jax.Array:
     """Ones of each uint32: sums of neighbouring fields of 1, 2 and 4 bits, then all bytes by one multiplication."""
     pairs = words - (words >> 1 & 0x55555555)
     fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333)
@@ -98,11 +103,11 @@ def _decode(bitmap_refs, sign_mantissa_ref, full_ref, offsets_ref, start_exp, bl
 
     one = lax.broadcasted_iota(jnp.int32, (layout.FRAGS_PER_BLOCK,), 0)
     of_frag = sum(
-        _count_bits(bitmap_refs[0][one, half] | bitmap_refs[1][one, half] | bitmap_refs[2][one, half])
+        count_bits(bitmap_refs[0][one, half] | bitmap_refs[1][one, half] | bitmap_refs[2][one, half])
         for half in (0 * one, 0 * one + 1)
     )
     before_frag = jnp.sum(jnp.where(frag > position, of_frag[None, :], 0), axis=1)  # both indices count to 64
-    in_frag = _count_bits(inside & ((jnp.uint32(1) << bit) - 1)) + jnp.where(word == 1, _count_bits(lower), 0)
+    in_frag = count_bits(inside & ((jnp.uint32(1) << bit) - 1)) + jnp.where(word == 1, count_bits(lower), 0)
     before = before_frag[:, None] + in_frag
 
     is_coded = code != 0

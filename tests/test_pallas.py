@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from jaxzip.pallas_kernels import backend, lane_planar_portable, mosaic_lanes
+from jaxzip.pallas_kernels import backend, lane_planar_portable, mosaic_lanes, portable_matmul, tca_tbe_matmul
 
 import jaxzip
 from jaxzip.compress import encode_as
@@ -20,8 +20,8 @@ needs_mosaic = pytest.mark.skipif(bool(mosaic_lanes.unavailable_reason()), reaso
 MODEL_SHAPES = [(1024, 4096), (4096, 14336), (6144, 4096), (34816, 5120), (128256, 4096)]
 
 
-def encoded(w, output_axis=-1):
-    return jax.tree.map(jnp.asarray, encode_as(w, "lane-planar", output_axis))
+def encoded(w, output_axis=-1, format="lane-planar"):
+    return jax.tree.map(jnp.asarray, encode_as(w, format, output_axis))
 
 
 def abstract(m, k, width=1464, batch=()):
@@ -127,13 +127,37 @@ def test_without_mosaic_the_reason_is_given(own_registry, monkeypatch):
 def test_the_portable_kernels_become_triton_on_a_gpu():
     device = jax.sharding.AbstractDevice("NVIDIA H200", num_cores=132, platform="cuda")
     z = encoded(gaussian_weights((130, 200)))
-    other = jax.tree.map(jnp.asarray, encode_as(gaussian_weights((130, 200)), "tca-tbe", -1))
+    other = encoded(gaussian_weights((130, 200)), format="tca-tbe")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         matmul = lambda x, p: lane_planar_portable.matmul(x, p, 200, 130, interpret=False)  # noqa: E731
         decompress = lambda p: lane_planar_portable.decompress(p, 200, 130, transposed=True, interpret=False)  # noqa: E731
         assert "triton" in lowered(matmul, rows(8, 130), z.payload)
         assert "triton" in lowered(decompress, z.payload)
         assert "triton" in lowered(lambda z: jaxzip.decompress(z, implementation="pallas"), other)
+        for n in (1, 64, 256):
+            text = lowered(
+                lambda x, p: tca_tbe_matmul.matmul(x, p, 200, 130, interpret=False), rows(n, 130), other.payload
+            )
+            assert text.count("triton") == 1 and f"-> tensor<{n}x200xf32>" in text
+
+
+def test_parts_of_k_cover_it():
+    for columns in range(1, 300):
+        for programs in (1, 2, 11, 64, 132, 264, 1000):
+            parts, blocks = portable_matmul.parts_of_k(programs, columns)
+            assert (parts - 1) * blocks < columns <= parts * blocks
+
+
+def test_k_in_parts():
+    """A program has five blocks of K, the last one three: sums in order, for every format as for raw weights."""
+    w = gaussian_weights((1100, 100), seed=1)
+    x = jax.random.normal(jax.random.key(0), (3, 1100), jnp.bfloat16)
+    assert portable_matmul.parts_of_k(2, 18) == (4, 5)
+    raw = pallas_matmul(x, jaxzip.compress(w, format="raw"), out_dtype=jnp.float32)
+    exact = np.asarray(x, np.float64) @ w.astype(np.float64)
+    assert np.allclose(raw, exact, rtol=0, atol=1e-5)
+    for format in ("lane-planar", "tca-tbe"):
+        assert np.array_equal(bits(pallas_matmul(x, encoded(w, format=format), out_dtype=jnp.float32)), bits(raw))
 
 
 def test_a_tensor_without_an_overflow_list():
@@ -154,13 +178,16 @@ def sharded(mesh, **options):
     return jax.jit(jax.shard_map(local, mesh=mesh, **specs, **options))
 
 
-def test_shard_map_interpreted():
+@pytest.mark.parametrize("format", ["lane-planar", "tca-tbe"])
+def test_shard_map_interpreted(format):
     w = gaussian_weights((96, 512))
     mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     x = jax.random.normal(jax.random.key(0), (8, 96), jnp.bfloat16)
-    shards = encoded(np.moveaxis(w.reshape(96, 4, 128), 1, 0))
+    shards = encoded(np.moveaxis(w.reshape(96, 4, 128), 1, 0), format=format)
     # The interpreter's own loops do not say over which axes they vary.
-    assert np.array_equal(bits(sharded(mesh, check_vma=False)(x, shards)), bits(pallas_matmul(x, encoded(w))))
+    assert np.array_equal(
+        bits(sharded(mesh, check_vma=False)(x, shards)), bits(pallas_matmul(x, encoded(w, format=format)))
+    )
 
 
 @needs_mosaic
