@@ -67,7 +67,7 @@ def matmul(x: jax.Array, payload: Mapping[str, jax.Array], m: int, k: int, *, in
     blocks = pl.BlockSpec((None, columns, payload["blocks"].shape[2]), lambda _, i, part: (i, 0, 0))
     operands = (payload["blocks"], _never_empty(payload["overflow"]))
     specs = (blocks, pl.BlockSpec(memory_space=pl.ANY))
-    options = {"name": "jaxzip_lane_planar_matmul", "warps": _WARPS, "interpret": interpret}
+    options = {"name": "jaxzip_lane_planar_matmul", "interpret": interpret}
     sums = portable_matmul.sums(x, operands, specs, weights, m, k, **options)
     return sums * lax.bitcast_convert_type((127 - payload["shift"][:m].astype(jnp.int32)) << 23, jnp.float32)
 
@@ -83,7 +83,7 @@ def raw_matmul(x: jax.Array, w: jax.Array, *, rows_first: bool, interpret: bool)
         return refs[0][:, pl.ds(j * layout.BLOCK, layout.BLOCK)].astype(jnp.uint32)
 
     spec = pl.BlockSpec((layout.BLOCK, columns * layout.BLOCK), lambda _, i, part: (i, 0))
-    options = {"name": "jaxzip_raw_matmul", "warps": _WARPS, "interpret": interpret}
+    options = {"name": "jaxzip_raw_matmul", "interpret": interpret}
     return portable_matmul.sums(x, (padded,), (spec,), weights, m, k, **options)
 
 

@@ -19,7 +19,10 @@ from jaxzip.pallas_kernels.manual_axes import result_like, varying_alike
 
 BLOCK = 64
 _SMALLEST_DOT = 16  # rows that a Triton dot takes
-_LARGEST_ROWS = 64
+#: Rows of a tile of x, by the bytes of an element: those of which a program's registers hold the sums.
+_LARGEST_ROWS = {2: 256, 4: 64}
+# With fewer, what a program decodes and sums at once does not fit the registers of its threads.
+_WARPS = 8
 _BY_K = (((1,), (1,)), ((), ()))
 #: K is split until there are so many programs, two for each multiprocessor of an H200.
 _PROGRAMS = 264
@@ -48,7 +51,6 @@ def sums(
     k: int,
     *,
     name: str,
-    warps: int,
     interpret: bool,
 ) -> jax.Array:
     """fp32 sums ``[N, M]`` of ``x[N, K] @ W.T``.
@@ -61,14 +63,13 @@ def sums(
       m: rows of W.
       k: columns of W.
       name: of the kernel.
-      warps: of a program.
       interpret: on the CPU.
     """
     n = x.shape[0]
     if n == 0:
         return jnp.zeros((0, m), jnp.float32)
     rows, columns = pl.cdiv(m, BLOCK), pl.cdiv(k, BLOCK)
-    step = min(_LARGEST_ROWS, max(_SMALLEST_DOT, pl.next_power_of_2(n)))
+    step = min(_LARGEST_ROWS[x.dtype.itemsize], max(_SMALLEST_DOT, pl.next_power_of_2(n)))
     tiles = pl.cdiv(n, step)
     parts, blocks = parts_of_k(tiles * rows, columns)
     x = jnp.pad(x, ((0, tiles * step - n), (0, columns * BLOCK - k)))
@@ -95,6 +96,6 @@ def sums(
         out_specs=pl.BlockSpec((None, step, BLOCK), lambda i, j, part: (part, i, j)),
         name=name,
         interpret=interpret,
-        compiler_params=compiler_params(interpret, warps),
+        compiler_params=compiler_params(interpret, _WARPS),
     )(*operands)
     return functools.reduce(operator.add, [y[part] for part in range(parts)])[:n, :m]

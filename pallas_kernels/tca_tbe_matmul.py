@@ -21,8 +21,6 @@ from jaxzip.formats import tca_tbe as layout
 
 _HALF_ROWS, _HALF = 4, 32
 _HALVES = layout.FRAGS_PER_BAND * 2
-# With fewer, the weights that a thread decodes at once do not fit its registers.
-_WARPS = 8
 
 
 def matmul(x: jax.Array, payload: Mapping[str, jax.Array], m: int, k: int, *, interpret: bool) -> jax.Array:
@@ -41,7 +39,7 @@ def matmul(x: jax.Array, payload: Mapping[str, jax.Array], m: int, k: int, *, in
         return _decode(*refs, i * columns + j)
 
     specs = [pl.BlockSpec(memory_space=pl.ANY)] * len(operands)
-    options = {"name": "jaxzip_tca_tbe_matmul", "warps": _WARPS, "interpret": interpret}
+    options = {"name": "jaxzip_tca_tbe_matmul", "interpret": interpret}
     return portable_matmul.sums(x, operands, specs, weights, m, k, **options)
 
 

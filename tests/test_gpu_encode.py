@@ -36,6 +36,18 @@ def test_large_weights_with_rows_of_other_scale(shape, output_axis):
     assert bool((jaxzip.decompress(z) == w).all())
 
 
+@pytest.mark.parametrize("output_axis", [-1, -2])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_tca_tbe_by_xla(name, output_axis):
+    z = encode_on_device(jnp.asarray(WEIGHTS[name]), output_axis, format="tca-tbe")
+    assert_same_payload(z, encode_as(WEIGHTS[name], "tca-tbe", output_axis))
+
+
+def test_tca_tbe_in_several_steps():
+    w = 0.02 * jax.random.normal(jax.random.key(4), (3001, 4100), jnp.bfloat16)
+    assert_same_payload(encode_on_device(w, format="tca-tbe"), encode_as(np.asarray(w), "tca-tbe", -1))
+
+
 def test_a_stack():
     stack = 0.02 * jax.random.normal(jax.random.key(3), (3, 130, 200), jnp.bfloat16)
     stack = stack.at[1].multiply(2.0**100)

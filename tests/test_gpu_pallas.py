@@ -152,6 +152,27 @@ def test_tca_tbe_decompress_gives_the_same_bits(name):
     assert_same(jaxzip.decompress(z, implementation="pallas"), jnp.asarray(WEIGHTS[name]))
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("name", FINITE)
+def test_tca_tbe_products(name):
+    w = WEIGHTS[name]
+    x, z = activations(70, w.shape[0]), jax.tree.map(jnp.asarray, encode_as(w, "tca-tbe", KERNEL_AXIS))
+    y = pallas(x, z, out_dtype=jnp.float32)
+    assert_sums(y, x, w)
+    assert_same(y, pallas(x, jaxzip.compress(w, format="raw"), out_dtype=jnp.float32))
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("x_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("n", [1, 16, 33, 100, 256, 300])
+def test_tca_tbe_rows_of_x_and_parts_of_k(n, x_dtype):
+    w = gaussian_weights((2000, 1000), seed=n)
+    x, z = activations(n, 2000).astype(x_dtype), jax.tree.map(jnp.asarray, encode_as(w, "tca-tbe", KERNEL_AXIS))
+    y = pallas(x, z, out_dtype=jnp.float32)
+    assert_sums(y, x, w)
+    assert_same(pallas(x, z, out_dtype=jnp.float32), y)
+
+
 @pytest.mark.parametrize("n", [8, 64, 128])
 def test_agrees_with_the_ffi_kernels(n):
     registry.load_backends()
