@@ -63,7 +63,8 @@ def encode_on_device(
     if w.ndim < 2 or w.size == 0:
         raise ValueError(f"encode_on_device: w has shape {w.shape}, expected matrices with elements; store it raw")
     batch, core = w.shape[:-2], w.shape[-2:]
-    payloads = _ENCODERS[format](list(w.reshape(-1, *core)), output_axis == KERNEL_AXIS, implementation)
+    matrices = w.reshape(-1, *core) if batch else [w]
+    payloads = _ENCODERS[format](matrices, output_axis == KERNEL_AXIS, implementation)
     stacked = {
         name: jnp.stack([p[name] for p in payloads]).reshape(*batch, *payloads[0][name].shape) if batch else first
         for name, first in payloads[0].items()
@@ -71,12 +72,13 @@ def encode_on_device(
     return CompressedTensor(stacked, tuple(core), np.dtype(w.dtype), fmt.name, output_axis, fmt.version)
 
 
+# Matrices are taken by their numbers: iterating over an array copies many of them at once.
 def _encode_lane_planar(matrices, transposed, implementation):
-    planned = [_plan(matrix, transposed, implementation) for matrix in matrices]
+    planned = [_plan(matrices[i], transposed, implementation) for i in range(len(matrices))]
     overflow = max(lane_planar.overflow_bucket(2 * spilled) for *_, spilled in planned)
     payloads = [
-        {"shift": shift, **_payload(matrix, shift, counts, width, overflow, transposed, implementation)}
-        for matrix, (shift, counts, width, _) in zip(matrices, planned)
+        {"shift": shift, **_payload(matrices[i], shift, counts, width, overflow, transposed, implementation)}
+        for i, (shift, counts, width, _) in enumerate(planned)
     ]
     widest = max(width for *_, width, _ in planned)
     for payload in payloads:
@@ -120,15 +122,15 @@ def _payload(matrix, shift, counts, width, overflow, transposed, implementation)
 def _encode_tca_tbe(matrices, transposed, implementation):
     m, k = matrices[0].shape[::-1] if transposed else matrices[0].shape
     tca_tbe_device.check_size(m, k)
-    planned = [_plan_tca_tbe(matrix, transposed, implementation) for matrix in matrices]
+    planned = [_plan_tca_tbe(matrices[i], transposed, implementation) for i in range(len(matrices))]
     fmt = formats.get("tca-tbe")
     totals = jax.device_get([offsets[-1, 1] for _, offsets in planned])
     lists = [jax.ShapeDtypeStruct((int(total),), jnp.uint16) for total in totals]
     lengths = [fmt.bucket_lengths({"full": full}, m, k) for full in lists]
     sizes = [max(each[name] for each in lengths) for name in ("sign_mantissa", "full")]
     payloads = [
-        _tca_tbe_payload(matrix, start_exp, offsets, *sizes, transposed, implementation)
-        for matrix, (start_exp, offsets) in zip(matrices, planned)
+        _tca_tbe_payload(matrices[i], start_exp, offsets, *sizes, transposed, implementation)
+        for i, (start_exp, offsets) in enumerate(planned)
     ]
     return [{name: payload[name] for name in fmt.fields(m, k)} for payload in payloads]
 
