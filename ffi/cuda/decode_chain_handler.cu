@@ -4,35 +4,20 @@
 
 #include "decode_chain/chain.h"
 #include "epilogue.h"
-#include "operands.h"
+#include "lane_planar_operands.h"
 
 namespace jaxzip {
 namespace {
 
 namespace lp = lane_planar;
 
-void Check(cudaError_t status) {
-  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
-    throw std::runtime_error("these kernels need a Hopper GPU (compute capability 9.0); set the model's chain=False");
-  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
-}
-
 // One weight [m, k] of the chain, by the name that errors give it.
-lp::Matrix ToMatrix(const char* name, int64_t m, int64_t k, const ffi::Buffer<ffi::S8>& shift, const ffi::Buffer<ffi::U32>& blocks,
+lp::Matrix WeightOf(const char* name, int64_t m, int64_t k, const ffi::Buffer<ffi::S8>& shift, const ffi::Buffer<ffi::U32>& blocks,
                     const ffi::Buffer<ffi::U32>& overflow, bool raw) {
   try {
     const LanePlanarOperands operands(m, k, shift, blocks, overflow, raw);
     operands.ExpectBatch({});
-    const LanePlanarPayload p = operands.At(0, {});
-    if (m > INT32_MAX || k > INT32_MAX || p.overflow_length > INT32_MAX)
-      throw InvalidArgument("the CUDA kernels take fewer than 2^31 rows, columns and overflow entries");
-    return {p.blocks,
-            reinterpret_cast<const lp::OverflowEntry*>(p.overflow),
-            p.shift,
-            static_cast<uint32_t>(p.overflow_length),
-            p.block_words,
-            static_cast<int>(m),
-            static_cast<int>(k)};
+    return ToMatrix(operands.At(0, {}));
   } catch (const InvalidArgument& e) {
     throw InvalidArgument(std::string(name) + ": " + e.message);
   }
@@ -54,7 +39,7 @@ __nv_bfloat16* Made(const char* name, Bf16Result& result, const Dims& shape) {
 
 #define JAXZIP_WEIGHT_PARAMS(name) \
   ffi::Buffer<ffi::S8> name##_shift, ffi::Buffer<ffi::U32> name##_blocks, ffi::Buffer<ffi::U32> name##_overflow
-#define JAXZIP_MATRIX(name, m, k) ToMatrix(#name, m, k, name##_shift, name##_blocks, name##_overflow, raw)
+#define JAXZIP_MATRIX(name, m, k) WeightOf(#name, m, k, name##_shift, name##_blocks, name##_overflow, raw)
 
 ffi::Error DecodeChain(cudaStream_t stream, ffi::Buffer<ffi::BF16> attended, ffi::Buffer<ffi::BF16> residual,
                        JAXZIP_WEIGHT_PARAMS(o), JAXZIP_WEIGHT_PARAMS(gate_up), JAXZIP_WEIGHT_PARAMS(down),
@@ -94,7 +79,7 @@ ffi::Error DecodeChain(cudaStream_t stream, ffi::Buffer<ffi::BF16> attended, ffi
         result.data,
         IsFp32(*y),
     };
-    if (n > 0) Check(launch_chain(chain, {batch_invariant, raw}, stream));
+    if (n > 0) CheckHopper(launch_chain(chain, {batch_invariant, raw}, stream), "set the model's chain=False");
   });
 }
 

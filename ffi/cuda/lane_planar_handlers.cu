@@ -7,30 +7,14 @@
 #include "lane_planar/decompress.h"
 #include "lane_planar/matmul.h"
 #include "lane_planar/take.h"
-#include "operands.h"
+#include "lane_planar_operands.h"
 
 namespace jaxzip {
 namespace {
 
 namespace lp = lane_planar;
 
-void Check(cudaError_t status) {
-  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
-    throw std::runtime_error("these kernels need a Hopper GPU (compute capability 9.0); use implementation=\"decompress\"");
-  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
-}
-
-lp::Matrix ToMatrix(const LanePlanarPayload& p) {
-  if (p.m > INT32_MAX || p.k > INT32_MAX || p.overflow_length > INT32_MAX)
-    throw InvalidArgument("the CUDA kernels take fewer than 2^31 rows, columns and overflow entries");
-  return {p.blocks,
-          reinterpret_cast<const lp::OverflowEntry*>(p.overflow),
-          p.shift,
-          static_cast<uint32_t>(p.overflow_length),
-          p.block_words,
-          static_cast<int>(p.m),
-          static_cast<int>(p.k)};
-}
+void Check(cudaError_t status) { CheckHopper(status, "use implementation=\"decompress\""); }
 
 ffi::Error LanePlanarGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_LANE_PLANAR_PARAMS,
                           ffi::Buffer<ffi::BF16> bias, ffi::Buffer<ffi::BF16> residual, ffi::Result<ffi::AnyBuffer> out,

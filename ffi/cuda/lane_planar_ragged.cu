@@ -3,18 +3,12 @@
 #include <cuda_runtime.h>
 
 #include "lane_planar/matmul_ragged.h"
-#include "operands.h"
+#include "lane_planar_operands.h"
 
 namespace jaxzip {
 namespace {
 
 namespace lp = lane_planar;
-
-void Check(cudaError_t status) {
-  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
-    throw std::runtime_error("this kernel needs a Hopper GPU (compute capability 9.0); use implementation=\"decompress\"");
-  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
-}
 
 ffi::Error LanePlanarRaggedGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::S32> group_sizes,
                                 JAXZIP_LANE_PLANAR_PARAMS, ffi::Result<ffi::AnyBuffer> out, int64_t m, int64_t k, bool raw) {
@@ -36,13 +30,11 @@ ffi::Error LanePlanarRaggedGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, f
       throw InvalidArgument("the weights are not stacked: a dimension of experts is 1");
     if (n > lp::kRaggedMaxRows)
       throw InvalidArgument("x has " + std::to_string(n) + " rows, the kernel takes up to " + std::to_string(lp::kRaggedMaxRows));
-    if (pitch > INT32_MAX || m > INT32_MAX || p.overflow_length > INT32_MAX)
-      throw InvalidArgument("the CUDA kernels take fewer than 2^31 rows, columns and overflow entries of a weight");
-    const lp::Matrix first = {p.blocks, reinterpret_cast<const lp::OverflowEntry*>(p.overflow), p.shift,
-                              static_cast<uint32_t>(p.overflow_length), p.block_words, static_cast<int>(m), static_cast<int>(k)};
-    const lp::Stack stack = {first, static_cast<int>(experts)};
+    const lp::Stack stack = {ToMatrix(p), static_cast<int>(experts)};
+    if (pitch > INT32_MAX) throw InvalidArgument("the CUDA kernels take fewer than 2^31 columns");
     const lp::Groups groups = {rows.data, static_cast<int>(n), static_cast<int>(pitch), sizes.data};
-    Check(lp::launch_matmul_ragged(stack, groups, result.data, IsFp32(*out), lp::choose_ragged(stack, groups.n), stream, raw));
+    CheckHopper(lp::launch_matmul_ragged(stack, groups, result.data, IsFp32(*out), lp::choose_ragged(stack, groups.n), stream, raw),
+                "use implementation=\"decompress\"");
   });
 }
 
