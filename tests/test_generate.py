@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import time
 import types
 
@@ -161,7 +162,9 @@ def test_eighty_layers_are_traced_as_one_and_compile_in_three_minutes():
     start = time.perf_counter()
     lowered = internals._advance.lower(setup.static, setup.weights, setup.inputs, run, np.int32(4))
     text = lowered.as_text()
-    assert text.count("call @run_block") == 80 and text.count("func private @run_block") == 1
+    calls, traces = (re.findall(rf"{what} @(run_block|run_link)", text) for what in ("call", "func private"))
+    # Where CUDA's chains are built in, a link goes on to the next layer's projection, and the last one to the head.
+    assert len(calls) == 80 and traces in (["run_block"], ["run_link"] * 2)
     lowered.compile()
     assert time.perf_counter() - start < 180
 
