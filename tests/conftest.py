@@ -23,12 +23,19 @@ def _has_gpu() -> bool:
 
 #: Modules of tests that take seconds each: Pallas kernels are interpreted on the CPU, whole models are compiled.
 SLOW_MODULES = (
+    "test_checkpoint_resume",
     "test_dtypes",
     "test_encode_device",
     "test_models_attention",
+    "test_models_docs",
+    "test_models_families",
+    "test_models_fuse",
+    "test_modules_adapters",
+    "test_modules_docs",
     "test_modules_linen",
     "test_modules_nnx",
     "test_pallas",
+    "test_transcode",
 )
 
 
