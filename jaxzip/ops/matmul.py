@@ -57,14 +57,7 @@ def matmul(
       ValueError: shapes do not match, or no such implementation.
       NotImplementedError: the implementation asked for cannot take these arguments; the message says why.
     """
-    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        x = jnp.asarray(x)
-    if not isinstance(w, CompressedTensor) and not isinstance(w, jax.Array | np.ndarray):
-        raise TypeError(f"matmul: w must be a CompressedTensor or an array, got {type(w).__name__}")
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise TypeError(f"matmul: x has dtype {x.dtype}, expected bfloat16, float16 or float32; cast it first")
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"matmul: w has dtype {w.dtype}, expected a floating-point weight")
+    x = checked_activations("matmul", x, w)
     if w.ndim != 2:
         raise ValueError(f"matmul: w has shape {w.shape}, expected a matrix [K, M]; map a stack with jax.vmap")
     if x.ndim < 1 or x.shape[-1] != w.shape[0]:
@@ -75,6 +68,19 @@ def matmul(
     _check_addend("bias", bias, (w.shape[1],))
     _check_addend("residual", residual, (*x.shape[:-1], w.shape[1]))
     return _matmul(x, w, bias, residual, out_dtype, bool(batch_invariant), implementation, measured.epoch())
+
+
+def checked_activations(op: str, x, w) -> jax.Array:
+    """``x`` as an array, if operation ``op`` can multiply it by ``w``; else TypeError. Shapes are not looked at."""
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        x = jnp.asarray(x)
+    if not isinstance(w, CompressedTensor) and not isinstance(w, jax.Array | np.ndarray):
+        raise TypeError(f"{op}: w must be a CompressedTensor or an array, got {type(w).__name__}")
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"{op}: x has dtype {x.dtype}, expected bfloat16, float16 or float32; cast it first")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"{op}: w has dtype {w.dtype}, expected a floating-point weight")
+    return x
 
 
 def _check_addend(name, value, shape):

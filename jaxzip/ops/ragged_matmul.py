@@ -6,11 +6,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxzip.ops import registry
 from jaxzip.ops.decompress import decompress
-from jaxzip.ops.matmul import ACTIVATION_DTYPES
+from jaxzip.ops.matmul import checked_activations
 from jaxzip.tensor import CompressedTensor
 
 #: Rows of one group that the reference multiplies at a time.
@@ -57,15 +56,8 @@ def ragged_matmul(
       ValueError: shapes do not match, or no such implementation.
       NotImplementedError: the implementation asked for cannot take these arguments; the message says why.
     """
-    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        x = jnp.asarray(x)
+    x = checked_activations("ragged_matmul", x, w)
     group_sizes = jnp.asarray(group_sizes)
-    if not isinstance(w, CompressedTensor) and not isinstance(w, jax.Array | np.ndarray):
-        raise TypeError(f"ragged_matmul: w must be a CompressedTensor or an array, got {type(w).__name__}")
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise TypeError(f"ragged_matmul: x has dtype {x.dtype}, expected bfloat16, float16 or float32; cast it first")
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"ragged_matmul: w has dtype {w.dtype}, expected a floating-point weight")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"ragged_matmul: group_sizes have dtype {group_sizes.dtype}, expected integers")
     if w.ndim != 3:

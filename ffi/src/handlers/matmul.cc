@@ -1,16 +1,10 @@
 // The FFI handlers `jaxzip_{tca_tbe,lane_planar,raw}_matmul`: x [..., N, K] times a weight -> [..., N, M].
 #include <functional>
 
-#include "handlers/common.h"
+#include "handlers/products.h"
 
 namespace jaxzip {
 namespace {
-
-bool IsF32(const char* name, const ffi::AnyBuffer& b) {
-  if (b.element_type() == ffi::F32) return true;
-  if (b.element_type() == ffi::BF16) return false;
-  throw InvalidArgument(std::string(name) + " must be bfloat16 or float32");
-}
 
 // weight_at(i): the weight for flat batch index i; one_weight: it is the same for all of them.
 void BatchedMatmul(ffi::ThreadPool pool, const ffi::AnyBuffer& x_buffer, ffi::AnyBuffer& y_buffer, int64_t m,
@@ -34,10 +28,7 @@ void BatchedMatmul(ffi::ThreadPool pool, const ffi::AnyBuffer& x_buffer, ffi::An
   }
   if (n == 0 || batch == 0) return;
   const int64_t x_count = batch == 1 ? 1 : x_batch;
-  // malloc, not a vector: the memory needs no zeros.
-  const std::unique_ptr<float, void (*)(void*)> packed(
-      static_cast<float*>(std::malloc(sizeof(float) * static_cast<size_t>(x_count * PackedSize(n, k)))), std::free);
-  if (!packed) throw std::bad_alloc();
+  const Scratch packed = AllocateScratch(x_count * PackedSize(n, k));
   for (int64_t i = 0; i < x_count; ++i) {
     PackRows(x.data + i * n * k * (x_f32 ? 4 : 2), x_f32, n, k, packed.get() + i * PackedSize(n, k), parallel_for);
   }
@@ -80,15 +71,11 @@ ffi::Error LanePlanarMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, JAXZIP_LANE_
 ffi::Error RawMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::BF16> w, ffi::Result<ffi::AnyBuffer> y,
                      int64_t m, int64_t k, bool rows_first) {
   return Guard("jaxzip_raw_matmul", [&] {
-    if (m < 1 || k < 1) {
-      throw InvalidArgument("m and k must be positive, are " + std::to_string(m) + " and " + std::to_string(k));
-    }
-    const Operand<const uint16_t> weight("w", w, 2);
-    weight.ExpectCore("w", rows_first ? Dims{m, k} : Dims{k, m});
+    const RawOperand weight(w, m, k, rows_first);
     BatchedMatmul(
-        pool, x, *y, m, k, weight.Unbatched(), [&](const Dims& full) { weight.ExpectBatch("w", full); },
+        pool, x, *y, m, k, weight.values.Unbatched(), [&](const Dims& full) { weight.values.ExpectBatch("w", full); },
         [&](int64_t i, const Dims& full, const std::function<Fault(const Weight&)>& multiply) {
-          return multiply({nullptr, nullptr, weight.At(i, full), m, k, rows_first ? k : 1, rows_first ? 1 : m});
+          return multiply(weight.At(i, full));
         });
   });
 }

@@ -1,20 +1,13 @@
 // The FFI handlers `jaxzip_{tca_tbe,lane_planar,raw}_ragged_matmul`: x [N, K], group_sizes [E], weights [E, ...] -> [N, M].
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 
-#include "handlers/common.h"
+#include "handlers/products.h"
 #include "ragged.h"
 
 namespace jaxzip {
 namespace {
-
-bool IsF32(const char* name, const ffi::AnyBuffer& b) {
-  if (b.element_type() == ffi::F32) return true;
-  if (b.element_type() == ffi::BF16) return false;
-  throw InvalidArgument(std::string(name) + " must be bfloat16 or float32");
-}
 
 // weight_of(e): the weight of expert e, which is asked for only if it has rows.
 void GroupedMatmul(ffi::ThreadPool pool, const ffi::AnyBuffer& x_buffer, const ffi::Buffer<ffi::S32>& sizes_buffer,
@@ -41,10 +34,7 @@ void GroupedMatmul(ffi::ThreadPool pool, const ffi::AnyBuffer& x_buffer, const f
   const int64_t row_bytes = m * (y_f32 ? 4 : 2);
   if (row < n) std::memset(y.data + row * row_bytes, 0, static_cast<size_t>((n - row) * row_bytes));
   if (row == 0) return;
-  // malloc, not a vector: the memory needs no zeros.
-  const std::unique_ptr<float, void (*)(void*)> packed(
-      static_cast<float*>(std::malloc(sizeof(float) * static_cast<size_t>(PackedSize(row, k)))), std::free);
-  if (!packed) throw std::bad_alloc();
+  const Scratch packed = AllocateScratch(PackedSize(row, k));
   Require(RaggedMatmul(groups, x.data, x_f32, packed.get(), y.data, y_f32, PoolFor(pool)));
 }
 
@@ -83,17 +73,11 @@ ffi::Error RawRaggedMatmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<f
                            ffi::Buffer<ffi::BF16> w, ffi::Result<ffi::AnyBuffer> y, int64_t m, int64_t k,
                            bool rows_first) {
   return Guard("jaxzip_raw_ragged_matmul", [&] {
-    if (m < 1 || k < 1) {
-      throw InvalidArgument("m and k must be positive, are " + std::to_string(m) + " and " + std::to_string(k));
-    }
-    const Operand<const uint16_t> weight("w", w, 2);
-    weight.ExpectCore("w", rows_first ? Dims{m, k} : Dims{k, m});
+    const RawOperand weight(w, m, k, rows_first);
     const Dims experts = {static_cast<int64_t>(group_sizes.element_count())};
     GroupedMatmul(
-        pool, x, group_sizes, *y, m, k, [&](const Dims& full) { weight.ExpectBatch("w", full); },
-        [&](int64_t e) {
-          return Weight{nullptr, nullptr, weight.At(e, experts), m, k, rows_first ? k : 1, rows_first ? 1 : m};
-        });
+        pool, x, group_sizes, *y, m, k, [&](const Dims& full) { weight.values.ExpectBatch("w", full); },
+        [&](int64_t e) { return weight.At(e, experts); });
   });
 }
 
