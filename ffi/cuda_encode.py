@@ -23,9 +23,9 @@ def shifts(bits: jax.Array, *, transposed: bool) -> jax.Array:
 
 
 def counts(bits: jax.Array, shift: jax.Array, *, transposed: bool) -> jax.Array:
-    """uint32 [R C, 2]: of each block, the escapes that may stand in it, and those that have no code."""
+    """uint32 [R C]: escapes of each block."""
     rows, columns = _grid(bits, transposed)
-    return call("jaxzip_lane_planar_counts", (rows * columns, 2), jnp.uint32, bits, shift, transposed=transposed)
+    return call("jaxzip_lane_planar_counts", (rows * columns,), jnp.uint32, bits, shift, transposed=transposed)
 
 
 def payload(

@@ -100,18 +100,18 @@ def _decode_to_tile(
 
     @lanes.inline([*refs, plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT])
     def emit(block, plane, overflow, shift, tile, row_block, number):
-        words, any_overflow = lane_planar_block.decode_words(block, plane, overflow, entries, number)
+        words, largest = lane_planar_block.decode_words(block, plane, overflow, entries, number)
         lanes.warp_group_barrier()  # the tile's last content has been read
-        _store_tile(_unshift(words, any_overflow, shift, lanes.scalar(row_block)), tile, transposed)
+        _store_tile(_unshift(words, largest, shift, lanes.scalar(row_block)), tile, transposed)
 
     emit(block_ref, plane_ref, overflow_ref, shift_ref, tile_ref, jnp.int32(row_block), jnp.int32(number))
 
 
-def _unshift(words: list, any_overflow, shift, row_block) -> list:
+def _unshift(words: list, largest, shift, row_block) -> list:
     """Takes the shifts of rows g and g + 8 back.
 
     A product with a power of two is exact, for zeros and subnormals too (rows of subnormals have shift 0), but may
-    change a NaN's payload. NaN exists in overflow entries only: blocks that have some count exponents instead.
+    change a NaN's payload. Warps that put an entry which may be a NaN's count exponents instead.
     """
     thread = lanes.thread()
     warp, g = lanes.shift_left(thread, -5), lanes.shift_left(lanes.both(thread, 31), -2)
@@ -136,16 +136,16 @@ def _unshift(words: list, any_overflow, shift, row_block) -> list:
         lanes.asm("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", word, scales[p % 2], results=[lanes.i32()], pure=True)[0]
         for p, word in enumerate(words)
     ]
-    # Operands: 0..15 the results; 16..31 the words, 32 and 33 the shifts, 34 the condition, 35..50 the products.
+    # Operands: 0..15 the results; 16..31 the words, 32 and 33 the shifts, 34 the largest entry, 35..50 the products.
     text = ["{ .reg .pred p, q; .reg .b32 e, m, l;"]
     text += [f"mov.b32 ${p}, ${35 + p};" for p in range(16)]
-    text += ["setp.eq.u32 p, $34, 0; @p bra DONE;"]
+    text += [f"setp.ge.u32 p, $34, {lane_planar_block.LARGEST}; vote.sync.any.pred p, p, -1; @!p bra DONE;"]
     for p in range(16):
         word = _UNSHIFT_WORD.replace("$IN", f"${16 + p}").replace("$OUT", f"${p}")
         text.append(word.replace("$SHIFT", f"${32 + p % 2}"))
     text += ["DONE: }"]
     constraints = ",".join(["=&r"] * 16 + ["r"] * (16 + 2 + 1 + 16))
-    return lanes.asm("\n".join(text), constraints, *words, *shifts, any_overflow, *products, results=[lanes.i32()] * 16)
+    return lanes.asm("\n".join(text), constraints, *words, *shifts, largest, *products, results=[lanes.i32()] * 16)
 
 
 def _store_tile(words: list, tile, transposed: bool) -> None:

@@ -2,12 +2,11 @@
 
 One program decodes blocks of 64x64 by index arithmetic: every weight finds its byte and its code by its row and column,
 and its escape by comparing its position with every entry of the block. That is slow and needs nothing but loads, shifts
-and comparisons of 32-bit integers; `lane_planar_mosaic` is the fast path and must agree with it.
+and comparisons of 32-bit integers; `lane_planar_block` is the fast path and must agree with it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -19,7 +18,6 @@ from jaxzip.pallas_kernels.manual_axes import result_like, varying_alike
 
 from jaxzip.formats import lane_planar as layout
 
-_CONSTANT_HIGH = 15
 _WARPS = 4
 
 
@@ -102,36 +100,32 @@ def _decode(read: Callable, overflow_ref, block) -> jax.Array:
     """uint32 ``[64, 64]``: the shifted bf16 bits of block number ``block``; ``read(i)`` gives its words."""
     row = lax.broadcasted_iota(jnp.int32, (layout.BLOCK, layout.BLOCK), 0)
     column = lax.broadcasted_iota(jnp.int32, (layout.BLOCK, layout.BLOCK), 1)
-    tile, j, half = row >> 4, column >> 4, column & 1
-    lane = (row & 7) << 2 | (column >> 1 & 3)
-    r = (row >> 3 & 1) | (column >> 3 & 1) << 1
-    register = 4 * j + r
-    position = tile << 10 | j << 8 | lane << 3 | r << 1 | half
-    in_half = (half << 4).astype(jnp.uint32)
+    tile, lane = row >> 4, (row & 7) << 2 | (column >> 1 & 3)
+    pair, word = column >> 5, column >> 3 & 7  # of k-steps; of the lane's words of lower bytes
+    in_word = (column & 1) << 1 | (row >> 3 & 1)
+    position = tile << 10 | pair << 9 | lane << 4 | (word & 3) << 2 | in_word
+    in_word = (in_word << 3).astype(jnp.uint32)
 
-    word = tile * 256 + (register >> 3) * 128 + lane * 4 + (register >> 1 & 3)
-    packed = read(word) >> in_half & 0xFFFF
-    swapped = (packed << 8 | packed >> 8) & 0xFFFF
-    sign_mantissa = jnp.where((register & 1) == 1, swapped, packed) & 0x807F
+    lower = read(position >> 2) >> in_word & 0xFF
+    codes, which = layout.CODE_START + tile * 96, lax.rem(word, 3)
+    code = read(codes + jnp.where(which == 2, lane + 64, 2 * lane + which))
+    rotation = jnp.where(word < 3, 0, jnp.where(word < 6, 3, 5)).astype(jnp.uint32)
+    code = code >> rotation | code << (-rotation & 31)
+    last_signs = read(codes + lane + 64) << ((word & 1) + 1).astype(jnp.uint32)
+    signs = jnp.where(word < 6, code, last_signs) & layout.SIGNS
+    upper = (signs | (code & layout.EXPONENTS)) >> in_word & 0xFF
 
-    codes = layout.CODE_START + tile * 96
-    words = [read(codes + at) >> in_half for at in (2 * lane, 2 * lane + 1, lane + 64)]
-    field = lax.rem(register, 5)
-    bit = functools.reduce(
-        lambda found, i: jnp.where(field == i, layout.CODE_BITS[i], found), range(1, 5), layout.CODE_BITS[0] + 0 * field
-    )
-    own = jnp.where(register < 5, words[0], jnp.where(register < 10, words[1], words[2]))
-    last = (words[0] & 1) | (words[1] & 1) << 1 | (words[2] & 1) << 2
-    code = jnp.where(register == 15, last, own >> bit.astype(jnp.uint32) & 7)
+    ends = read(layout.HEADER)
+    middle, count = (ends >> 8 & 0xFF).astype(jnp.int32), (ends >> 24).astype(jnp.int32)
 
     def entry(i, high):
         both = read(layout.ENTRY_START + (i >> 1))
-        one = both >> ((i & 1) << 4).astype(jnp.uint32) & 0xFFFF
-        value = jnp.where(one < 1 << 12, 0, (one >> 12) + layout.HIGH_BIAS)
-        return jnp.where(position == (one & 0xFFF).astype(jnp.int32), value, high)
+        one = (both >> ((i & 1) << 4).astype(jnp.uint32) & 0xFFFF).astype(jnp.int32)
+        tile = jnp.where(i < middle, 0, 2)  # or the one after it, which the entry tells
+        listed = (one >> layout.ENTRY_POSITION_BITS).astype(jnp.uint32)
+        return jnp.where(position == layout.entry_position(one, tile), listed, high)
 
-    count = (read(layout.HEADER) >> 24).astype(jnp.int32)
-    high = jnp.full((layout.BLOCK, layout.BLOCK), _CONSTANT_HIGH, jnp.uint32)
+    high = jnp.full((layout.BLOCK, layout.BLOCK), layout.CONSTANT_HIGH, jnp.uint32)
     high = lax.fori_loop(0, count, entry, high)
 
     length = overflow_ref.shape[0] // 2
@@ -148,4 +142,4 @@ def _decode(read: Callable, overflow_ref, block) -> jax.Array:
     first = read(layout.OVERFLOW_WORD).astype(jnp.int32)
     start = jnp.where(first == 0, length, first - 1)
     _, high = lax.while_loop(lambda state: (state[0] < length) & owned(state[0]), spilled, (start, high))
-    return sign_mantissa | (high << 3 | code) << 7
+    return lower | (upper | high << 2) << 8

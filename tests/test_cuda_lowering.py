@@ -104,7 +104,7 @@ def test_encoding_has_three_steps():
     shift, starts = jnp.zeros(words, jnp.int8), jnp.zeros(blocks + 1, jnp.uint32)
     assert custom_calls(lambda b: run(SHIFTS, None, b), bits) == [("jaxzip_lane_planar_shifts", f"tensor<{words}xi8>")]
     counts = custom_calls(lambda b, s: run(COUNTS, None, b, s), bits, shift)
-    assert counts == [("jaxzip_lane_planar_counts", f"tensor<{blocks}x2xui32>")]
+    assert counts == [("jaxzip_lane_planar_counts", f"tensor<{blocks}xui32>")]
     payload = custom_calls(lambda b, s, f: run(PAYLOAD, None, b, s, f, width=1440, overflow=64), bits, shift, starts)
     assert payload == [("jaxzip_lane_planar_encode", "(tensor<6x5x1440xui32>, tensor<64xui32>)")]
 

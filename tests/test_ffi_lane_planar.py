@@ -162,6 +162,24 @@ def test_corrupt_payloads_are_named_as_by_the_reference(case):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("tile", range(lane_planar.TILES))
+def test_overflow_entries_come_after_the_blocks_own(tile):
+    matrix = np.full((64, 64), lane_planar.PADDING, np.uint16)
+    matrix[16 * tile : 16 * tile + 2] = 0x7FC0
+    payload = cpu().encode_lane_planar(matrix)
+    entries = payload["blocks"][0, 0, lane_planar.ENTRY_START :].view(np.uint16)
+    last = lane_planar.entry_position(int(entries[-1]), tile)
+    assert payload["overflow"].size == 2 * (128 - entries.size) and last >> 10 == tile
+    for position in {last + 1, last, last - 1, last & 2047, 0}:
+        payload["overflow"][1] = position | 31 << 12
+        for implementation in ("reference", "ffi"):
+            if position > last:
+                host.validate(payload, "lane-planar", 64, 64, implementation=implementation)
+                continue
+            with pytest.raises(CorruptDataError, match=r"overflow\[0\] has an entry before the end"):
+                host.validate(payload, "lane-planar", 64, 64, implementation=implementation)
+
+
 def test_random_corruption_is_judged_as_by_the_reference_and_never_crashes(isa):
     rng = np.random.default_rng(0)
     payload, m, k = corruptible_payload()

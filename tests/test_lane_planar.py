@@ -86,7 +86,7 @@ def test_rows_with_subnormals_are_not_shifted_and_nan_keeps_its_exponent():
     w = np.tile(np.append(row[:-1], 0x7FC1).astype(np.uint16), (64, 1))
     payload = FORMAT.encode(w)
     assert (payload["shift"] == 9).all()
-    assert payload["overflow"].size == 2 * 64  # a NaN has no code
+    assert payload["overflow"].size == 0
     assert np.array_equal(decode(payload, 64, 20), w)
 
 
@@ -130,14 +130,15 @@ def test_layout_equals_the_kernels():
     constants = dict(re.findall(r"constexpr (?:int|uint32_t) (k\w+) = (\d+);", LAYOUT_H.read_text()))
     text = LAYOUT_H.read_text()
     assert int(constants["kBlock"]) == lane_planar.BLOCK
-    assert int(constants["kSignMantissaWords"]) * lane_planar.TILES == lane_planar.CODE_START
+    assert int(constants["kLowerWords"]) * lane_planar.TILES == lane_planar.CODE_START
     assert lane_planar.CODE_START + int(constants["kCodeWords"]) * lane_planar.TILES == lane_planar.HEADER
     assert int(constants["kMaxBlockWords"]) == lane_planar.WIDTHS[-1]
-    assert int(constants["kHighCodeBias"]) == lane_planar.HIGH_BIAS
     widths = re.search(r"kBlockWidths\[\] = \{([\d, ]+)\}", text).group(1)
     assert tuple(int(w) for w in widths.split(",")) == lane_planar.WIDTHS
     assert "kOverflowWord = kHeaderStart + 1" in text and "kEntryStart = kHeaderStart + 2" in text
-    assert 1 << int(constants["kPositionBits"]) == lane_planar.POSITIONS
+    positions, of_entry = re.search(r"kPositionBits = (\d+), kEntryPositionBits = (\d+);", text).groups()
+    assert 1 << int(positions) == lane_planar.POSITIONS and int(of_entry) == lane_planar.ENTRY_POSITION_BITS
+    assert int(re.search(r"kUpperBytes = (0x[0-9a-f]+)u", text).group(1), 16) == lane_planar.CODES
 
 
 def _set(name, index, value):
@@ -157,15 +158,19 @@ def _spill(*pairs):
 
 
 def _no_entries_in_tile_0(payload):
-    payload["blocks"][0, 0, lane_planar.HEADER] &= 0xFFFFFF00
+    payload["blocks"][0, 1, lane_planar.HEADER] &= 0xFFFFFF00
 
 
 def corruptible_payload():
-    """(payload, M, K): six blocks; NaN, which have no code, in the first one's row 0."""
+    """(payload, M, K): six blocks; the first has two escapes more than room, all NaN."""
     m, k = 128, 130
-    w = gaussian_weights((k, m))
-    w[:2, 0] = np.nan
-    return encode(w), m, k
+    w = np.full((k, m), 2.0**-6, BF16)
+    w[[70, 129]] = np.asarray(2.0**-30, BF16)  # escapes of all tiles
+    w[:64, :64] = np.asarray(2.0**-6, BF16)
+    w[:2, :63] = np.nan
+    payload = encode(w)
+    assert payload["overflow"].size == 4
+    return payload, m, k
 
 
 CORRUPTIONS = [
@@ -175,13 +180,13 @@ CORRUPTIONS = [
     (_set("blocks", (0, 2, lane_planar.OVERFLOW_WORD), 77), ["blocks[2]", "overflow"]),
     (_set("blocks", (0, 0, lane_planar.OVERFLOW_WORD), 0), ["blocks[0]", "overflow"]),
     (_set("blocks", (0, 0, lane_planar.ENTRY_START), 0x00050005), ["blocks[0]", "order"]),
-    (_no_entries_in_tile_0, ["blocks[0]", "tile"]),
+    (_no_entries_in_tile_0, ["blocks[1]", "tile"]),
     (_set("overflow", 1, 1 << 20), ["overflow[0]", "17 bits"]),
     (_set("overflow", 2, 99), ["overflow[1]", "past the 6"]),
     (_spill((1, 1 | 31 << 12), (1, 0 | 31 << 12)), ["overflow[0]", "order"]),
     (_spill((1, 0 | 31 << 12), (1, 0 | 31 << 12)), ["overflow[0]", "order"]),
     (_spill((0, 0), (1, 1 | 31 << 12)), ["overflow[0]", "order"]),
-    (lambda p: _spill((1, int(p["blocks"][0, 0, lane_planar.ENTRY_START]) & 0xFFF))(p), ["overflow[0]", "repeats"]),
+    (_spill((1, 0 | 31 << 12), (1, 4095 | 31 << 12)), ["overflow[0]", "before the end"]),
     (_set("shift", 5, 100), ["shift[5]", "40"]),
     (lambda p: p.update(overflow=p["overflow"][:-1]), ["overflow", "truncated"]),
     (lambda p: p.update(blocks=p["blocks"][..., :-1]), ["words", "1472"]),

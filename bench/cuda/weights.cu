@@ -96,15 +96,15 @@ Encoded encode_lane_planar(const uint16_t* w, int m, int k, size_t bytes_of_copi
   e.shift = std::make_unique<DeviceArray<int8_t>>(e.matrix.m_blocks() * kBlock);
   const DenseBits bits = {w, m, k, false};
   CHECK(launch_choose_shifts(bits, e.shift->get(), nullptr));
-  DeviceArray<EscapeCounts> device_counts(count);
+  DeviceArray<uint32_t> device_counts(count);
   CHECK(launch_count_escapes(bits, e.shift->get(), device_counts.get(), nullptr));
-  std::vector<EscapeCounts> counts(count);
-  CHECK(cudaMemcpy(counts.data(), device_counts.get(), count * sizeof(EscapeCounts), cudaMemcpyDeviceToHost));
+  std::vector<uint32_t> counts(count);
+  CHECK(cudaMemcpy(counts.data(), device_counts.get(), count * sizeof(uint32_t), cudaMemcpyDeviceToHost));
 
   int words = kMaxBlockWords;
   size_t over = 0;
   for (int candidate : kBlockWidths) {
-    over = std::count_if(counts.begin(), counts.end(), [&](EscapeCounts c) { return c.coded > 2u * (candidate - kEntryStart); });
+    over = std::count_if(counts.begin(), counts.end(), [&](uint32_t escapes) { return escapes > 2u * (candidate - kEntryStart); });
     words = candidate;
     if (over <= count * kOverflowShare) break;
   }
@@ -113,10 +113,10 @@ Encoded encode_lane_planar(const uint16_t* w, int m, int k, size_t bytes_of_copi
   double escapes = 0;
   size_t overflowing = 0;
   for (size_t i = 0; i < count; ++i) {
-    const uint32_t spilled = counts[i].other + (counts[i].coded > room ? counts[i].coded - room : 0);
+    const uint32_t spilled = counts[i] > room ? counts[i] - room : 0;
     starts[i + 1] = starts[i] + spilled;
     overflowing += spilled > 0;
-    escapes += counts[i].coded + counts[i].other;
+    escapes += counts[i];
   }
   DeviceArray<uint32_t> device_starts(count + 1);
   CHECK(cudaMemcpy(device_starts.get(), starts.data(), (count + 1) * 4, cudaMemcpyHostToDevice));

@@ -50,8 +50,8 @@ ffi::Error Counts(cudaStream_t stream, ffi::Buffer<ffi::U16> bits, ffi::Buffer<f
   return Guard("jaxzip_lane_planar_counts", [&] {
     const Weights weights(bits, transposed);
     const auto* by = Expect<const int8_t>("shift", shift, {weights.row_blocks * lp::kBlock});
-    auto* out = Expect<uint32_t>("counts", *counts, {weights.row_blocks * weights.k_blocks, 2});
-    Check(lp::launch_count_escapes(weights.w, by, reinterpret_cast<lp::EscapeCounts*>(out), stream));
+    auto* out = Expect<uint32_t>("counts", *counts, {weights.row_blocks * weights.k_blocks});
+    Check(lp::launch_count_escapes(weights.w, by, out, stream));
   });
 }
 

@@ -16,12 +16,12 @@ namespace {
 using namespace lane_planar;
 constexpr int kMaxShift = 40;
 constexpr int kEntryBits = kPositionBits + 5;
-constexpr uint32_t kPositionMask = (1u << kPositionBits) - 1;
+constexpr uint32_t kPositionMask = (1u << kPositionBits) - 1, kEntryPositionMask = (1u << kEntryPositionBits) - 1;
 
 // In the order in which they are reported: the first problem, and of it the first place.
 enum Problem : int {
   kShift, kEndsDecrease, kTooMany, kPastEnds, kEntryOrder, kWrongTile,
-  kOverflowOrder, kOverflowBlock, kOverflowEntry, kOverflowRepeats, kOverflowIndex, kNone
+  kOverflowOrder, kOverflowBlock, kOverflowEntry, kOverflowBefore, kOverflowIndex, kNone
 };
 
 std::string Describe(Problem problem, int64_t index, const LanePlanarPayload& p) {
@@ -41,7 +41,7 @@ std::string Describe(Problem problem, int64_t index, const LanePlanarPayload& p)
       array = "overflow", what = "names a block past the " + std::to_string(blocks) + " that there are";
       break;
     case kOverflowEntry: array = "overflow", what = "has an entry of more than 17 bits"; break;
-    case kOverflowRepeats: array = "overflow", what = "repeats an entry of its block"; break;
+    case kOverflowBefore: array = "overflow", what = "has an entry before the end of its block's own"; break;
     case kOverflowIndex: what = "points to a wrong overflow entry"; break;
     case kNone: return "";
   }
@@ -71,6 +71,11 @@ uint32_t EntryAt(const char* entries, int i) {
   return entry;
 }
 
+// Where in the block an entry is that the ends say to be of this tile.
+int PositionOf(uint32_t entry, int tile) {
+  return static_cast<int>(entry & kEntryPositionMask) | tile >> 1 << kEntryPositionBits;
+}
+
 Problem CheckBlock(const LanePlanarPayload& p, int64_t block) {
   const int room = 2 * (p.block_words - kEntryStart);
   const uint32_t header = p.blocks[block * p.block_words + kHeaderStart];
@@ -85,32 +90,28 @@ Problem CheckBlock(const LanePlanarPayload& p, int64_t block) {
   uint32_t rest = 0;
   for (int i = used; i < room; ++i) rest |= EntryAt(entries, i);
   if (rest) return kPastEnds;
-  int64_t before = -1;
-  for (int i = 0; i < used; ++i) {
-    const int64_t position = EntryAt(entries, i) & kPositionMask;
-    if (position <= before) return kEntryOrder;
-    before = position;
+  int before = -1;
+  bool in_tile = true;
+  for (int tile = 0, i = 0; tile < kTiles; ++tile) {
+    for (; i < end[tile]; ++i) {
+      const int position = PositionOf(EntryAt(entries, i), tile);
+      if (position <= before) return kEntryOrder;
+      in_tile &= position / kTileElements == tile;
+      before = position;
+    }
   }
-  for (int i = 0, tile = 0; i < used; ++i) {
-    while (i >= end[tile]) ++tile;
-    if (static_cast<int>((EntryAt(entries, i) & kPositionMask) / kTileElements) != tile) return kWrongTile;
-  }
-  return kNone;
+  return in_tile ? kNone : kWrongTile;
 }
 
-// Whether the block lists this position itself. In a block whose entries are out of order, which is reported before,
-// the answer may be wrong.
-bool Lists(const LanePlanarPayload& p, int64_t block, uint32_t position) {
-  const int room = 2 * (p.block_words - kEntryStart);
-  const char* entries = Entries(p, block);
-  int low = 0, high = std::min<int>(room, p.blocks[block * p.block_words + kHeaderStart] >> 24);
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    const uint32_t found = EntryAt(entries, middle) & kPositionMask;
-    if (found == position) return true;
-    (found < position ? low : high) = found < position ? middle + 1 : middle;
-  }
-  return false;
+// Position of the last of a block's own entries, -1 where it has none. In a block with a problem of its own, which is
+// reported before, the answer may be wrong.
+int LastPosition(const LanePlanarPayload& p, int64_t block) {
+  const uint32_t header = p.blocks[block * p.block_words + kHeaderStart];
+  const int last = std::min<int>(2 * (p.block_words - kEntryStart), header >> 24) - 1;
+  if (last < 0) return -1;
+  int tile = 0;
+  while (tile < kTiles - 1 && last >= static_cast<int>(header >> 8 * tile & 0xFF)) ++tile;
+  return PositionOf(EntryAt(Entries(p, block), last), tile);
 }
 
 }  // namespace
@@ -139,7 +140,9 @@ std::string CheckLanePlanar(const LanePlanarPayload& p, const For& parallel_for)
     }
     if (owner > blocks) finding.Report(kOverflowBlock, i);
     if (entry >> kEntryBits) finding.Report(kOverflowEntry, i);
-    if (owner && owner <= blocks && Lists(p, owner - int64_t{1}, position)) finding.Report(kOverflowRepeats, i);
+    if (owner && owner <= blocks && static_cast<int>(position) <= LastPosition(p, owner - int64_t{1})) {
+      finding.Report(kOverflowBefore, i);
+    }
   }
   // In order they are, or this is not what gets reported: walk them beside the blocks.
   for (int64_t b = 0, i = 0; b < blocks; ++b) {

@@ -111,10 +111,10 @@ void WithRows(const Matrix& band, BufferPool& pool, F&& use) {
 int Room(int block_words) { return 2 * (block_words - lane_planar::kEntryStart); }
 
 // The narrowest width that holds the escapes of all but a few blocks.
-int ChooseWidth(const std::vector<int32_t>& coded) {
+int ChooseWidth(const std::vector<int32_t>& escapes) {
   for (int width : lane_planar::kBlockWidths) {
-    const auto over = std::count_if(coded.begin(), coded.end(), [&](int32_t n) { return n > Room(width); });
-    if (over * kBlocksPerOverflow <= static_cast<int64_t>(coded.size())) return width;
+    const auto over = std::count_if(escapes.begin(), escapes.end(), [&](int32_t n) { return n > Room(width); });
+    if (over * kBlocksPerOverflow <= static_cast<int64_t>(escapes.size())) return width;
   }
   return lane_planar::kMaxBlockWords;
 }
@@ -129,7 +129,7 @@ EncodedLanePlanar EncodeLanePlanar(const Bands& w, const For& parallel_for) {
   out.shift = Allocate<int8_t>(rows * kBlock);
   int8_t* shift = out.shift.data.get();
   BufferPool pool;
-  std::vector<int32_t> coded(static_cast<size_t>(rows * columns)), uncoded(coded.size());
+  std::vector<int32_t> escapes(static_cast<size_t>(rows * columns));
   ForEachBand(w, parallel_for, [&](int64_t block_row, const Matrix& any) {
     WithRows(any, pool, [&](const Rows& band) {
       alignas(64) uint16_t tile[kTileSize];
@@ -137,16 +137,15 @@ EncodedLanePlanar EncodeLanePlanar(const Bands& w, const For& parallel_for) {
       std::memset(own, 0, kBlock);
       ChooseShifts(band, own);
       for (int64_t bc = 0; bc < columns; ++bc) {
-        const auto b = static_cast<size_t>(block_row * columns + bc);
         LoadTile(band, bc, own, tile);
-        kernels.count_escapes(tile, &coded[b], &uncoded[b]);
+        escapes[static_cast<size_t>(block_row * columns + bc)] = kernels.count_escapes(tile);
       }
     });
   });
 
-  const int width = out.block_words = ChooseWidth(coded);
-  std::vector<int64_t> first(coded.size() + 1);
-  for (size_t b = 0; b < coded.size(); ++b) first[b + 1] = first[b] + uncoded[b] + std::max(0, coded[b] - Room(width));
+  const int width = out.block_words = ChooseWidth(escapes);
+  std::vector<int64_t> first(escapes.size() + 1);
+  for (size_t b = 0; b < escapes.size(); ++b) first[b + 1] = first[b] + std::max(0, escapes[b] - Room(width));
   if (first.back() >= UINT32_MAX) {
     throw std::overflow_error("overflow would hold " + std::to_string(first.back()) + " entries; 32 bits reach " +
                               std::to_string(UINT32_MAX - 1) + ": split the tensor along M");

@@ -1,14 +1,17 @@
 """Lane-planar: bf16 weights laid out for a Hopper kernel, every weight in a fixed place, escapes apart.
 
-A weight is a sign+mantissa byte and the three low bits of its exponent; the five high bits are a constant, except for
-the few escapes, which are listed. Rows are scaled by a power of two first, so that the constant is 01111.
+A weight is its lower byte and three bits of the upper one, its code: the sign, and the two last, which belong to the
+exponent. The five bits between are a constant, except for the few escapes, which are listed. Rows are scaled by a power
+of two first, so that the constant is 01111.
 
-    block of 64 rows x 64 k (u32 words)                                 tile of 16 rows x 64 k: an A operand of mma
-    0               1024            1408    1409       1410             lane = 4 g + t, k-step j, register r, half h:
-    +---------------+---------------+------+----------+--------------+    row = g + 8 (r & 1)
-    | sign+mantissa | exponent codes | ends | overflow | u16 entries  |    column = 16 j + 2 t + 8 (r >> 1) + h
-    | 4 tiles x 256 | 4 tiles x 96   |      |          | (up to 124)  |  position = tile<<10 | j<<8 | lane<<3 | r<<1 | h
-    +---------------+---------------+------+----------+--------------+
+    block of 64 rows x 64 k (u32 words)                               tile of 16 rows x 64 k: an A operand of mma
+    0               1024           1408   1409       1410             lane = 4 g + t, k-step j, register r, half h:
+    +---------------+--------------+------+----------+-------------+    row = g + 8 (r & 1)
+    | lower bytes   | codes        | ends | overflow | u16 entries |    column = 16 j + 2 t + 8 (r >> 1) + h
+    | 4 tiles x 256 | 4 tiles x 96 |      |          | (up to 124) |  position, of a byte: tile<<10 | (j>>1)<<9 |
+    +---------------+--------------+------+----------+-------------+    lane<<4 | (j&1)<<3 | (r>>1)<<2 | h<<1 | (r&1)
+
+A register's two weights are then two byte permutations away from a word of lower and a word of upper bytes.
 """
 
 from __future__ import annotations
@@ -43,16 +46,19 @@ WIDTHS = (1424, 1440, 1456, 1464, 1472)
 OVERFLOW_SHARE = 1 / 128
 MIN_OVERFLOW_BUCKET = 64
 
-#: Bit of a code field in each half of its word, by register % 5; register 15 takes bit 0 of three words.
-CODE_BITS = (7, 4, 1, 10, 13)
-#: Entries hold their five high exponent bits less this in four bits; 0 stands for 0.
-HIGH_BIAS = 3
+#: Bits of a code in each upper byte of a word, and of them the sign and the exponent.
+CODES, SIGNS, EXPONENTS = (np.uint32(mask) for mask in (0x83838383, 0x80808080, 0x03030303))
+#: Words of lower bytes that a lane has of a tile.
+LANE_WORDS = 8
+#: Bits of an entry that tell a position in a pair of tiles; above are the five high exponent bits.
+ENTRY_POSITION_BITS = 11
 CONSTANT_HIGH = 15
 PADDING = WINDOW_START << 7
 _CHUNK = 1 << 22  # elements that the encoder works on at a time
 
-# [M, K] reshaped to (row block, tile, r & 1, g, k block, j, r >> 1, t, h) and permuted is in position order.
-_TO_POSITIONS = (0, 4, 1, 5, 3, 7, 6, 2, 8)
+# [M, K] as (row block, tile, r & 1, g, k block, j >> 1, j & 1, r >> 1, t, h), permuted, is in position order.
+_SPLIT = (TILES, 2, 8), (2, 2, 2, 4, 2)
+_TO_POSITIONS = (0, 4, 1, 5, 3, 8, 6, 7, 9, 2)
 _FROM_POSITIONS = tuple(int(i) for i in np.argsort(_TO_POSITIONS))
 
 
@@ -121,7 +127,7 @@ def _positions(bits: np.ndarray, shifts: np.ndarray) -> Iterator[tuple[slice, np
         padded = np.full(((stop - start) * BLOCK, columns * BLOCK), PADDING, np.uint16)
         scale = shifts[start * BLOCK : stop * BLOCK].astype(np.uint16)[:, None]
         padded[: part.shape[0], :k] = shift_exponents(part, scale, np.where)
-        split = padded.reshape(stop - start, TILES, 2, 8, columns, 4, 2, 4, 2).transpose(_TO_POSITIONS)
+        split = padded.reshape(stop - start, *_SPLIT[0], columns, *_SPLIT[1]).transpose(_TO_POSITIONS)
         yield slice(start * columns, stop * columns), split.reshape(-1, POSITIONS)
 
 
@@ -137,28 +143,47 @@ def shifted_high(elements):
     return (elements >> 10) & 31
 
 
-def has_code(high):
-    """Whether an escape with these high exponent bits may stand in a block: the four bits of its code tell them."""
-    return (high == 0) | ((high > HIGH_BIAS) & (high <= 15 + HIGH_BIAS))
+def code_words(upper):
+    """Three words a lane from eight words of upper bytes.
+
+    Words 0 to 2 as they are, 3 to 5 rotated left by 3; of 6 and 7 the exponent bits are in words 0 and 1, the signs in
+    word 2.
+
+    Args:
+      upper: eight uint32 arrays, of bits of ``CODES`` only.
+    """
+    words = [upper[i] | upper[3 + i] << 3 | upper[3 + i] >> 29 for i in range(3)]
+    for i in range(2):
+        words[i] |= (upper[6 + i] & EXPONENTS) << 5
+        words[2] |= (upper[6 + i] & SIGNS) >> (1 + i)
+    return words
+
+
+def upper_words(codes):
+    """The reverse: eight words of upper bytes, without high exponent bits."""
+    rotated = [c >> 3 | c << 29 for c in codes]
+    last = [codes[2] << (1 + i) & SIGNS | codes[i] >> 5 & EXPONENTS for i in range(2)]
+    return [word & CODES for word in (*codes, *rotated)] + last
+
+
+def entry_of(position, high):
+    """An entry of a block, of an escape's position and five high exponent bits."""
+    return position & (1 << ENTRY_POSITION_BITS) - 1 | high << ENTRY_POSITION_BITS
 
 
 def _planes(elements: np.ndarray) -> np.ndarray:
-    """uint32 ``[blocks, 1408]``: the sign+mantissa and code words."""
+    """uint32 ``[blocks, 1408]``: the words of lower bytes and of codes."""
     n = elements.shape[0]
-    values = elements.reshape(n, TILES, 4, 32, 2, 2, 2).astype(np.uint32)  # tile j lane r>>1 r&1 h
-    sign, mantissa = values >> 15, values & 0x7F
-    halves = sign[..., 0, :] << 15 | mantissa[..., 1, :] << 8 | sign[..., 1, :] << 7 | mantissa[..., 0, :]
-    words = halves[..., 0] | halves[..., 1] << 16  # tile j lane r>>1
-    sign_mantissa = words.reshape(n, TILES, 2, 2, 32, 2).transpose(0, 1, 2, 4, 3, 5).reshape(n, CODE_START)
-    low = ((values >> 7) & 7).reshape(n, TILES, 4, 32, 4, 2).transpose(0, 1, 3, 2, 4, 5).reshape(n, TILES, 32, 16, 2)
-    codes = np.zeros((n, TILES, 32, 3, 2), np.uint32)
-    for register in range(15):
-        codes[..., register // 5, :] |= low[..., register, :] << CODE_BITS[register % 5]
-    for bit in range(3):
-        codes[..., bit, :] |= low[..., 15, :] >> bit & 1
-    codes = codes[..., 0] | codes[..., 1] << 16  # tile lane word
-    pairs = codes[..., :2].reshape(n, TILES, 64)
-    return np.concatenate([sign_mantissa, np.concatenate([pairs, codes[..., 2]], -1).reshape(n, -1)], 1)
+    lower = elements.astype(np.uint8).view("<u4")
+    upper = (elements >> 8).astype(np.uint8).view("<u4")
+    lanes = (upper & CODES).reshape(n, TILES, 2, 32, 4).transpose(2, 4, 0, 1, 3).reshape(LANE_WORDS, n, TILES, 32)
+    return np.concatenate([lower, join_codes(code_words(lanes), np).reshape(n, -1)], 1)
+
+
+def join_codes(words, numpy):
+    """``[..., 96]``: two words of each lane, then the third of each, ``words`` being three arrays ``[..., 32]``."""
+    pairs = numpy.stack(words[:2], -1).reshape(*words[0].shape[:-1], 64)
+    return numpy.concatenate([pairs, words[2]], -1)
 
 
 class LanePlanar(Format):
@@ -169,14 +194,15 @@ class LanePlanar(Format):
     ========= ====== ============ ==========================================================================
     shift     int8   [64 R]       stored exponent = exponent + shift of its row
     blocks    uint32 [R, C, W]    ends: four u8, entries before the end of tile 0..3; overflow: 0, or 1 + index of
-                                  the block's first overflow entry; entry: position | code << 12, in order
-    overflow  uint32 [2 V]        1 + block, position | five high exponent bits << 12: escapes that have no code or no
-                                  room in their block, in order; zeros at the end are padding
+                                  the block's first overflow entry; entry: position without its first bit | five
+                                  high exponent bits << 11, in order of position
+    overflow  uint32 [2 V]        1 + block, position | five high exponent bits << 12: escapes that have no room in
+                                  their block, in order; zeros at the end are padding
     ========= ====== ============ ==========================================================================
     """
 
     name = "lane-planar"
-    version = 1
+    version = 2
     dtypes = (np.dtype(ml_dtypes.bfloat16),)
 
     def fields(self, m: int, k: int) -> dict[str, FieldSpec]:
@@ -191,11 +217,10 @@ class LanePlanar(Format):
         m, k = bits.shape
         rows, columns = block_grid(m, k)
         shifts = choose_shifts(bits)
-        coded = np.zeros(rows * columns, np.int64)
+        escapes = np.zeros(rows * columns, np.int64)
         for where, elements in _positions(bits, shifts):
-            block, _, high = _escapes(elements)
-            coded[where] = np.bincount(block[has_code(high)], minlength=elements.shape[0])
-        width = choose_width([(coded > room(width)).mean() for width in WIDTHS])
+            escapes[where] = (shifted_high(elements) != CONSTANT_HIGH).sum(1)
+        width = choose_width([(escapes > room(width)).mean() for width in WIDTHS])
 
         blocks = np.zeros((rows * columns, width), np.uint32)
         overflow = []
@@ -203,14 +228,11 @@ class LanePlanar(Format):
             out = blocks[where]
             out[:, :HEADER] = _planes(elements)
             block, position, high = _escapes(elements)
-            coded_here = has_code(high)
-            before = np.concatenate([[0], np.cumsum(coded_here)])
-            first = np.concatenate([[0], np.cumsum(np.bincount(block[coded_here], minlength=elements.shape[0]))])
-            rank = before[:-1] - first[block]
-            inside = coded_here & (rank < room(width))
+            first = np.concatenate([[0], np.cumsum(escapes[where])])
+            rank = np.arange(block.size) - first[block]
+            inside = rank < room(width)
             entries = np.zeros((elements.shape[0], room(width)), np.uint16)
-            code = np.maximum(high[inside].astype(np.int64) - HIGH_BIAS, 0)
-            entries[block[inside], rank[inside]] = position[inside] | code << 12
+            entries[block[inside], rank[inside]] = entry_of(position[inside], high[inside])
             out[:, ENTRY_START:] = entries.view("<u4")
             per_tile = np.bincount(
                 block[inside] * TILES + (position[inside] >> 10), minlength=TILES * elements.shape[0]
@@ -236,7 +258,7 @@ class LanePlanar(Format):
         high = high.at[row, column].set((entry >> 12).astype(jnp.uint8), mode="drop")
         # One row of blocks at a time: the reference needs some 30 bytes per weight while it runs.
         elements = jax.lax.map(_decode_blocks, (payload["blocks"], high.reshape(rows, columns, POSITIONS)))
-        split = elements.reshape(rows, columns, TILES, 4, 8, 4, 2, 2, 2).transpose(_FROM_POSITIONS)
+        split = elements.reshape(rows, columns, TILES, 2, 8, 4, 2, 2, 2, 2).transpose(_FROM_POSITIONS)
         shifts = payload["shift"].astype(jnp.uint16)[:, None]
         return shift_exponents(split.reshape(rows * BLOCK, columns * BLOCK), -shifts, jnp.where)[:m, :k]
 
@@ -267,10 +289,10 @@ class LanePlanar(Format):
         slot = np.arange(room(width))
         used = slot < ends[:, -1:]
         _expect(((entries == 0) | used).all(1), "blocks", "has entries past its ends")
-        position = entries & (POSITIONS - 1)
+        tile = _tile_of_slot(ends, slot, np)
+        position = entry_position(entries, tile)
         ordered = (np.diff(position, axis=1, prepend=-1) > 0) | ~used
         _expect(ordered.all(1), "blocks", "has entries out of order")
-        tile = (slot[None, :, None] >= ends[:, None, :]).sum(-1)
         _expect(((position >> 10 == tile) | ~used).all(1), "blocks", "has an entry outside the tile that its ends say")
         owner, entry = payload["overflow"][0::2].astype(np.int64), payload["overflow"][1::2]
         place = owner * POSITIONS + (entry & (POSITIONS - 1))
@@ -278,9 +300,9 @@ class LanePlanar(Format):
         _expect(in_order | (owner[1:] == 0), "overflow", "has entries out of order")
         _expect(owner <= blocks.shape[0], "overflow", f"names a block past the {blocks.shape[0]} that there are")
         _expect(entry < 1 << 17, "overflow", "has an entry of more than 17 bits")
-        own = np.unique(owner[owner != 0])  # blocks that have overflow entries
-        listed = (own[:, None] * POSITIONS + position[own - 1])[used[own - 1]]
-        _expect(~np.isin(place, listed), "overflow", "repeats an entry of its block")
+        last = np.where(used, position, -1).max(1, initial=-1)[owner - 1]
+        behind = (owner == 0) | (place - owner * POSITIONS > last)
+        _expect(behind, "overflow", "has an entry before the end of its block's own")
         _expect(
             blocks[:, OVERFLOW_WORD] == _first_overflow(owner, blocks.shape[0]),
             "blocks",
@@ -294,6 +316,16 @@ class LanePlanar(Format):
     def bucket_lengths(self, payload: Mapping[str, np.ndarray], m: int, k: int) -> dict[str, int]:
         overflow = overflow_bucket(payload["overflow"].shape[-1])
         return {"blocks": payload["blocks"].shape[-1], "overflow": overflow}
+
+
+def _tile_of_slot(ends, slot, numpy):
+    """``[blocks, slots]``: the tile of each entry, by the ``[blocks, 4]`` ends; 4 past the last one."""
+    return (slot[None, :, None] >= ends[:, None, :]).sum(-1, dtype=numpy.int32)
+
+
+def entry_position(entries, tile):
+    """The whole position of entries whose tiles are known."""
+    return entries & (1 << ENTRY_POSITION_BITS) - 1 | tile >> 1 << ENTRY_POSITION_BITS
 
 
 def _first_overflow(owner: np.ndarray, blocks: int) -> np.ndarray:
@@ -317,24 +349,24 @@ def _decode_blocks(row):
     """Shifted weights: uint32 ``[C, W]`` and high bits uint8 ``[C, 4096]`` -> uint16 ``[C, 4096]``."""
     blocks, high = row
     n = blocks.shape[0]
-    halves = jnp.stack([blocks & 0xFFFF, blocks >> 16], -1).astype(jnp.uint16)  # block word h
-    words = (
-        halves[:, :CODE_START].reshape(n, TILES, 2, 32, 2, 2, 2).transpose(0, 1, 2, 4, 3, 5, 6)
-    )  # tile j lane r>>1 h
-    even = (words & 0x8000) | (words & 0x7F)
-    odd = (words << 8 & 0x8000) | (words >> 8 & 0x7F)
-    sign_mantissa = jnp.stack([even, odd], -2).reshape(n, POSITIONS)
+    codes = blocks[:, CODE_START:HEADER].reshape(n, TILES, 96)
+    upper = jnp.stack(
+        upper_words([codes[..., 0:64:2], codes[..., 1:64:2], codes[..., 64:]]), -1
+    )  # block tile lane word
+    upper = upper.reshape(n, TILES, 32, 2, 4).transpose(0, 1, 3, 2, 4).reshape(n, CODE_START)
 
-    codes = halves[:, CODE_START:HEADER].reshape(n, TILES, 96, 2)
-    codes = jnp.stack([codes[:, :, 0:64:2], codes[:, :, 1:64:2], codes[:, :, 64:]], 3)  # tile lane word h
-    low = [codes[:, :, :, p // 5] >> CODE_BITS[p % 5] & 7 for p in range(15)]
-    low.append(sum((codes[:, :, :, bit] & 1) << bit for bit in range(3)))
-    low = jnp.stack(low, 3).reshape(n, TILES, 32, 4, 4, 2).transpose(0, 1, 3, 2, 4, 5).reshape(n, POSITIONS)
-
-    entries = halves[:, ENTRY_START:].reshape(n, -1)
-    used = jnp.arange(entries.shape[1], dtype=jnp.uint32) < blocks[:, HEADER, None] >> 24
-    position = jnp.where(used, entries & (POSITIONS - 1), POSITIONS).astype(jnp.int32)
-    code = entries >> 12
-    listed = jnp.where(code == 0, 0, code + HIGH_BIAS).astype(jnp.uint8)
+    halves = jnp.stack([blocks[:, ENTRY_START:] & 0xFFFF, blocks[:, ENTRY_START:] >> 16], -1)
+    entries = halves.reshape(n, -1).astype(jnp.int32)
+    ends = (blocks[:, HEADER, None] >> (8 * jnp.arange(TILES, dtype=jnp.uint32)) & 0xFF).astype(jnp.int32)
+    slot = jnp.arange(entries.shape[1])
+    position = entry_position(entries, _tile_of_slot(ends, slot, jnp))
+    position = jnp.where(slot < ends[:, -1:], position, POSITIONS)
+    listed = (entries >> ENTRY_POSITION_BITS).astype(jnp.uint8)
     high = high.at[jnp.arange(n)[:, None], position].set(listed, mode="drop")
-    return sign_mantissa | high.astype(jnp.uint16) << 10 | low << 7
+    return _bytes(blocks[:, :CODE_START]) | _bytes(upper) << 8 | high.astype(jnp.uint16) << 10
+
+
+def _bytes(words):
+    """uint16 ``[C, 4 V]``: the bytes of words uint32 ``[C, V]``."""
+    shifts = 8 * jnp.arange(4, dtype=jnp.uint32)
+    return (words[..., None] >> shifts & 0xFF).astype(jnp.uint16).reshape(words.shape[0], -1)

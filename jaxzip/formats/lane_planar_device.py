@@ -31,16 +31,13 @@ def shifts(bits: jax.Array, *, transposed: bool) -> jax.Array:
 
 
 def counts(bits: jax.Array, shift: jax.Array, *, transposed: bool) -> jax.Array:
-    """uint32 ``[R C, 2]``: of each block, the escapes that may stand in it, and those that have no code."""
+    """uint32 ``[R C]``: escapes of each block."""
     rows = _row_blocks(bits, shift, transposed)
 
     def of_row(row):
-        high = lp.shifted_high(_positions(*row))
-        escapes = high != lp.CONSTANT_HIGH
-        coded = escapes & lp.has_code(high)
-        return jnp.stack([coded.sum(1), (escapes & ~coded).sum(1)], -1).astype(jnp.uint32)
+        return (lp.shifted_high(_positions(*row)) != lp.CONSTANT_HIGH).sum(1, dtype=jnp.uint32)
 
-    return jax.lax.map(of_row, rows).reshape(-1, 2)
+    return jax.lax.map(of_row, rows).reshape(-1)
 
 
 def payload(
@@ -59,12 +56,10 @@ def payload(
         elements = _positions(*row)
         high = lp.shifted_high(elements).astype(jnp.uint32)
         escapes = high != lp.CONSTANT_HIGH
-        coded = escapes & lp.has_code(high)
-        rank = coded.cumsum(1) - 1
-        inside = coded & (rank < room)
-        code = jnp.where(high == 0, 0, high - lp.HIGH_BIAS)
+        rank = escapes.cumsum(1) - 1
+        inside = escapes & (rank < room)
         entries = jnp.zeros((columns, room), jnp.uint32)
-        entries = entries.at[block, jnp.where(inside, rank, room)].set(position | code << 12, mode="drop")
+        entries = entries.at[block, jnp.where(inside, rank, room)].set(lp.entry_of(position, high), mode="drop")
         ends = inside.reshape(columns, lp.TILES, -1).sum(2).cumsum(1).astype(jnp.uint32)
         ends = (ends << (8 * jnp.arange(lp.TILES, dtype=jnp.uint32))).sum(1, dtype=jnp.uint32)
         spilled = escapes & ~inside
@@ -96,23 +91,20 @@ def _positions(blocks, inside, shift):
     """uint16 ``[C, 4096]``: a row of blocks with shifted exponents, in order of position."""
     scaled = lp.shift_exponents(blocks, shift.astype(jnp.uint16)[None, :, None], jnp.where)
     scaled = jnp.where(inside, scaled, lp.PADDING)
-    # (block, tile, r & 1, g, j, r >> 1, t, h) -> (block, tile, j, g, t, r >> 1, r & 1, h)
-    split = scaled.reshape(-1, lp.TILES, 2, 8, 4, 2, 4, 2).transpose(0, 1, 4, 3, 6, 5, 2, 7)
+    # (block, tile, r & 1, g, j >> 1, j & 1, r >> 1, t, h) -> (block, tile, j >> 1, g, t, j & 1, r >> 1, h, r & 1)
+    split = scaled.reshape(-1, lp.TILES, 2, 8, 2, 2, 2, 4, 2).transpose(0, 1, 4, 3, 7, 5, 6, 8, 2)
     return split.reshape(-1, lp.POSITIONS)
 
 
 def _planes(elements):
-    """uint32 ``[C, 1408]``: the sign+mantissa and code words."""
+    """uint32 ``[C, 1408]``: the words of lower bytes and of codes."""
     n = elements.shape[0]
-    values = elements.reshape(n, lp.TILES, 4, 32, 2, 2, 2).astype(jnp.uint32)  # tile j lane r>>1 r&1 h
-    sign, mantissa = values >> 15, values & 0x7F
-    halves = sign[..., 0, :] << 15 | mantissa[..., 1, :] << 8 | sign[..., 1, :] << 7 | mantissa[..., 0, :]
-    words = (halves[..., 0] | halves[..., 1] << 16).reshape(n, lp.TILES, 2, 2, 32, 2)
-    sign_mantissa = words.transpose(0, 1, 2, 4, 3, 5).reshape(n, lp.CODE_START)
-    low = (values >> 7 & 7).reshape(n, lp.TILES, 4, 32, 4, 2).transpose(0, 1, 3, 2, 4, 5)
-    low = low.reshape(n, lp.TILES, 32, 16, 2)
-    fields = [low[..., p, :] << lp.CODE_BITS[p % 5] for p in range(15)]
-    codes = [sum(fields[5 * i + 1 : 5 * i + 5], fields[5 * i]) | low[..., 15, :] >> i & 1 for i in range(3)]
-    codes = [code[..., 0] | code[..., 1] << 16 for code in codes]  # tile lane
-    pairs = jnp.stack(codes[:2], -1).reshape(n, lp.TILES, 64)
-    return jnp.concatenate([sign_mantissa, jnp.concatenate([pairs, codes[2]], -1).reshape(n, -1)], 1)
+    lower, upper = _words(elements & 0xFF), _words(elements >> 8) & lp.CODES
+    lanes = upper.reshape(n, lp.TILES, 2, 32, 4).transpose(2, 4, 0, 1, 3).reshape(lp.LANE_WORDS, n, lp.TILES, 32)
+    return jnp.concatenate([lower, lp.join_codes(lp.code_words(lanes), jnp).reshape(n, -1)], 1)
+
+
+def _words(values):
+    """uint32 ``[C, V / 4]`` of bytes ``[C, V]``."""
+    four = values.astype(jnp.uint32).reshape(values.shape[0], -1, 4)
+    return (four << (8 * jnp.arange(4, dtype=jnp.uint32))).sum(-1, dtype=jnp.uint32)

@@ -99,7 +99,7 @@ def _measure(matrix, transposed, implementation):
     bits = jax.lax.bitcast_convert_type(matrix, jnp.uint16)
     shift = registry.run(SHIFTS, implementation, bits, transposed=transposed)
     counts = registry.run(COUNTS, implementation, bits, shift, transposed=transposed)
-    over = jnp.stack([(counts[:, 0] > lane_planar.room(width)).sum() for width in lane_planar.WIDTHS])
+    over = jnp.stack([(counts > lane_planar.room(width)).sum() for width in lane_planar.WIDTHS])
     spilled = jnp.stack([_spilled(counts, width).sum() for width in lane_planar.WIDTHS])
     return shift, counts, over, spilled
 
@@ -107,7 +107,7 @@ def _measure(matrix, transposed, implementation):
 def _spilled(counts, width):
     """uint32 ``[R C]``: escapes of each block that have no place in it."""
     room = lane_planar.room(width)
-    return counts[:, 1] + jnp.where(counts[:, 0] > room, counts[:, 0] - room, 0)
+    return jnp.where(counts > room, counts - room, 0)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))

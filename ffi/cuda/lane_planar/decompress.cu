@@ -22,14 +22,14 @@ __device__ __forceinline__ uint32_t unshift(uint32_t pair, int shift_low, int sh
 }
 
 // 2^-shift as bf16. Multiplying by it takes a shift back exactly, zeros and subnormals included (rows of subnormals have
-// shift 0), but may change a NaN's payload: exponent 255 exists in overflow entries only, so blocks without them use it.
+// shift 0), but may change a NaN's payload: blocks without exponents of 255 use it.
 __device__ __forceinline__ uint32_t inverse_scale(int shift) { return static_cast<uint32_t>(127 - shift) << 7; }
 
-// Puts the five high exponent bits of an entry in place; `tile_base` is the shared address of the tile's first weight.
+// Puts the five high exponent bits of an escape in place; `tile_base` is the shared address of the tile's first weight.
 template <bool kTransposed>
 __device__ __forceinline__ void patch(uint32_t tile_base, uint32_t position, uint32_t high) {
-  const int half = position & 1, r = (position >> 1) & 3, lane = (position >> 3) & 31, j = (position >> 8) & 3;
-  const int row = fragment_row(lane, r), column = fragment_column(j, lane, r, half);
+  const Place from = place_of(position);
+  const int row = fragment_row(from.lane, from.r), column = fragment_column(from.j, from.lane, from.r, from.h);
   const uint32_t at = tile_base + (kTransposed ? column * kPitch + 2 * row : row * kPitch + 2 * column) + 1;
   ptx::store_shared_u8(at, (ptx::load_shared_u8(at) & 0x83u) | (high >> 8));
 }
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kMinCtas) decompress(const __grid_co
     for (int i = 0; i < kRounds; ++i) shifts[i] = w.shift[line * kBlock + chunk_row + i * kRowsAtOnce];
   }
 
-  uint32_t overflow = 0;
+  bool has_largest = false;  // this lane put high exponent bits that exponents of 255 have
   if (exists) {
     const uint32_t tile_base = shared + side * kBlock * 2 + tile * kTileRows * (kTransposed ? 2 : kPitch);
     // The row of 8 weights that this lane gives to stmatrix: row lane % 8 of register lane / 8's 8x8 matrix.
@@ -75,25 +75,29 @@ __global__ void __launch_bounds__(kThreads, kMinCtas) decompress(const __grid_co
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t a[4];
-      LanePlanar::decode(a, registers, {kPlaneWord, kPlaneWord}, j);
+      LanePlanar::decode(a, registers, {kPlaneWord, kPlaneWord, kPlaneWord, kPlaneWord}, j);
       ptx::store_matrices<kTransposed>(at + j * (kTransposed ? 16 * kPitch : 32), a);
     }
     const uint32_t ends = __shfl_sync(~0u, words[0], 0);
-    overflow = __shfl_sync(~0u, words[1], 0);
+    const uint32_t overflow = __shfl_sync(~0u, words[1], 0);
     const int end = (ends >> (8 * tile)) & 0xFFu, start = tile ? (ends >> (8 * tile - 8)) & 0xFFu : 0;
     __syncwarp();
     for (int i = start; i < end; i += 32) {  // entry e is a half of lane 1 + e / 4's words
       const int e = i + lane, from = (1 + (e >> 2)) & 31;
       const uint32_t x = __shfl_sync(~0u, words[0], from), y = __shfl_sync(~0u, words[1], from);
       const uint32_t entry = ((e & 2 ? y : x) >> (16 * (e & 1))) & 0xFFFFu;
-      if (e < end) patch<kTransposed>(tile_base, entry & ((1u << kPositionBits) - 1), high_of_code(entry >> kPositionBits));
+      if (e >= end) continue;
+      const uint32_t high = entry >> kEntryPositionBits << 10;
+      patch<kTransposed>(tile_base, entry, high);
+      has_largest |= high == kHighMask;
     }
     if (overflow)
       for_each_overflow(w.overflow, w.overflow_length, overflow - 1, index, [&](uint32_t position, uint32_t high) {
         if (position / kTileElements == tile) patch<kTransposed>(tile_base, position, high);
+        has_largest |= high == kHighMask;
       });
   }
-  const bool any_overflow = __syncthreads_or(overflow != 0);
+  const bool any_largest = __syncthreads_or(has_largest);
 
   const auto shift_of = [&](int i, int c) {
     return kTransposed ? static_cast<int8_t>(shifts[c >> 2] >> (8 * (c & 3))) : static_cast<int>(shifts[i]);
@@ -110,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kMinCtas) decompress(const __grid_co
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const int low = shift_of(i, 2 * c), high = shift_of(i, 2 * c + 1);
-      pairs[c] = any_overflow ? unshift(pairs[c], low, high)
+      pairs[c] = any_largest ? unshift(pairs[c], low, high)
                               : ptx::multiply_bf16x2(pairs[c], inverse_scale(low) | inverse_scale(high) << 16);
     }
     uint16_t* to = out + static_cast<size_t>(line * kBlock + row) * columns + column;

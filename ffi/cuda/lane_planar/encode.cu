@@ -72,39 +72,36 @@ __device__ __forceinline__ void load_block(const DenseBits& w, const int8_t* shi
   }
 }
 __device__ __forceinline__ uint32_t at_position(const uint16_t (*block)[kTilePitch], int position) {
-  const int tile = position >> 10, j = position >> 8 & 3, lane = position >> 3 & 31, r = position >> 1 & 3, h = position & 1;
-  return block[tile * kTileRows + fragment_row(lane, r)][fragment_column(j, lane, r, h)];
+  const Place at = place_of(position);
+  return block[at.tile * kTileRows + fragment_row(at.lane, at.r)][fragment_column(at.j, at.lane, at.r, at.h)];
 }
 __device__ __forceinline__ uint32_t high_of(uint32_t v) { return v >> 10 & 31; }
-__device__ __forceinline__ bool has_code(uint32_t high) { return high == 0 || (high > kHighCodeBias && high <= 15 + kHighCodeBias); }
 constexpr uint32_t kUsualHigh = kConstantHigh >> 10;
 
 // Escapes before each thread's positions; index kThreads has all of them.
 struct Before {
-  EscapeCounts of[kThreads + 1];
+  uint32_t of[kThreads + 1];
 };
 __device__ __forceinline__ void count_before(const uint16_t (*block)[kTilePitch], Before& before) {
-  EscapeCounts own = {0, 0};
-  for (int i = 0; i < kPositionsPerThread; ++i) {
-    const uint32_t high = high_of(at_position(block, threadIdx.x * kPositionsPerThread + i));
-    if (high != kUsualHigh) (has_code(high) ? own.coded : own.other) += 1;
-  }
+  uint32_t own = 0;
+  for (int i = 0; i < kPositionsPerThread; ++i)
+    own += high_of(at_position(block, threadIdx.x * kPositionsPerThread + i)) != kUsualHigh;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  EscapeCounts sum = own;
+  uint32_t sum = own;
   for (int step = 1; step < 32; step *= 2) {
-    const uint32_t coded = __shfl_up_sync(~0u, sum.coded, step), other = __shfl_up_sync(~0u, sum.other, step);
-    if (lane >= step) sum.coded += coded, sum.other += other;
+    const uint32_t before_lane = __shfl_up_sync(~0u, sum, step);
+    if (lane >= step) sum += before_lane;
   }
-  __shared__ EscapeCounts of_warp[kThreads / 32];
+  __shared__ uint32_t of_warp[kThreads / 32];
   if (lane == 31) of_warp[warp] = sum;
   __syncthreads();
-  for (int i = 0; i < warp; ++i) sum.coded += of_warp[i].coded, sum.other += of_warp[i].other;
+  for (int i = 0; i < warp; ++i) sum += of_warp[i];
   before.of[threadIdx.x + 1] = sum;
-  if (threadIdx.x == 0) before.of[0] = {0, 0};
+  if (threadIdx.x == 0) before.of[0] = 0;
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads) count_escapes(DenseBits w, const int8_t* shift, int k_blocks, EscapeCounts* counts) {
+__global__ void __launch_bounds__(kThreads) count_escapes(DenseBits w, const int8_t* shift, int k_blocks, uint32_t* counts) {
   __shared__ uint16_t block[kBlock][kTilePitch];
   __shared__ Before before;
   load_block(w, shift, blockIdx.x / k_blocks, blockIdx.x % k_blocks, block);
@@ -125,45 +122,42 @@ __global__ void __launch_bounds__(kThreads) encode(DenseBits w, const int8_t* sh
 
   const uint32_t room = 2 * (block_words - kEntryStart), start = starts[blockIdx.x];
   uint16_t* entries = reinterpret_cast<uint16_t*>(tail + (kEntryStart - kHeaderStart));
-  const EscapeCounts own = before.of[threadIdx.x];
-  uint32_t rank = own.coded, spilled = own.other + (rank > room ? rank - room : 0);
+  uint32_t rank = before.of[threadIdx.x];
   for (int i = 0; i < kPositionsPerThread; ++i) {
     const uint32_t position = threadIdx.x * kPositionsPerThread + i, high = high_of(at_position(block, position));
     if (high == kUsualHigh) continue;
-    if (has_code(high) && rank++ < room) {
-      entries[rank - 1] = static_cast<uint16_t>(position | (high ? high - kHighCodeBias : 0) << kPositionBits);
+    if (rank < room) {
+      entries[rank] = static_cast<uint16_t>((position & ((1u << kEntryPositionBits) - 1)) | high << kEntryPositionBits);
     } else {
-      const uint32_t to = start + spilled++;
+      const uint32_t to = start + rank - room;
       if (to < overflow_length) overflow[to] = {blockIdx.x + 1, position | high << kPositionBits};
     }
+    ++rank;
   }
   if (threadIdx.x == 0) {
-    const EscapeCounts all = before.of[kThreads];
     uint32_t ends = 0;
-    for (int t = 0; t < kTiles; ++t) ends |= min(before.of[kThreads / kTiles * (t + 1)].coded, room) << (8 * t);
+    for (int t = 0; t < kTiles; ++t) ends |= min(before.of[kThreads / kTiles * (t + 1)], room) << (8 * t);
     tail[0] = ends;
-    tail[kOverflowWord - kHeaderStart] = all.other || all.coded > room ? start + 1 : 0;
+    tail[kOverflowWord - kHeaderStart] = before.of[kThreads] > room ? start + 1 : 0;
   }
 
   const int tile = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  uint32_t sign_mantissa[8] = {}, codes[3] = {};
+  uint32_t lower[8], codes[3] = {};
 #pragma unroll
-  for (int p = 0; p < 16; ++p)
+  for (int word = 0; word < 8; ++word) {
+    uint32_t upper = lower[word] = 0;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t v = at_position(block, tile << 10 | (p >> 2) << 8 | lane << 3 | (p & 3) << 1 | h);
-      const uint32_t sign = v >> 15, mantissa = v & 127, low = v >> 7 & 7;
-      sign_mantissa[p / 2] |= (p & 1 ? mantissa << 8 | sign << 7 : sign << 15 | mantissa) << (16 * h);
-      constexpr int kFieldBit[] = {7, 4, 1, 10, 13};
-      if (p < 15)
-        codes[p / 5] |= low << (kFieldBit[p % 5] + 16 * h);
-      else
-        for (int b = 0; b < 3; ++b) codes[b] |= (low >> b & 1) << (16 * h);
+    for (int b = 0; b < 4; ++b) {
+      const uint32_t v = at_position(block, tile << 10 | (word >> 2) << 9 | lane << 4 | (word & 3) << 2 | b);
+      lower[word] |= (v & 255) << (8 * b);
+      upper |= (v >> 8) << (8 * b);
     }
+    add_code(codes, word, upper);
+  }
   uint32_t* out = blocks + static_cast<size_t>(blockIdx.x) * block_words;
-  uint4* sign_words = reinterpret_cast<uint4*>(out + tile * kSignMantissaWords) + lane;
-  sign_words[0] = make_uint4(sign_mantissa[0], sign_mantissa[1], sign_mantissa[2], sign_mantissa[3]);
-  sign_words[32] = make_uint4(sign_mantissa[4], sign_mantissa[5], sign_mantissa[6], sign_mantissa[7]);
+  uint4* lower_words = reinterpret_cast<uint4*>(out + tile * kLowerWords) + lane;
+  lower_words[0] = make_uint4(lower[0], lower[1], lower[2], lower[3]);
+  lower_words[32] = make_uint4(lower[4], lower[5], lower[6], lower[7]);
   uint32_t* code_words = out + kCodeStart + tile * kCodeWords;
   reinterpret_cast<uint2*>(code_words)[lane] = make_uint2(codes[0], codes[1]);
   code_words[64 + lane] = codes[2];
@@ -187,7 +181,7 @@ cudaError_t launch_choose_shifts(const DenseBits& w, int8_t* shift, cudaStream_t
   return cudaGetLastError();
 }
 
-cudaError_t launch_count_escapes(const DenseBits& w, const int8_t* shift, EscapeCounts* counts, cudaStream_t stream) {
+cudaError_t launch_count_escapes(const DenseBits& w, const int8_t* shift, uint32_t* counts, cudaStream_t stream) {
   const Grid grid(w);
   if (w.m < 1 || w.k < 1 || grid.blocks > INT_MAX) return cudaErrorInvalidValue;
   count_escapes<<<static_cast<unsigned>(grid.blocks), kThreads, 0, stream>>>(w, shift, grid.k_blocks, counts);

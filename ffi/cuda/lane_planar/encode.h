@@ -15,16 +15,11 @@ struct DenseBits {
   bool transposed;
 };
 
-// Escapes of a block: those that may stand in it, in order of position, and those that have no code.
-struct EscapeCounts {
-  uint32_t coded, other;
-};
-
 // 1. shift[m_blocks * 64]: what to add to the exponents of each row; 0 past m.
 cudaError_t launch_choose_shifts(const DenseBits& w, int8_t* shift, cudaStream_t stream);
 
-// 2. counts[m_blocks * k_blocks]. From these the caller chooses the width of blocks, and where each block's overflow entries start.
-cudaError_t launch_count_escapes(const DenseBits& w, const int8_t* shift, EscapeCounts* counts, cudaStream_t stream);
+// 2. counts[m_blocks * k_blocks]: escapes of each block. From these the caller chooses the width of blocks, and where each block's overflow entries start.
+cudaError_t launch_count_escapes(const DenseBits& w, const int8_t* shift, uint32_t* counts, cudaStream_t stream);
 
 // 3. blocks[m_blocks][k_blocks][block_words] and overflow entries: those of block i go to overflow[starts[i]...], of `overflow_length`
 // in all; what is past the last one is set to zero. starts[m_blocks * k_blocks + 1] is not trusted: nothing is written past the end.

@@ -11,11 +11,62 @@ namespace jaxzip::lane_planar {
 // 2^-shift, exact.
 __device__ __forceinline__ float unscale(int shift) { return __int_as_float((127 - shift) << 23); }
 
-__device__ __forceinline__ float finish(const Epilogue& e, float sum, int shift, int row, size_t at) {
-  float v = sum * unscale(shift);
-  if (e.bias) v += __bfloat162float(e.bias[row]);
-  if (e.residual) v += __bfloat162float(e.residual[at]);
-  return v;
+// What sums of four consecutive rows are multiplied by, and then get added: the same for all columns.
+struct FourRows {
+  int first;
+  float scale[4], bias[4];
+
+  // `shifts`: of the rows, four int8.
+  __device__ __forceinline__ FourRows(const Epilogue& e, int m, int first, uint32_t shifts) : first(first) {
+    for (int i = 0; i < 4; ++i) {
+      scale[i] = unscale(static_cast<int8_t>(shifts >> (8 * i)));
+      bias[i] = e.bias && first + i < m ? __bfloat162float(e.bias[first + i]) : -0.0f;  // which changes no sum
+    }
+  }
+  __device__ __forceinline__ float4 finish(float4 sum) const {
+    return make_float4(fmaf(sum.x, scale[0], bias[0]), fmaf(sum.y, scale[1], bias[1]), fmaf(sum.z, scale[2], bias[2]), fmaf(sum.w, scale[3], bias[3]));
+  }
+};
+
+__device__ __forceinline__ uint2 rounded(float4 v) { return make_uint2(pack(v.x, v.y), pack(v.z, v.w)); }
+
+// Whether four rows that begin at a multiple of four can be read and written at once.
+__device__ __forceinline__ bool in_fours(const Epilogue& e, int m) {
+  return m % 4 == 0 && ((reinterpret_cast<uintptr_t>(e.y) | reinterpret_cast<uintptr_t>(e.residual)) & 15) == 0;
+}
+
+// Finishes and stores four rows of column n, element by element. Rows past m are left out.
+static __device__ __noinline__ void store_one_by_one(const Epilogue& e, int m, int n, int first, float4 finished) {
+  const float v[4] = {finished.x, finished.y, finished.z, finished.w};
+  for (int i = 0; i < 4; ++i) {
+    if (first + i >= m) return;
+    const size_t at = static_cast<size_t>(n) * m + first + i;
+    const float whole = e.residual ? v[i] + __bfloat162float(e.residual[at]) : v[i];
+    if (e.fp32_out)
+      static_cast<float*>(e.y)[at] = whole;
+    else
+      static_cast<__nv_bfloat16*>(e.y)[at] = __float2bfloat16_rn(whole);
+  }
+}
+
+// Finishes and stores four rows of column n; `fours` as from in_fours. Few instructions: at the end of a kernel all warps do this at once.
+__device__ __forceinline__ void store_rows(const Epilogue& e, int m, bool fours, int n, const FourRows& rows, float4 sum) {
+  float4 v = rows.finish(sum);
+  if (!fours) {
+    store_one_by_one(e, m, n, rows.first, v);
+    return;
+  }
+  if (rows.first >= m) return;
+  const size_t at = static_cast<size_t>(n) * m + rows.first;
+  if (e.residual) {
+    const uint2 four = *reinterpret_cast<const uint2*>(e.residual + at);
+    const float2 low = unpack(four.x), high = unpack(four.y);
+    v = make_float4(v.x + low.x, v.y + low.y, v.z + high.x, v.w + high.y);
+  }
+  if (e.fp32_out)
+    *reinterpret_cast<float4*>(static_cast<float*>(e.y) + at) = v;
+  else
+    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(e.y) + at) = rounded(v);
 }
 
 // Four consecutive rows of column n of a gated result: `gate` and `up` are two pairs of bf16 each.
@@ -23,44 +74,16 @@ __device__ __forceinline__ void store_gated(const Epilogue& e, int m, int n, int
   __nv_bfloat16* y = static_cast<__nv_bfloat16*>(e.y) + static_cast<size_t>(n) * (m / 2) + row;
   *reinterpret_cast<uint2*>(y) = make_uint2(swiglu_of(gate.x, up.x), swiglu_of(gate.y, up.y));
 }
-__device__ __forceinline__ uint2 finish_rounded(const Epilogue& e, float4 sum, int row, uint32_t shifts) {
-  float v[4] = {sum.x, sum.y, sum.z, sum.w};
-  for (int i = 0; i < 4; ++i) v[i] = finish(e, v[i], static_cast<int8_t>(shifts >> (8 * i)), row + i, 0);
-  return make_uint2(pack(v[0], v[1]), pack(v[2], v[3]));
-}
 
 // A gated result by a thread that has the gate's rows before those that they are for: they wait in y.
-__device__ __forceinline__ void store_rows_of_pair(const Epilogue& e, int m, int n, int row, float4 sum, uint32_t shifts) {
-  const uint2 rounded = finish_rounded(e, sum, row, shifts);
-  const int of = row < m / 2 ? row : row - m / 2;
+__device__ __forceinline__ void store_rows_of_pair(const Epilogue& e, int m, int n, const FourRows& rows, float4 sum) {
+  const uint2 pairs = rounded(rows.finish(sum));
+  const int of = rows.first < m / 2 ? rows.first : rows.first - m / 2;
   uint2* y = reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(e.y) + static_cast<size_t>(n) * (m / 2) + of);
-  if (of == row)
-    *y = rounded;
+  if (of == rows.first)
+    *y = pairs;
   else
-    store_gated(e, m, n, of, *y, rounded);
-}
-
-// Finishes and stores four consecutive rows of column n; `shifts` are their four int8. Rows past m are left out.
-__device__ __forceinline__ void store_rows(const Epilogue& e, int m, int n, int row, float4 sum, uint32_t shifts) {
-  float v[4] = {sum.x, sum.y, sum.z, sum.w};
-  const size_t at = static_cast<size_t>(n) * m + row;
-  const bool whole = m % 4 == 0 && row < m;
-  for (int i = 0; i < 4; ++i)
-    if (whole || row + i < m) v[i] = finish(e, v[i], static_cast<int8_t>(shifts >> (8 * i)), row + i, at + i);
-  if (e.fp32_out) {
-    float* y = static_cast<float*>(e.y) + at;
-    for (int i = 0; i < 4; ++i)
-      if (whole || row + i < m) y[i] = v[i];
-    return;
-  }
-  const __nv_bfloat162 rounded[2] = {__floats2bfloat162_rn(v[0], v[1]), __floats2bfloat162_rn(v[2], v[3])};
-  __nv_bfloat16* y = static_cast<__nv_bfloat16*>(e.y) + at;
-  if (whole && (reinterpret_cast<uintptr_t>(y) & 7) == 0) {
-    *reinterpret_cast<uint2*>(y) = *reinterpret_cast<const uint2*>(rounded);
-  } else {
-    for (int i = 0; i < 4; ++i)
-      if (row + i < m) y[i] = reinterpret_cast<const __nv_bfloat16*>(rounded)[i];
-  }
+    store_gated(e, m, n, of, *y, pairs);
 }
 
 }  // namespace jaxzip::lane_planar

@@ -1,8 +1,11 @@
 // The lane-planar storage layout: sizes and places of everything in a 64x64 block, shared by kernels and encoders.
 //
 //   block (u32 words)      0            1024          1408    1409      1410
-//                          | sign+mantissa | exponent codes | ends | overflow | u16 escape entries ... |
-//                          | 4 tiles x 256 | 4 tiles x 96   |
+//                          | lower bytes   | codes         | ends | overflow | u16 escape entries ... |
+//                          | 4 tiles x 256 | 4 tiles x 96  |
+//
+// A weight's lower byte is stored as it is. Of its upper byte the sign and the two last bits, which belong to the exponent, are its
+// code; the five bits between are a constant for all but the escapes.
 //
 // jaxzip/formats/lane_planar.py is the reference; tests hold the two equal.
 #pragma once
@@ -22,9 +25,9 @@ constexpr int kTileRows = 16;   // a warp tile is 16 rows x 64 k: one A operand 
 constexpr int kTiles = kBlock / kTileRows;
 constexpr int kTileElements = kTileRows * kBlock;
 
-constexpr int kSignMantissaWords = 256;  // per tile: [2 vectors][32 lanes][4 words]
+constexpr int kLowerWords = 256;         // per tile: [2 vectors][32 lanes][4 words]
 constexpr int kCodeWords = 96;           // per tile: [32 lanes][2 words], then [32 lanes][1 word]
-constexpr int kCodeStart = kTiles * kSignMantissaWords;
+constexpr int kCodeStart = kTiles * kLowerWords;
 constexpr int kHeaderStart = kCodeStart + kTiles * kCodeWords;  // ends: 4 x u8, entries before the end of tile 0..3
 constexpr int kOverflowWord = kHeaderStart + 1;                 // 1 + first overflow entry of the block, 0 for none
 constexpr int kEntryStart = kHeaderStart + 2;
@@ -37,11 +40,11 @@ constexpr int kMaxEntries = 2 * (kMaxBlockWords - kEntryStart);
 constexpr uint32_t kHighMask = 0x7C00u;
 constexpr uint32_t kConstantHigh = 0x3C00u;
 constexpr uint32_t kPlaneWord = 0x3C3C3C3Cu;  // of a patch plane: four upper bytes of kConstantHigh
+constexpr uint32_t kUpperBytes = 0x83838383u;  // of four upper bytes: what a code holds
 
-// An entry is position (12 bits: tile, k-step, lane, register, half) | code << 12; the code stands for the five high
-// exponent bits: 0 for 0, else code + 3. Anything else, and what finds no room in the block, is an overflow entry.
-constexpr int kPositionBits = 12;
-constexpr int kHighCodeBias = 3;
+// A weight's position is that of its lower byte among the block's. An entry has those of its bits that tell places in a pair of tiles
+// apart (`ends` tell the tile) | high five exponent bits << 11. What finds no room in the block is an overflow entry.
+constexpr int kPositionBits = 12, kEntryPositionBits = 11;
 
 struct OverflowEntry {
   uint32_t block;  // 1 + rb * k_blocks + kb; 0 is padding
@@ -65,6 +68,30 @@ struct Matrix {
 JAXZIP_HOST_DEVICE constexpr int fragment_row(int lane, int r) { return (lane >> 2) + 8 * (r & 1); }
 JAXZIP_HOST_DEVICE constexpr int fragment_column(int j, int lane, int r, int h) {
   return 16 * j + 2 * (lane & 3) + 8 * (r >> 1) + h;
+}
+
+// What is at a position: (k-step, lane, register, half) of a tile.
+struct Place {
+  int tile, j, lane, r, h;
+};
+JAXZIP_HOST_DEVICE constexpr Place place_of(int position) {
+  return {position >> 10, (position >> 9 & 1) << 1 | (position >> 3 & 1), position >> 4 & 31, (position >> 2 & 1) << 1 | (position & 1),
+          position >> 1 & 1};
+}
+
+// A lane's three code words hold the codes of its eight words of lower bytes, of a byte each: words 0 to 2 as they are, 3 to 5 rotated
+// left by 3; of 6 and 7 the exponent's bits are in words 0 and 1, the signs in word 2.
+JAXZIP_HOST_DEVICE inline void add_code(uint32_t (&codes)[3], int word, uint32_t upper) {
+  upper &= kUpperBytes;
+  const uint32_t signs = upper & 0x80808080u, exponents = upper & 0x03030303u;
+  if (word < 3)
+    codes[word] |= upper;
+  else if (word < 6)
+    codes[word - 3] |= upper << 3 | upper >> 29;
+  else {
+    codes[word - 6] |= exponents << 5;
+    codes[2] |= signs >> (word - 5);
+  }
 }
 
 // Exponents 0 (zero, subnormal) and 255 (infinity, NaN) keep their code under a shift.

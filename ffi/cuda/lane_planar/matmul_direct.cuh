@@ -235,12 +235,12 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
       const uint2 e = entries[i];
       const bool more = to_load > 0;
       const int first_tile = kGroups == 1 ? 0 : group_index(group) % kGroups * kTilesPerWarp;
-      uint32_t count = 0, overflow = 0;
+      uint32_t ends = 0, overflow = 0;
       if (Weights::kHasEscapes) {
-        count = __shfl_sync(~0u, e.x, 0) >> 24;
+        ends = __shfl_sync(~0u, e.x, 0);
         overflow = __shfl_sync(~0u, e.y, 0);
         if (more) load_entries(entries[i]);
-        plane.template scatter<false>(e, count, first_tile);
+        plane.template scatter<false>(e, ends, first_tile);
         if (overflow)
           scatter_overflow(w.overflow, w.overflow_length, overflow - 1, block_index(group, k), plane.base,
                            first_tile * kTileElements, plane.kPositions);
@@ -254,10 +254,12 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
 #pragma unroll
         for (int t = 0; t < kTilesPerWarp; ++t) {
           const int slot = i * kTilesPerWarp + t;
+          uint32_t high[4];
+          if (Weights::kHasEscapes) ptx::load_shared(high, plane.base + t * Weights::kPlaneBytes + half * (kTileElements / 2) + lane * 16);
 #pragma unroll
           for (int j = 2 * half; j < 2 * half + 2; ++j) {
             uint32_t a[4];
-            Weights::decode(a, tiles[slot], plane.base + t * Weights::kPlaneBytes + lane * 8, j);
+            Weights::decode(a, tiles[slot], high, j);
 #pragma unroll
             for (int c = 0; c < kColumnTiles; ++c) ptx::mma(sums[t][c], a, b[c][2 * (j & 1)], b[c][2 * (j & 1) + 1]);
           }
@@ -270,7 +272,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
         if (overflow)
           plane.fill();
         else
-          plane.template scatter<true>(e, count, first_tile);
+          plane.template scatter<true>(e, ends, first_tile);
         __syncwarp();
       }
       const bool finishes = ++k == units_k;
@@ -295,13 +297,14 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   auto shifts_of = [&](int group, int row) {
     return *reinterpret_cast<const uint32_t*>(memory + plan.shift + group * kGroupRows + row);
   };
+  const bool fours = in_fours(args.epilogue, w.m);
   auto write = [&](int group, int n, int row, float4 sum) {
-    store_rows(args.epilogue, w.m, n, group_index(group) * kGroupRows + row, sum, shifts_of(group, row));
+    store_rows(args.epilogue, w.m, fours, n, FourRows(args.epilogue, w.m, group_index(group) * kGroupRows + row, shifts_of(group, row)), sum);
   };
   auto write_gated = [&](int group, int n, int row, float4 gate, float4 up) {
     const int to = group_index(group) * kGroupRows + row;
-    store_gated(args.epilogue, w.m, n, to, finish_rounded(args.epilogue, gate, to, shifts_of(group, row)),
-                finish_rounded(args.epilogue, up, plan.half * kGroupRows + to, shifts_of(group + 1, row)));
+    const auto finished = [&](float4 sum, int group) { return rounded(FourRows(args.epilogue, w.m, to, shifts_of(group, row)).finish(sum)); };
+    store_gated(args.epilogue, w.m, n, to, finished(gate, group), finished(up, group + 1));
   };
   auto sum_of_warps = [&](uint32_t group, uint32_t n, uint32_t chunk) {
     float4 sum = make_float4(0, 0, 0, 0);

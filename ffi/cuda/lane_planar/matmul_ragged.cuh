@@ -198,6 +198,7 @@ __global__ void __launch_bounds__(kTeams * kWarps * 32, 1) matmul_ragged(const _
   int item_index = own_item, k = 0;
   Item item = {};
   uint32_t block = 0, shifts = 0;
+  const bool fours = in_fours(args.epilogue, w.m);
   uint32_t x_address[kColumnTiles], x_swizzle[kColumnTiles];
   constexpr int kChunks = kGroupRows / 4;  // of four rows, a thread each when sums are added
   auto begin_item = [&] {
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kTeams * kWarps * 32, 1) matmul_ragged(const _
                                                           (n * kPitch + chunk * 4) * 4);
         sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
       }
-      store_rows(args.epilogue, w.m, item.row + n, item.group * kGroupRows + chunk * 4, sum, shifts);
+      store_rows(args.epilogue, w.m, fours, item.row + n, FourRows(args.epilogue, w.m, item.group * kGroupRows + chunk * 4, shifts), sum);
     }
     item_index += stride;
   };
@@ -255,12 +256,12 @@ __global__ void __launch_bounds__(kTeams * kWarps * 32, 1) matmul_ragged(const _
         const uint2 e = entries[i];
         const bool more = to_load > 0;
         const int first_tile = kRowGroups == 1 ? 0 : item.group % kRowGroups * kTilesPerWarp;
-        uint32_t count = 0, overflow = 0;
+        uint32_t ends = 0, overflow = 0;
         if (Weights::kHasEscapes) {
-          count = __shfl_sync(~0u, e.x, 0) >> 24;
+          ends = __shfl_sync(~0u, e.x, 0);
           overflow = __shfl_sync(~0u, e.y, 0);
           if (more) load_entries(entries[i]);
-          plane.template scatter<false>(e, count, first_tile);
+          plane.template scatter<false>(e, ends, first_tile);
           if (overflow)
             scatter_overflow(w.overflow + static_cast<size_t>(item.expert) * w.overflow_length, w.overflow_length, overflow - 1,
                              block + k, plane.base, first_tile * kTileElements, plane.kPositions);
@@ -276,10 +277,12 @@ __global__ void __launch_bounds__(kTeams * kWarps * 32, 1) matmul_ragged(const _
 #pragma unroll
           for (int t = 0; t < kTilesPerWarp; ++t) {
             const int slot = i * kTilesPerWarp + t;
+            uint32_t high[4];
+            if (Weights::kHasEscapes) ptx::load_shared(high, plane.base + t * Weights::kPlaneBytes + half * (kTileElements / 2) + lane * 16);
 #pragma unroll
             for (int j = 2 * half; j < 2 * half + 2; ++j) {
               uint32_t a[4];
-              Weights::decode(a, tiles[slot], plane.base + t * Weights::kPlaneBytes + lane * 8, j);
+              Weights::decode(a, tiles[slot], high, j);
 #pragma unroll
               for (int c = 0; c < kColumnTiles; ++c)
                 if (c == 0 || 8 * c < item.columns) ptx::mma(sums[t][c], a, b[c][2 * (j & 1)], b[c][2 * (j & 1) + 1]);
@@ -296,7 +299,7 @@ __global__ void __launch_bounds__(kTeams * kWarps * 32, 1) matmul_ragged(const _
           if (overflow)
             plane.fill();
           else
-            plane.template scatter<true>(e, count, first_tile);
+            plane.template scatter<true>(e, ends, first_tile);
           __syncwarp();
         }
       }

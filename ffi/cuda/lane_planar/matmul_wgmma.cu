@@ -44,11 +44,11 @@ WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const Wgmma
   p.slots = c.slots ? std::min(c.slots, kMaxSlots) : fitting;
   if (p.slots < kMinSlots || p.slots > fitting) return p;
   p.early = std::max(1, kEarlyBytes / (groups * block));
-  const int ring = std::max(p.slots * slot, p.sums_in_slots ? p.teams * p.received_bytes : 0);
-  p.blocks = p.slots * slot_x;
-  p.planes = ring;
-  p.received = p.sums_in_slots ? 0 : p.planes + groups * 4 * plane_bytes;
-  p.barriers = p.planes + groups * 4 * plane_bytes + sum_bytes + kUnusedBytes;
+  p.planes = p.slots * slot_x;  // as x's slots, whole kilobytes from the start
+  p.blocks = p.planes + groups * 4 * plane_bytes;
+  const int ring = std::max(p.blocks + p.slots * groups * block, p.sums_in_slots ? p.teams * p.received_bytes : 0);
+  p.received = p.sums_in_slots ? 0 : ring;
+  p.barriers = ring + sum_bytes + kUnusedBytes;
   p.bytes = p.barriers + kBarrierBytes;
   return p;
 }

@@ -156,20 +156,25 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
   const int sources = ranks * k_groups;
   const int owned = (plan.items - rank + ranks - 1) / ranks;
   const uint32_t received = work.shared + plan.received + team * plan.received_bytes;
-  const auto write_item = [&](int item, int row_block, float4 v) {
-    const int n = 8 * (item >> 2) + 2 * (lane & 3) + ((lane >> 2) & 1);
+  const bool fours = in_fours(args.epilogue, w.m);
+  // The rows of an item that this lane stores, and the item's share.
+  const auto rows_of = [&](int item, int row_block) {
     const int row = row_block * kBlock + (item & 3) * kTileRows + ((lane >> 3) & 1) * 8 + (lane >> 4) * 4;
+    return FourRows(args.epilogue, w.m, row, __ldg(reinterpret_cast<const uint32_t*>(w.shift + row)));
+  };
+  const auto write_item = [&](int item, const FourRows& rows, float4 v) {
+    const int n = 8 * (item >> 2) + 2 * (lane & 3) + ((lane >> 2) & 1);
     v = transpose_rows(v, lane);
-    const uint32_t shifts = __ldg(reinterpret_cast<const uint32_t*>(w.shift + row));
     if (n >= args.n) return;
     if (kN <= kGatedMaxN && args.epilogue.gated)
-      store_rows_of_pair(args.epilogue, w.m, n, row, v, shifts);
+      store_rows_of_pair(args.epilogue, w.m, n, rows, v);
     else
-      store_rows(args.epilogue, w.m, n, row, v, shifts);
+      store_rows(args.epilogue, w.m, fours, n, rows, v);
   };
   const auto finish = [&](int pass) {
     const int team_warp = warp - team * k_groups * 4;
     if (ranks > 1 && team_warp == 0 && lane == 0) ptx::barrier_expect(arrived, owned * sources * kItemBytes);
+    FourRows rows = rows_of(team_warp * ranks + rank, row_block_of(pass));
     ptx::barrier_wait(arrived, pass & 1);
     const float4* from = reinterpret_cast<const float4*>(memory + (received - work.shared)) + lane;
 #pragma unroll 1
@@ -180,7 +185,9 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
         const float4 v = from[(s * plan.owned + i) * 32];
         sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
       }
-      write_item(i * ranks + rank, row_block_of(pass), sum);
+      const int item = i * ranks + rank;
+      if (i != team_warp) rows = rows_of(item, row_block_of(pass));
+      write_item(item, rows, sum);
     }
     if (pass + 1 < own_passes) {  // there is a next send, which waits for this
       __syncwarp();
@@ -188,18 +195,36 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
       if (ranks > 1 && lane < ranks) ptx::barrier_arrive_cluster(may_send, lane);
     }
   };
+  bool cluster_started = ranks == 1;
+  const auto wait_for_cluster = [&] {  // before anything is sent to others
+    if (!cluster_started) ptx::cluster_wait();
+    cluster_started = true;
+  };
   const auto announce_idle = [&] {
+    wait_for_cluster();
     __syncwarp();
     if (ranks == 1 && lane == 0) ptx::barrier_arrive(work.barriers + kIdle);
     if (ranks > 1 && lane < ranks) ptx::barrier_arrive_cluster(work.barriers + kIdle, lane);
   };
   const auto flush = [&](int pass) {
     if (sources == 1) {
+      const FourRows rows = rows_of(tile, row_block_of(pass));
+      if (fours && !args.epilogue.residual && !args.epilogue.fp32_out && !args.epilogue.gated) {  // as write_item, without branches
+        const int first_n = 2 * (lane & 3) + ((lane >> 2) & 1), columns = rows.first < w.m ? args.n : 0;
+        __nv_bfloat16* y = static_cast<__nv_bfloat16*>(args.epilogue.y) + static_cast<size_t>(first_n) * w.m + rows.first;
+#pragma unroll
+        for (int g = 0; g < kColumnGroups; ++g, y += 8 * static_cast<size_t>(w.m)) {
+          const float4 v = transpose_rows(make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]), lane);
+          if (first_n + 8 * g < columns) *reinterpret_cast<uint2*>(y) = rounded(rows.finish(v));
+        }
+        return;
+      }
 #pragma unroll
       for (int g = 0; g < kColumnGroups; ++g)
-        write_item(4 * g + tile, row_block_of(pass), make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]));
+        write_item(4 * g + tile, rows, make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]));
       return;
     }
+    wait_for_cluster();
     if (pass > 0) ptx::barrier_wait(may_send, (pass - 1) & 1);
     if (plan.sums_in_slots) ptx::barrier_wait(work.barriers + kIdle, 0);
     const uint32_t to = received + ((rank * k_groups + k_group) * plan.owned * 32 + lane) * 16;
@@ -258,6 +283,8 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
   for (int pass = 0; pass < own_passes; ++pass) {
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) sums[i] = 0;
+    // Where the results' shifts are: otherwise the last step waits for memory.
+    if (lane == 0) ptx::prefetch_l2(w.shift + row_block_of(pass) * kBlock);
     int left = own_slots;  // with the running one
     const auto block = [&] { return row_block_of(pass) * w.k_blocks() + work.k_begin + k_group + (own_slots - left) * k_groups; };
     uint32_t a[4][4] = {};
@@ -266,19 +293,16 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
     if constexpr (Weights::kHasEscapes) patch = patches.put(words_of(slot), w, block);
 #pragma unroll 1
     for (;;) {
-      uint32_t words[Weights::kRegisters], high[4][2];
+      uint32_t words[Weights::kRegisters], high[2][4];
       const uint32_t b = first_b + slot.index * (work.x_bytes >> 4);
       __syncwarp();
       tile_words.read(words, words_of(slot));
       if constexpr (Weights::kHasEscapes) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) ptx::load_shared(high[j], patches.plane + lane * 8 + j * (kTileElements / 4));
+        for (int v = 0; v < 2; ++v) ptx::load_shared(high[v], patches.plane + lane * 16 + v * (kTileElements / 2));
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if constexpr (Weights::kHasEscapes) LanePlanar::decode(a[j], words, high[j], j);
-        else Raw::decode(a[j], words, 0, j);
-      }
+      for (int j = 0; j < 4; ++j) Weights::decode(a[j], words, high[j >> 1], j);
       ptx::wgmma_ready(a);
       ptx::wgmma_fence();
 #pragma unroll
@@ -334,17 +358,18 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __g
     }
     if (lane == 0) ptx::barrier_init_only(work.barriers + kIdle, ranks * kGroups * 4);
     ptx::barrier_init_done();
+    __syncwarp();
   }
   ptx::launch_dependents();
-  __syncthreads();
-  if (ranks > 1) {
-    ptx::cluster_arrive_relaxed();
-    ptx::cluster_wait();  // the others have started
-  }
+  if (ranks > 1) ptx::cluster_arrive_relaxed();
+  // The warp that fills made the barriers and need not wait for anybody; its group's others have nothing to do.
+  constexpr int kUsers = kGroups * 128 + 32;
   if (warp >= kGroups * 4) {
+    if (warp == kGroups * 4) ptx::arrive_threads(1, kUsers);
     ptx::registers_decrease<Registers<kGroups>::kFill>();
     if (warp == kGroups * 4) fill_slots<kN, kGroups>(args, work, lane);
   } else {
+    ptx::sync_threads(1, kUsers);
     ptx::registers_increase<Registers<kGroups>::kMultiply>();
     multiply<Weights, kN>(args, work, memory, warp, lane);
   }

@@ -12,14 +12,14 @@ struct TileWords;
 
 template <>
 struct TileWords<LanePlanar> {
-  uint32_t sign_mantissa, codes, last_codes;
+  uint32_t lower, codes, last_codes;
   __device__ __forceinline__ TileWords(int tile, int lane)
-      : sign_mantissa(ptx::keep((tile * kSignMantissaWords + 4 * lane) * 4)),
+      : lower(ptx::keep((tile * kLowerWords + 4 * lane) * 4)),
         codes(ptx::keep((kCodeStart + tile * kCodeWords + 2 * lane) * 4)),
         last_codes(ptx::keep((kCodeStart + tile * kCodeWords + 64 + lane) * 4)) {}
   __device__ __forceinline__ void read(uint32_t (&w)[LanePlanar::kRegisters], uint32_t block) const {
-    ptx::load_shared_words<4>(w, block + sign_mantissa);
-    ptx::load_shared_words<4>(w + 4, block + sign_mantissa + 512);
+    ptx::load_shared_words<4>(w, block + lower);
+    ptx::load_shared_words<4>(w + 4, block + lower + 512);
     ptx::load_shared_words<2>(w + 8, block + codes);
     ptx::load_shared_words<1>(w + 10, block + last_codes);
   }
@@ -44,21 +44,20 @@ struct Patch {
 // Puts the escapes of a warp's tile into its patch plane and takes them back. A lane takes one entry; more, and overflow entries, are
 // rare.
 struct Patches {
-  uint32_t plane;              // shared address
+  uint32_t plane;              // shared address, of a whole number of planes
   uint32_t first_of, last_of;  // byte selectors: entries of the block before the tile's first, and up to its last
   uint32_t unused;             // an address that nobody reads, for lanes without an entry
-  uint32_t biased;             // the plane's address less the tile's first position
   uint32_t entry_at;           // this lane's first entry, if it is the block's
   int tile, lane;
 
   __device__ __forceinline__ Patches(uint32_t plane, uint32_t unused, int tile, int lane)
       : plane(plane), first_of(0x4440 | (tile ? tile - 1 : 4)), last_of(0x4440 | tile), unused(unused),
-        biased(plane - tile * kTileElements), entry_at(ptx::keep(kEntryStart * 4 + 2 * lane)), tile(tile), lane(lane) {}
+        entry_at(ptx::keep(kEntryStart * 4 + 2 * lane)), tile(tile), lane(lane) {}
 
   __device__ __forceinline__ uint32_t scatter(uint32_t at, bool active) const {
     const uint32_t entry = ptx::load_shared_u16(at);  // past the block's end where there is none
-    const uint32_t to = active ? biased + plane_offset(entry & 0xFFFu) : unused;
-    ptx::store_shared_u8(to, high_of_code(entry >> kPositionBits) >> 8);
+    const uint32_t to = active ? plane | (entry & (kTileElements - 1)) : unused;
+    ptx::store_shared_u8(to, plane_byte(entry));
     return to;
   }
   // `words` is the block's shared address, `block()` the index that overflow entries give. The plane holds constants before.

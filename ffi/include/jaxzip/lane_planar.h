@@ -37,8 +37,8 @@ struct LanePlanarKernels {
   // Copies a 64x64 tile, adding each row's shift to its exponents.
   void (*load_tile)(const uint16_t* src, int64_t stride, const int8_t* shift, uint16_t* tile);
 
-  // Escapes of a shifted 64x64 tile: those that have a code, and the others.
-  void (*count_escapes)(const uint16_t* tile, int32_t* coded, int32_t* uncoded);
+  // Escapes of a shifted 64x64 tile.
+  int32_t (*count_escapes)(const uint16_t* tile);
 
   // Writes a shifted 64x64 tile as a block, all but its overflow word, and what does not fit to `overflow`; returns the
   // number of entries there. `name`: 1 + index of the block.

@@ -13,33 +13,33 @@ constexpr int kPrefetchDistance = 4 * lane_planar::kMaxBlockWords;  // bytes: ab
 
 inline uint16_t LpBase(int shift) { return static_cast<uint16_t>(lane_planar::kConstantHigh - (shift << 7)); }
 
-// Rows g and g + 8 of a 16x64 tile as if none of their weights were listed: calls store(half, c, vector) for the eight
-// weights from column 8 c on of row g + 8 half. shift: of the tile's rows. What a row's constant exponent bits are less
+// Upper bytes, without their high exponent bits, of word p of four lanes; see add_code in layout.h.
+JAXZIP_INLINE U32x4 UpperWord(const U32x4 codes[3], int p) {
+  if (p < 3) return codes[p] & lane_planar::kUpperBytes;
+  if (p < 6) return (codes[p - 3] >> 3 | codes[p - 3] << 29) & lane_planar::kUpperBytes;
+  return (codes[2] << (p - 5) & kLpSigns) | (codes[p - 6] >> 5 & kLpExponents);
+}
+
+// Rows g and g + 8 of a 16x64 tile as if none of their weights were listed: calls store(half, p, vector) for the eight
+// weights from column 8 p on of row g + 8 half. shift: of the tile's rows. What a row's constant exponent bits are less
 // its shift adds to a code without a carry into the sign.
 template <typename F>
-JAXZIP_INLINE void DecodeRowPair(const uint32_t* sign_mantissa, const uint32_t* codes, int g, const int8_t* shift,
-                                 F&& store) {
+JAXZIP_INLINE void DecodeRowPair(const uint32_t* lower, const uint32_t* codes, int g, const int8_t* shift, F&& store) {
   using namespace lane_planar;
   const U32x4 pairs0 = LoadVec<U32x4>(codes + 8 * g), pairs1 = LoadVec<U32x4>(codes + 8 * g + 4);
   const U32x4 word[3] = {EvenLanes(pairs0, pairs1), OddLanes(pairs0, pairs1), LoadVec<U32x4>(codes + 64 + 4 * g)};
-  const U32x4 last = (word[0] & 0x00010001u) << 7 | (word[1] & 0x00010001u) << 8 | (word[2] & 0x00010001u) << 9;
   const U16x8 add[2] = {U16x8{} + LpBase(shift[g]), U16x8{} + LpBase(shift[g + 8])};
 #pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
-    U32x4 sm[4];
+    U32x4 bytes[4];
 #pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t) sm[t] = LoadVec<U32x4>(sign_mantissa + 128 * v + 16 * g + 4 * t);
-    Transpose4x4(sm);
+    for (int t = 0; t < 4; ++t) bytes[t] = LoadVec<U32x4>(lower + 128 * v + 16 * g + 4 * t);
+    Transpose4x4(bytes);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const int p = 8 * v + 2 * i + half, bit = kLpCodeBit[p % 5];
-        const U32x4 code = p == kLpLast ? last
-                           : (bit <= 7 ? word[p / 5] << (7 - bit) : word[p / 5] >> (bit - 7)) & kLpCode;
-        const U32x4 rest = (half ? SwapBytes(sm[i]) : sm[i]) & kLpSignMantissa;
-        store(half, 4 * v + i, ((U16x8)code + add[half]) | (U16x8)rest);
-      }
+      const U16x8 low = (U16x8)bytes[i], high = (U16x8)UpperWord(word, 4 * v + i);
+      store(0, 4 * v + i, ((low & 0xFF) | high << 8) + add[0]);
+      store(1, 4 * v + i, (low >> 8 | (high & 0xFF00)) + add[1]);
     }
   }
 }
@@ -49,11 +49,6 @@ inline void PatchHigh(uint16_t* weight, uint32_t high, int shift) {
   const uint32_t stored = ((static_cast<uint32_t>(*weight >> 7) + static_cast<uint32_t>(shift)) & 7) | high << 3;
   const uint32_t e = stored == 0 || stored == 255 ? stored : stored - static_cast<uint32_t>(shift);
   *weight = static_cast<uint16_t>((*weight & 0x807F) | (e & 0xFF) << 7);
-}
-
-inline uint32_t EntryHigh(uint32_t entry) {
-  const uint32_t code = entry >> lane_planar::kPositionBits;
-  return code ? code + lane_planar::kHighCodeBias : 0;
 }
 
 // One block of a payload, its counts and indices checked.
@@ -102,7 +97,7 @@ inline void ForEachListed(const LpBlock& block, int tile, F&& patch) {
   using namespace lane_planar;
   for (int i = tile ? block.end[tile - 1] : 0; i < block.end[tile]; ++i) {
     const uint32_t entry = block.Entry(i);
-    patch(kLpPlaces.of[entry & (kTileElements - 1)], EntryHigh(entry));
+    patch(kLpPlaces.of[entry & (kTileElements - 1)], entry >> kEntryPositionBits);
   }
   for (const uint32_t* at = block.overflow; block.More(at); at += 2) {
     const uint32_t position = at[1] & kLpPositionMask;
@@ -111,8 +106,8 @@ inline void ForEachListed(const LpBlock& block, int tile, F&& patch) {
   }
 }
 
-inline const uint32_t* TileSignMantissa(const LpBlock& block, int tile) {
-  return block.words + tile * lane_planar::kSignMantissaWords;
+inline const uint32_t* TileLower(const LpBlock& block, int tile) {
+  return block.words + tile * lane_planar::kLowerWords;
 }
 inline const uint32_t* TileCodes(const LpBlock& block, int tile) {
   return block.words + lane_planar::kCodeStart + tile * lane_planar::kCodeWords;
@@ -133,8 +128,8 @@ inline void DecodeTile(const LpBlock& block, int tile, const int8_t* shift, uint
   PrefetchNextBlock(block, tile);
   for (int g = 0; g < 8; ++g) {
     uint16_t* const row[2] = {out + g * stride, out + (g + 8) * stride};
-    DecodeRowPair(TileSignMantissa(block, tile), TileCodes(block, tile), g, s,
-                  [&](int half, int c, U16x8 v) { StoreVec(row[half] + 8 * c, v); });
+    DecodeRowPair(TileLower(block, tile), TileCodes(block, tile), g, s,
+                  [&](int half, int p, U16x8 v) { StoreVec(row[half] + 8 * p, v); });
   }
   ForEachListed(block, tile, [&](uint32_t place, uint32_t high) {
     PatchHigh(out + (place >> 6) * stride + (place & 63), high, s[place >> 6]);
@@ -186,8 +181,8 @@ void DecodeLanePlanarRow(const LanePlanarPayload& p, int64_t row, uint16_t* out,
     LpBlock block;
     if (!OpenBlock(p, block_row * blocks + bc, &block, fault)) return;
     uint16_t pair[2][kLpBlock];
-    DecodeRowPair(TileSignMantissa(block, tile), TileCodes(block, tile), r & 7, shift,
-                  [&](int half, int c, U16x8 v) { StoreVec(pair[half] + 8 * c, v); });
+    DecodeRowPair(TileLower(block, tile), TileCodes(block, tile), r & 7, shift,
+                  [&](int half, int p, U16x8 v) { StoreVec(pair[half] + 8 * p, v); });
     uint16_t* found = pair[r >> 3];
     ForEachListed(block, tile, [&](uint32_t place, uint32_t high) {
       if (static_cast<int>(place >> 6) == r) PatchHigh(found + (place & 63), high, shift[r]);

@@ -28,56 +28,52 @@ void LoadShiftedTile(const uint16_t* src, int64_t stride, const int8_t* shift, u
   }
 }
 
-void CountEscapes(const uint16_t* tile, int32_t* coded, int32_t* uncoded) {
+int32_t CountEscapes(const uint16_t* tile) {
   using namespace lane_planar;
-  constexpr uint16_t kUnit = 1 << 10, kLowest = kHighCodeBias * kUnit, kHighest = (kHighCodeBias + 15) * kUnit;
-  uint16_t escapes = 0, without = 0;  // of 4096 elements
+  uint16_t escapes = 0;  // of 4096 elements
   for (int i = 0; i < kLpTileElements; ++i) {
-    const uint16_t high = tile[i] & kHighMask;
-    escapes = static_cast<uint16_t>(escapes + (high != kConstantHigh));
-    without = static_cast<uint16_t>(without + ((high != 0 && high <= kLowest) || high > kHighest));
+    escapes = static_cast<uint16_t>(escapes + ((tile[i] & kHighMask) != kConstantHigh));
   }
-  *coded = escapes - without;
-  *uncoded = without;
+  return escapes;
 }
 
-// Spreads the bits of a byte, two to each byte of a word: bit 2 t + h goes to 8 t + h.
-inline uint32_t SpreadPairs(uint32_t bits) {
-  bits = (bits | bits << 12) & 0x000F000Fu;
-  return (bits | bits << 6) & 0x03030303u;
+// Adds the codes of word p of four lanes: add_code of layout.h. upper: bits of kUpperBytes only.
+JAXZIP_INLINE void AddCodes(U32x4 codes[3], int p, U32x4 upper) {
+  if (p < 3) {
+    codes[p] |= upper;
+  } else if (p < 6) {
+    codes[p - 3] |= upper << 3 | upper >> 29;
+  } else {
+    codes[p - 6] |= (upper & kLpExponents) << 5;
+    codes[2] |= (upper & kLpSigns) >> (p - 5);
+  }
 }
 
-// Rows g and g + 8 of a 16x64 tile into their words; escapes[j]: a bit for each of their positions in k-step j.
-inline void EncodeRowPair(const uint16_t* row0, const uint16_t* row1, int g, uint32_t* sign_mantissa, uint32_t* codes,
-                          uint32_t escapes[4]) {
+// Rows g and g + 8 of a 16x64 tile into their words; escapes[v]: a bit for each of their positions in vector v.
+inline void EncodeRowPair(const uint16_t* row0, const uint16_t* row1, int g, uint32_t* lower, uint32_t* codes,
+                          uint64_t escapes[2]) {
   using namespace lane_planar;
   U32x4 word[3] = {};
 #pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
-    U32x4 sm[4];
+    U32x4 low[4], escaped[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const U32x4 a[2] = {LoadVec<U32x4>(row0 + 32 * v + 8 * i), LoadVec<U32x4>(row1 + 32 * v + 8 * i)};
-      sm[i] = (a[0] & kLpSignMantissa) | SwapBytes(a[1] & kLpSignMantissa);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const int p = 8 * v + 2 * i + half, bit = kLpCodeBit[p % 5];
-        const U32x4 code = a[half] & kLpCode;
-        if (p == kLpLast) {
-#pragma GCC unroll 3
-          for (int b = 0; b < 3; ++b) word[b] |= code >> (7 + b) & 0x00010001u;
-        } else {
-          word[p / 5] |= bit <= 7 ? code >> (7 - bit) : code << (bit - 7);
-        }
-      }
-      const auto odd = [](U32x4 x) { return (U16x8)((x & (kHighMask | kHighMask << 16)) ^ (kConstantHigh | kConstantHigh << 16)); };
-      const uint32_t mask = NonzeroMask(odd(a[0]), odd(a[1]));  // (row, t, half) of q = i & 1
-      const uint32_t spread = SpreadPairs(mask & 0xFF) | SpreadPairs(mask >> 8) << 2;
-      escapes[2 * v + (i >> 1)] = i & 1 ? escapes[2 * v + (i >> 1)] | spread << 4 : spread;
+      const int p = 4 * v + i;
+      const U16x8 a = LoadVec<U16x8>(row0 + 8 * p), b = LoadVec<U16x8>(row1 + 8 * p);
+      const U32x4 upper = (U32x4)(a >> 8 | (b & 0xFF00));
+      low[i] = (U32x4)((a & 0xFF) | b << 8);
+      escaped[i] = (upper & kLpHigh) ^ kPlaneWord;
+      AddCodes(word, p, upper & kUpperBytes);
     }
-    Transpose4x4(sm);
+    Transpose4x4(low);
+    Transpose4x4(escaped);
+    escapes[v] = 0;
 #pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t) StoreVec(sign_mantissa + 128 * v + 16 * g + 4 * t, sm[t]);
+    for (int t = 0; t < 4; ++t) {
+      StoreVec(lower + 128 * v + 16 * g + 4 * t, low[t]);
+      escapes[v] |= uint64_t{NonzeroMask(escaped[t])} << 16 * t;
+    }
   }
   StoreVec(codes + 8 * g, UnpackLo(word[0], word[1]));
   StoreVec(codes + 8 * g + 4, UnpackHi(word[0], word[1]));
@@ -93,20 +89,20 @@ int64_t EncodeBlock(const uint16_t* tile, uint32_t name, int block_words, uint32
   uint32_t ends = 0;
   for (int i = 0; i < kTiles; ++i) {
     const uint16_t* top = tile + i * kTileElements;
-    uint32_t escapes[8][4];
+    uint64_t escapes[8][2];
     for (int g = 0; g < 8; ++g) {
-      EncodeRowPair(top + g * kLpBlock, top + (g + 8) * kLpBlock, g, block + i * kSignMantissaWords,
+      EncodeRowPair(top + g * kLpBlock, top + (g + 8) * kLpBlock, g, block + i * kLowerWords,
                     block + kCodeStart + i * kCodeWords, escapes[g]);
     }
-    for (int j = 0; j < 4; ++j) {
+    for (int v = 0; v < 2; ++v) {
       for (int g = 0; g < 8; ++g) {
-        for (uint32_t left = escapes[g][j]; left; left &= left - 1) {
-          const int in_tile = j << 8 | g << 5 | __builtin_ctz(left);
+        for (uint64_t left = escapes[g][v]; left; left &= left - 1) {
+          const int in_tile = v << 9 | g << 6 | __builtin_ctzll(left);
           const uint32_t position = static_cast<uint32_t>(i * kTileElements + in_tile);
           const uint32_t high = top[kLpPlaces.of[in_tile]] >> 10 & 31;
-          const bool has_code = high == 0 || high - kHighCodeBias - 1 < 15;
-          if (has_code && used < room) {
-            entries[used++] = static_cast<uint16_t>(position | (high ? high - kHighCodeBias : 0) << kPositionBits);
+          if (used < room) {
+            const uint32_t entry = (position & ((1u << kEntryPositionBits) - 1)) | high << kEntryPositionBits;
+            entries[used++] = static_cast<uint16_t>(entry);
           } else {
             overflow[2 * spilled] = name;
             overflow[2 * spilled++ + 1] = position | high << kPositionBits;

@@ -12,13 +12,9 @@ namespace {
 constexpr int kLpBlock = lane_planar::kBlock;
 constexpr int kLpTileElements = kLpBlock * kLpBlock;
 constexpr int kLpPositionMask = (1 << lane_planar::kPositionBits) - 1;
-constexpr uint32_t kLpSignMantissa = 0x807F807Fu;  // of two weights
-constexpr uint32_t kLpCode = 0x03800380u;          // the low three exponent bits of two weights
-
-// Register p of a lane keeps its two codes in code word p / 5 at bit kLpCodeBit[p % 5] of each half, register 15 its
-// bit b at bit 0 of word b; a weight has them at bit 7.
-constexpr int kLpCodeBit[5] = {7, 4, 1, 10, 13};
-constexpr int kLpLast = 15;
+constexpr uint32_t kLpSigns = lane_planar::kUpperBytes & 0x80808080u;
+constexpr uint32_t kLpExponents = lane_planar::kUpperBytes & ~kLpSigns;
+constexpr uint32_t kLpHigh = ~lane_planar::kUpperBytes;  // of four upper bytes: the high exponent bits
 
 // row * 64 + column in a 16x64 tile, of each position in it.
 struct LpPlaces {
@@ -27,8 +23,9 @@ struct LpPlaces {
 constexpr LpPlaces MakeLpPlaces() {
   LpPlaces places{};
   for (int p = 0; p < lane_planar::kTileElements; ++p) {
-    const int j = p >> 8, g = p >> 5 & 7, t = p >> 3 & 3, r = p >> 1 & 3, h = p & 1;
-    places.of[p] = static_cast<uint16_t>((g + 8 * (r & 1)) * kLpBlock + 16 * j + 2 * t + 8 * (r >> 1) + h);
+    const lane_planar::Place at = lane_planar::place_of(p);
+    places.of[p] = static_cast<uint16_t>(lane_planar::fragment_row(at.lane, at.r) * kLpBlock +
+                                         lane_planar::fragment_column(at.j, at.lane, at.r, at.h));
   }
   return places;
 }

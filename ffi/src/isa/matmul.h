@@ -132,7 +132,7 @@ class LanePlanarBands {
       return;
     }
     const int g = f / 2;
-    DecodeRowPair(TileSignMantissa(opened_, band_), TileCodes(opened_, band_), g, shift_ + band_ * layout::kBandRows,
+    DecodeRowPair(TileLower(opened_, band_), TileCodes(opened_, band_), g, shift_ + band_ * layout::kBandRows,
                   [tile, g](int half, int c, U16x8 v) {
                     uint16_t* to = tile + layout::FragIndex(half, c) * layout::kFragSize + 4 * g;
                     std::memcpy(to, &v, 8);

@@ -72,18 +72,15 @@ inline void Transpose8x8(const uint16_t* src, int64_t src_stride, uint16_t* dst,
   }
 }
 
-// Swaps the two bytes of every 16-bit half.
-inline U32x4 SwapBytes(U32x4 v) { return (U32x4)(((U16x8)v << 8) | ((U16x8)v >> 8)); }
-
-// Bit i is set where the i-th 16-bit lane of (a, b) is not zero.
-inline uint32_t NonzeroMask(U16x8 a, U16x8 b) {
+// Bit i is set where the i-th byte is not zero.
+inline uint32_t NonzeroMask(U32x4 v) {
 #if defined(__SSE2__)
-  const __m128i zero = _mm_setzero_si128();
-  const __m128i packed = _mm_packs_epi16(_mm_cmpeq_epi16((__m128i)a, zero), _mm_cmpeq_epi16((__m128i)b, zero));
-  return static_cast<uint32_t>(_mm_movemask_epi8(packed)) ^ 0xFFFFu;
+  return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8((__m128i)v, _mm_setzero_si128()))) ^ 0xFFFFu;
 #else
+  uint8_t bytes[16];
+  StoreVec(bytes, v);
   uint32_t mask = 0;
-  for (int i = 0; i < 8; ++i) mask |= static_cast<uint32_t>(a[i] != 0) << i | static_cast<uint32_t>(b[i] != 0) << (8 + i);
+  for (int i = 0; i < 16; ++i) mask |= static_cast<uint32_t>(bytes[i] != 0) << i;
   return mask;
 #endif
 }
