@@ -31,7 +31,7 @@ WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const Wgmma
   p.received_bytes = sources > 1 ? sources * p.owned * kItemBytes : 0;
 
   const int block = w.block_words * 4, slot_x = c.k_groups * chunk_bytes(instruction_n), slot = slot_x + groups * block;
-  const int fixed = groups * 4 * plane_bytes + kUnusedBytes + kBarrierBytes;
+  const int fixed = groups * 4 * plane_bytes + kWarpAreasBytes + kBarrierBytes;
   int sum_bytes = p.teams * p.received_bytes;
   // Of a single pass sums can use the slots, after the last of them. That costs a wait for all of the cluster, so only where few
   // slots are left otherwise.
@@ -48,7 +48,7 @@ WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const Wgmma
   p.blocks = p.planes + groups * 4 * plane_bytes;
   const int ring = std::max(p.blocks + p.slots * groups * block, p.sums_in_slots ? p.teams * p.received_bytes : 0);
   p.received = p.sums_in_slots ? 0 : ring;
-  p.barriers = ring + sum_bytes + kUnusedBytes;
+  p.barriers = ring + sum_bytes + kWarpAreasBytes;
   p.bytes = p.barriers + kBarrierBytes;
   return p;
 }

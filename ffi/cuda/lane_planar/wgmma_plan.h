@@ -18,12 +18,12 @@ struct WgmmaPlan {
   int received_bytes;  // a team's
   bool sums_in_slots;  // they arrive where the slots were, when all warps of the cluster have done with these
   int blocks, planes, received, barriers, bytes;  // offsets in shared memory; x is at 0
-  // Before the barriers is a word for each warp that nobody reads, where lanes without an escape store.
+  // Before the barriers is an area of each warp's own: shifts of 16 rows, and a word that nobody reads, where lanes without an escape store.
 };
 
 constexpr int kItemBytes = 512;
 constexpr int kMaxGroups = 4;
-constexpr int kUnusedBytes = 4 * 4 * kMaxGroups;
+constexpr int kShiftBytes = 16, kWarpAreaBytes = 2 * kShiftBytes, kWarpAreasBytes = kWarpAreaBytes * 4 * kMaxGroups;
 constexpr int kMaxSlots = 16, kMinSlots = 2;
 
 // Barriers of a slot: it is full, it was used.

@@ -1,0 +1,207 @@
+// What becomes of the sums of a warp that multiplies: other warps' are added, then they are finished and stored.
+#pragma once
+#include "epilogue.cuh"
+#include "weights.cuh"
+#include "wgmma_work.cuh"
+
+namespace jaxzip::lane_planar {
+
+// Four lanes that differ in bits 2 and 3 hold two columns of rows r and r + 8; each gets four consecutive rows of one column.
+__device__ __forceinline__ float4 transpose_rows(float4 v, int lane) {
+  const bool odd = lane & 4, upper = lane & 8;
+  float s = __shfl_xor_sync(~0u, odd ? v.x : v.y, 4), t = __shfl_xor_sync(~0u, odd ? v.z : v.w, 4);
+  if (odd) v.x = s, v.z = t; else v.y = s, v.w = t;
+  s = __shfl_xor_sync(~0u, upper ? v.x : v.z, 8), t = __shfl_xor_sync(~0u, upper ? v.y : v.w, 8);
+  if (upper) v.x = s, v.y = t; else v.z = s, v.w = t;
+  return v;
+}
+
+// Whether several warps have sums of one result.
+__device__ __forceinline__ bool results_travel(const WgmmaPlan& plan) { return plan.cluster * plan.k_groups > 1; }
+
+// Sums of a row block are items of 8 columns and 16 rows, a register quadruple of each lane. Where K is split, each item has an owner
+// among the CTAs, to which all send theirs, and which adds them in order of ranks, in them warp groups.
+template <class Weights, int kN>
+class Results {
+  static constexpr int kColumnGroups = kN / 8;
+  const WgmmaArgs& args_;
+  const WgmmaWork& work_;
+  uint8_t* const memory_;
+  const int warp_, lane_, tile_, group_, k_groups_, team_, k_group_, ranks_, sources_, owned_;
+  const uint32_t arrived_, may_send_, received_;
+  bool cluster_started_;
+
+  __device__ __forceinline__ int team_warp() const { return warp_ - team_ * k_groups_ * 4; }
+  __device__ __forceinline__ int row_block_of(int pass) const { return work_.row_block_of(args_.plan, team_, pass); }
+  // Of the rows that this warp stores: of all its items these are the same.
+  __device__ __forceinline__ int stored_tile() const { return sources_ == 1 ? tile_ : (team_warp() * ranks_ + work_.rank) & 3; }
+
+  __device__ __forceinline__ void wait_for_cluster() {  // before anything is sent to others
+    if (!cluster_started_) ptx::cluster_wait();
+    cluster_started_ = true;
+  }
+  __device__ __forceinline__ void wait_for_shifts() const {
+    if (lane_ == 0) ptx::async_copy_wait();
+    __syncwarp();
+  }
+  // The rows of an item that this lane stores, after a transposition.
+  __device__ __forceinline__ FourRows four_rows(int pass) const {
+    const int row = ((lane_ >> 3) & 1) * 8 + (lane_ >> 4) * 4;
+    uint32_t shifts;
+    ptx::load_shared_words<1>(&shifts, warp_area() + row);
+    return FourRows(args_.epilogue, args_.w.m, row_block_of(pass) * kBlock + stored_tile() * kTileRows + row, shifts);
+  }
+  __device__ __forceinline__ void store_item(int column_group, const FourRows& rows, bool fours, float4 sum) const {
+    const int n = 8 * column_group + 2 * (lane_ & 3) + ((lane_ >> 2) & 1);
+    sum = transpose_rows(sum, lane_);
+    if (n >= args_.n) return;
+    if (kN <= kGatedMaxN && args_.epilogue.gated)
+      store_rows_of_pair(args_.epilogue, args_.w.m, n, rows, sum);
+    else
+      store_rows(args_.epilogue, args_.w.m, fours, n, rows, sum);
+  }
+
+  __device__ __forceinline__ void send(int pass, const float (&sums)[kN / 2]) {
+    if (ranks_ > 1) wait_for_cluster();
+    if (pass > 0) ptx::barrier_wait(may_send_, (pass - 1) & 1);
+    if (args_.plan.sums_in_slots) ptx::barrier_wait(work_.barriers + kIdle, 0);
+    const uint32_t to = received_ + ((work_.rank * k_groups_ + k_group_) * args_.plan.owned * 32 + lane_) * 16;
+    int owner = tile_ % ranks_, at = tile_ / ranks_;
+    const int owner_step = 4 % ranks_, at_step = 4 / ranks_;
+#pragma unroll
+    for (int g = 0; g < kColumnGroups; ++g) {
+      const float4 v = make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]);
+      if (owner == work_.rank)
+        *reinterpret_cast<float4*>(memory_ + (to - work_.shared) + at * kItemBytes) = v;
+      else  // the slower way, and not an instruction of a CTA that is alone
+        ptx::store_cluster(to + at * kItemBytes, arrived_, owner, v);
+      owner += owner_step;
+      at += at_step;
+      if (owner >= ranks_) {
+        owner -= ranks_;
+        ++at;
+      }
+    }
+    __syncwarp();
+    if (lane_ == 0) {
+      if (ranks_ > 1 && team_warp() == 0) ptx::barrier_expect(arrived_, owned_ * (sources_ - k_groups_) * kItemBytes);
+      ptx::barrier_arrive(arrived_);
+    }
+  }
+  __device__ __forceinline__ void add_and_store(int pass, bool more) const {
+    wait_for_shifts();
+    const FourRows rows = four_rows(pass);
+    const bool fours = in_fours(args_.epilogue, args_.w.m);
+    ptx::barrier_wait(arrived_, pass & 1);
+    const float4* from = reinterpret_cast<const float4*>(memory_ + (received_ - work_.shared)) + lane_;
+#pragma unroll 1
+    for (int i = team_warp(); i < owned_; i += k_groups_ * 4) {
+      float4 sum = from[i * 32];
+#pragma unroll 4
+      for (int s = 1; s < sources_; ++s) {
+        const float4 v = from[(s * args_.plan.owned + i) * 32];
+        sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+      }
+      store_item((i * ranks_ + work_.rank) >> 2, rows, fours, sum);
+    }
+    if (more) {  // there is a next send, which waits for this
+      __syncwarp();
+      if (ranks_ == 1 && lane_ == 0) ptx::barrier_arrive(may_send_);
+      if (ranks_ > 1 && lane_ < ranks_) ptx::barrier_arrive_cluster(may_send_, lane_);
+    }
+  }
+
+  // A plain bf16 result, by whole lines of 64 rows: these wait in the warp group's planes, 32 columns at a time.
+  static constexpr int kColumnsAtOnce = kN < 32 ? kN : 32;
+  __device__ __forceinline__ bool stores_lines() const {
+    const Epilogue& e = args_.epilogue;
+    return kN >= 16 && Weights::kHasEscapes && sources_ == 1 && !e.residual && !e.fp32_out && !e.gated && args_.w.m % 8 == 0 &&
+           (reinterpret_cast<uintptr_t>(e.y) & 15) == 0;
+  }
+  __device__ __forceinline__ void sync_group() const { ptx::sync_threads(1 + group_, 128); }
+  __device__ __forceinline__ void store_lines(int pass, const float (&sums)[kN / 2]) const {
+    const Epilogue& e = args_.epilogue;
+    const int first_row = row_block_of(pass) * kBlock;
+    float scale[2], bias[2];
+    wait_for_shifts();
+    for (int i = 0; i < 2; ++i) {
+      const int row = (lane_ >> 2) + 8 * i, of = first_row + tile_ * kTileRows + row;
+      scale[i] = unscale(static_cast<int8_t>(ptx::load_shared_u8(warp_area() + row)));
+      bias[i] = e.bias && of < args_.w.m ? __bfloat162float(e.bias[of]) : -0.0f;
+    }
+    // A column takes 128 bytes; its 16-byte pieces are permuted so that eight columns' lie in different banks.
+    const uint32_t lines = work_.shared + args_.plan.planes + group_ * (kTiles * kTileElements);
+    const int column = 8 * (lane_ >> 4) + (lane_ & 7);
+    const uint32_t put = lines + column * 128 + (((2 * tile_ + ((lane_ >> 3) & 1)) ^ (lane_ & 7)) << 4);
+    const int taken = 4 * tile_ + (lane_ >> 3), piece = lane_ & 7;
+    const uint32_t take = lines + taken * 128 + ((piece ^ (taken & 7)) << 4);
+    const int columns = first_row + 8 * piece < args_.w.m ? args_.n : 0;
+    __nv_bfloat16* y = static_cast<__nv_bfloat16*>(e.y) + static_cast<size_t>(taken) * args_.w.m + first_row + 8 * piece;
+#pragma unroll
+    for (int n = 0; n < kN; n += kColumnsAtOnce) {
+      sync_group();  // all have read their planes, or the lines before
+#pragma unroll
+      for (int s = 0; s < kColumnsAtOnce / 16; ++s) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* two = sums + (n + 16 * s) / 2 + 2 * i;
+          pairs[i] = pack(fmaf(two[0], scale[i & 1], bias[i & 1]), fmaf(two[1], scale[i & 1], bias[i & 1]));
+        }
+        ptx::store_matrices<true>(put + s * (16 * 128), pairs);
+      }
+      sync_group();
+#pragma unroll
+      for (int s = 0; s < kColumnsAtOnce / 16; ++s) {
+        uint32_t v[4];
+        ptx::load_shared(v, take + s * (16 * 128));
+        const int first = n + 16 * s;
+        if (taken + first < columns)
+          *reinterpret_cast<uint4*>(y + static_cast<size_t>(first) * args_.w.m) = make_uint4(v[0], v[1], v[2], v[3]);
+      }
+    }
+    sync_group();  // before the planes are filled again
+  }
+
+ public:
+  __device__ __forceinline__ Results(const WgmmaArgs& args, const WgmmaWork& work, uint8_t* memory, int warp, int lane)
+      : args_(args), work_(work), memory_(memory), warp_(warp), lane_(lane), tile_(warp & 3), group_(warp >> 2), k_groups_(args.plan.k_groups),
+        team_(group_ >> args.plan.log_k_groups), k_group_(group_ & (k_groups_ - 1)), ranks_(args.plan.cluster), sources_(ranks_ * k_groups_),
+        owned_((args.plan.items - work.rank + ranks_ - 1) / ranks_), arrived_(work.barriers + kArrived + 8 * team_),
+        may_send_(work.barriers + kMaySend + 8 * team_), received_(work.shared + args.plan.received + team_ * args.plan.received_bytes),
+        cluster_started_(ranks_ == 1) {}
+
+  // The shared address of what is this warp's own: shifts of the rows that it stores, then a word that nobody reads.
+  __device__ __forceinline__ uint32_t warp_area() const { return work_.barriers - kWarpAreasBytes + warp_ * kWarpAreaBytes; }
+
+  // Before a pass: asks for the shifts, for which its end would have to wait.
+  __device__ __forceinline__ void begin(int pass) const {
+    __syncwarp();
+    if (lane_ == 0) ptx::async_copy_16(warp_area(), args_.w.shift + row_block_of(pass) * kBlock + stored_tile() * kTileRows);
+  }
+  // Where sums arrive in the slots: this warp needs them no more.
+  __device__ __forceinline__ void announce_idle() {
+    wait_for_cluster();
+    __syncwarp();
+    if (ranks_ == 1 && lane_ == 0) ptx::barrier_arrive(work_.barriers + kIdle);
+    if (ranks_ > 1 && lane_ < ranks_) ptx::barrier_arrive_cluster(work_.barriers + kIdle, lane_);
+  }
+  __device__ __forceinline__ bool used_planes() const { return stores_lines(); }
+  __device__ __forceinline__ void store(int pass, int passes, const float (&sums)[kN / 2]) {
+    if (stores_lines()) {
+      store_lines(pass, sums);
+    } else if (sources_ == 1) {
+      wait_for_shifts();
+      const FourRows rows = four_rows(pass);
+      const bool fours = in_fours(args_.epilogue, args_.w.m);
+#pragma unroll
+      for (int g = 0; g < kColumnGroups; ++g)
+        store_item(g, rows, fours, make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]));
+    } else {
+      send(pass, sums);
+      add_and_store(pass, pass + 1 < passes);
+    }
+  }
+};
+
+}  // namespace jaxzip::lane_planar
