@@ -226,8 +226,8 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __g
       ptx::barrier_init_only(barriers + kFull, 1);
       ptx::barrier_init_only(barriers + kEmpty, kGroups * 4);
     }
-    if (warp < plan.teams && results_travel(plan)) {
-      ptx::barrier_init_only(work.barriers + kArrived + 8 * warp, plan.k_groups * 4 + (plan.cluster > 1));
+    if (warp < plan.teams && plan.cluster > 1) {
+      ptx::barrier_init_only(work.barriers + kArrived + 8 * warp, plan.k_groups * 4 + 1);
       ptx::barrier_init_only(work.barriers + kMaySend + 8 * warp, plan.cluster * plan.k_groups * 4);
     }
     if (warp == kGroups * 4) {

@@ -16,25 +16,27 @@ __device__ __forceinline__ float4 transpose_rows(float4 v, int lane) {
   return v;
 }
 
-// Whether several warps have sums of one result.
-__device__ __forceinline__ bool results_travel(const WgmmaPlan& plan) { return plan.cluster * plan.k_groups > 1; }
-
-// Sums of a row block are items of 8 columns and 16 rows, a register quadruple of each lane. Where K is split, each item has an owner
-// among the CTAs, to which all send theirs, and which adds them in order of ranks, in them warp groups.
+// Sums of a row block are items of 8 columns and 16 rows, a register quadruple of each lane. Where K is split, they are added in two steps,
+// each in a fixed order: warp groups of a team, among which the items are dealt; then CTAs, each of which owns some of the items.
 template <class Weights, int kN>
 class Results {
   static constexpr int kColumnGroups = kN / 8;
   const WgmmaArgs& args_;
   const WgmmaWork& work_;
   uint8_t* const memory_;
-  const int warp_, lane_, tile_, group_, k_groups_, team_, k_group_, ranks_, sources_, owned_;
-  const uint32_t arrived_, may_send_, received_;
+  const int warp_, lane_, tile_, group_, k_groups_, team_, k_group_, ranks_;
+  const uint32_t arrived_, may_send_;
   bool cluster_started_;
 
   __device__ __forceinline__ int team_warp() const { return warp_ - team_ * k_groups_ * 4; }
   __device__ __forceinline__ int row_block_of(int pass) const { return work_.row_block_of(args_.plan, team_, pass); }
   // Of the rows that this warp stores: of all its items these are the same.
-  __device__ __forceinline__ int stored_tile() const { return sources_ == 1 ? tile_ : (team_warp() * ranks_ + work_.rank) & 3; }
+  __device__ __forceinline__ int stored_tile() const { return ranks_ == 1 ? tile_ : (team_warp() * ranks_ + work_.rank) & 3; }
+  // Where a team's sums meet: of warp groups, then those that CTAs sent.
+  __device__ __forceinline__ float4* team_memory() const {
+    return reinterpret_cast<float4*>(memory_ + args_.plan.received + team_ * args_.plan.received_bytes) + lane_;
+  }
+  __device__ __forceinline__ int received() const { return (k_groups_ - 1) * args_.plan.items; }  // items before them
 
   __device__ __forceinline__ void wait_for_cluster() {  // before anything is sent to others
     if (!cluster_started_) ptx::cluster_wait();
@@ -60,21 +62,47 @@ class Results {
     else
       store_rows(args_.epilogue, args_.w.m, fours, n, rows, sum);
   }
+  static __device__ __forceinline__ float4 item(const float (&sums)[kN / 2], int g) {
+    return make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]);
+  }
+  static __device__ __forceinline__ float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
+  // Whether this warp has the team's sum of column group g after `add_groups`.
+  __device__ __forceinline__ bool takes(int g) const { return (g & (k_groups_ - 1)) == k_group_; }
+  // Sums of the warp groups: what another takes goes through shared memory.
+  __device__ __forceinline__ void add_groups(int pass, float (&sums)[kN / 2]) const {
+    // An item's places lie one behind the other: of all groups but the one that takes it.
+    float4* const of_tile = team_memory() + tile_ * kColumnGroups * (k_groups_ - 1) * 32;
+    if (pass > 0) ptx::sync_threads(1 + team_, k_groups_ * 128);  // the last pass's were read
+#pragma unroll
+    for (int g = 0; g < kColumnGroups; ++g)
+      if (!takes(g)) of_tile[(g * (k_groups_ - 1) + k_group_ - (k_group_ > (g & (k_groups_ - 1)))) * 32] = item(sums, g);
+    ptx::sync_threads(1 + team_, k_groups_ * 128);
+#pragma unroll
+    for (int g = 0; g < kColumnGroups; ++g) {
+      if (!takes(g)) continue;
+      const float4* from = of_tile + g * (k_groups_ - 1) * 32;
+      const float4 own = item(sums, g);
+      float4 sum = k_group_ == 0 ? own : from[0];
+#pragma unroll 1
+      for (int k = 1; k < k_groups_; ++k) sum = add(sum, k == k_group_ ? own : from[(k - (k > k_group_)) * 32]);
+      sums[4 * g] = sum.x, sums[4 * g + 1] = sum.y, sums[4 * g + 2] = sum.z, sums[4 * g + 3] = sum.w;
+    }
+  }
   __device__ __forceinline__ void send(int pass, const float (&sums)[kN / 2]) {
-    if (ranks_ > 1) wait_for_cluster();
     if (pass > 0) ptx::barrier_wait(may_send_, (pass - 1) & 1);
-    if (args_.plan.sums_in_slots) ptx::barrier_wait(work_.barriers + kIdle, 0);
-    const uint32_t to = received_ + ((work_.rank * k_groups_ + k_group_) * args_.plan.owned * 32 + lane_) * 16;
+    float4* const own = team_memory() + (received() + work_.rank * args_.plan.owned) * 32;
+    const uint32_t remote = ptx::shared_address(own);
     int owner = tile_ % ranks_, at = tile_ / ranks_;
     const int owner_step = 4 % ranks_, at_step = 4 / ranks_;
 #pragma unroll
     for (int g = 0; g < kColumnGroups; ++g) {
-      const float4 v = make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]);
-      if (owner == work_.rank)
-        *reinterpret_cast<float4*>(memory_ + (to - work_.shared) + at * kItemBytes) = v;
-      else  // the slower way, and not an instruction of a CTA that is alone
-        ptx::store_cluster(to + at * kItemBytes, arrived_, owner, v);
+      if (takes(g)) {
+        if (owner == work_.rank)
+          own[at * 32] = item(sums, g);
+        else  // half as fast
+          ptx::store_cluster(remote + at * kItemBytes, arrived_, owner, item(sums, g));
+      }
       owner += owner_step;
       at += at_step;
       if (owner >= ranks_) {
@@ -84,30 +112,27 @@ class Results {
     }
     __syncwarp();
     if (lane_ == 0) {
-      if (ranks_ > 1 && team_warp() == 0) ptx::barrier_expect(arrived_, owned_ * (sources_ - k_groups_) * kItemBytes);
+      if (team_warp() == 0) ptx::barrier_expect(arrived_, owned() * (ranks_ - 1) * kItemBytes);
       ptx::barrier_arrive(arrived_);
     }
   }
-  __device__ __forceinline__ void add_and_store(int pass, bool more) const {
+  __device__ __forceinline__ int owned() const { return (args_.plan.items - work_.rank + ranks_ - 1) / ranks_; }
+  __device__ __forceinline__ void add_ranks_and_store(int pass, bool more) const {
     wait_for_shifts();
     const FourRows rows = four_rows(pass);
     const bool fours = in_fours(args_.epilogue, args_.w.m);
+    const float4* from = team_memory() + received() * 32;
     ptx::barrier_wait(arrived_, pass & 1);
-    const float4* from = reinterpret_cast<const float4*>(memory_ + (received_ - work_.shared)) + lane_;
 #pragma unroll 1
-    for (int i = team_warp(); i < owned_; i += k_groups_ * 4) {
+    for (int i = team_warp(); i < owned(); i += k_groups_ * 4) {
       float4 sum = from[i * 32];
 #pragma unroll 4
-      for (int s = 1; s < sources_; ++s) {
-        const float4 v = from[(s * args_.plan.owned + i) * 32];
-        sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-      }
+      for (int r = 1; r < ranks_; ++r) sum = add(sum, from[(r * args_.plan.owned + i) * 32]);
       store_item((i * ranks_ + work_.rank) >> 2, rows, fours, sum);
     }
     if (more) {  // there is a next send, which waits for this
       __syncwarp();
-      if (ranks_ == 1 && lane_ == 0) ptx::barrier_arrive(may_send_);
-      if (ranks_ > 1 && lane_ < ranks_) ptx::barrier_arrive_cluster(may_send_, lane_);
+      if (lane_ < ranks_) ptx::barrier_arrive_cluster(may_send_, lane_);
     }
   }
 
@@ -115,7 +140,7 @@ class Results {
   static constexpr int kColumnsAtOnce = kN < 32 ? kN : 32;
   __device__ __forceinline__ bool stores_lines() const {
     const Epilogue& e = args_.epilogue;
-    return kN >= 16 && Weights::kHasEscapes && sources_ == 1 && !e.residual && !e.fp32_out && !e.gated && args_.w.m % 8 == 0 &&
+    return kN >= 16 && Weights::kHasEscapes && ranks_ * k_groups_ == 1 && !e.residual && !e.fp32_out && !e.gated && args_.w.m % 8 == 0 &&
            (reinterpret_cast<uintptr_t>(e.y) & 15) == 0;
   }
   __device__ __forceinline__ void sync_group() const { ptx::sync_threads(1 + group_, 128); }
@@ -166,10 +191,8 @@ class Results {
  public:
   __device__ __forceinline__ Results(const WgmmaArgs& args, const WgmmaWork& work, uint8_t* memory, int warp, int lane)
       : args_(args), work_(work), memory_(memory), warp_(warp), lane_(lane), tile_(warp & 3), group_(warp >> 2), k_groups_(args.plan.k_groups),
-        team_(group_ >> args.plan.log_k_groups), k_group_(group_ & (k_groups_ - 1)), ranks_(args.plan.cluster), sources_(ranks_ * k_groups_),
-        owned_((args.plan.items - work.rank + ranks_ - 1) / ranks_), arrived_(work.barriers + kArrived + 8 * team_),
-        may_send_(work.barriers + kMaySend + 8 * team_), received_(work.shared + args.plan.received + team_ * args.plan.received_bytes),
-        cluster_started_(ranks_ == 1) {}
+        team_(group_ >> args.plan.log_k_groups), k_group_(group_ & (k_groups_ - 1)), ranks_(args.plan.cluster),
+        arrived_(work.barriers + kArrived + 8 * team_), may_send_(work.barriers + kMaySend + 8 * team_), cluster_started_(ranks_ == 1) {}
 
   // The shared address of what is this warp's own: shifts of the rows that it stores, then a word that nobody reads.
   __device__ __forceinline__ uint32_t warp_area() const { return work_.barriers - kWarpAreasBytes + warp_ * kWarpAreaBytes; }
@@ -187,20 +210,25 @@ class Results {
     if (ranks_ > 1 && lane_ < ranks_) ptx::barrier_arrive_cluster(work_.barriers + kIdle, lane_);
   }
   __device__ __forceinline__ bool used_planes() const { return stores_lines(); }
-  __device__ __forceinline__ void store(int pass, int passes, const float (&sums)[kN / 2]) {
+  __device__ __forceinline__ void store(int pass, int passes, float (&sums)[kN / 2]) {
     if (stores_lines()) {
       store_lines(pass, sums);
-    } else if (sources_ == 1) {
-      wait_for_shifts();
-      const FourRows rows = four_rows(pass);
-      const bool fours = in_fours(args_.epilogue, args_.w.m);
-#pragma unroll
-      for (int g = 0; g < kColumnGroups; ++g)
-        store_item(g, rows, fours, make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]));
-    } else {
-      send(pass, sums);
-      add_and_store(pass, pass + 1 < passes);
+      return;
     }
+    if (ranks_ > 1) wait_for_cluster();
+    if (args_.plan.sums_in_slots) ptx::barrier_wait(work_.barriers + kIdle, 0);
+    if (k_groups_ > 1) add_groups(pass, sums);
+    if (ranks_ > 1) {
+      send(pass, sums);
+      add_ranks_and_store(pass, pass + 1 < passes);
+      return;
+    }
+    wait_for_shifts();
+    const FourRows rows = four_rows(pass);
+    const bool fours = in_fours(args_.epilogue, args_.w.m);
+#pragma unroll
+    for (int g = 0; g < kColumnGroups; ++g)
+      if (takes(g)) store_item(g, rows, fours, item(sums, g));
   }
 };
 
