@@ -67,42 +67,40 @@ class Results {
   }
   static __device__ __forceinline__ float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
-  // Whether this warp has the team's sum of column group g after `add_groups`.
-  __device__ __forceinline__ bool takes(int g) const { return (g & (k_groups_ - 1)) == k_group_; }
-  // Sums of the warp groups: what another takes goes through shared memory.
+  // Sums of the warp groups of a team: column group g is taken by warp group g % kGroups. What another takes goes through shared memory, where
+  // an item's places, of all groups but its taker, lie one behind the other. Compiled for each warp group: this code runs once, so that
+  // every instruction has to be fetched for it.
+  template <int kGroups, int kOwn>
   __device__ __forceinline__ void add_groups(int pass, float (&sums)[kN / 2]) const {
-    // An item's places lie one behind the other: of all groups but the one that takes it.
-    float4* const of_tile = team_memory() + tile_ * kColumnGroups * (k_groups_ - 1) * 32;
-    if (pass > 0) ptx::sync_threads(1 + team_, k_groups_ * 128);  // the last pass's were read
+    float4* const of_tile = team_memory() + tile_ * kColumnGroups * (kGroups - 1) * 32;
+    if (pass > 0) ptx::sync_threads(1 + team_, kGroups * 128);  // the last pass's were read
 #pragma unroll
     for (int g = 0; g < kColumnGroups; ++g)
-      if (!takes(g)) of_tile[(g * (k_groups_ - 1) + k_group_ - (k_group_ > (g & (k_groups_ - 1)))) * 32] = item(sums, g);
-    ptx::sync_threads(1 + team_, k_groups_ * 128);
+      if (g % kGroups != kOwn) of_tile[(g * (kGroups - 1) + kOwn - (kOwn > g % kGroups)) * 32] = item(sums, g);
+    ptx::sync_threads(1 + team_, kGroups * 128);
 #pragma unroll
-    for (int g = 0; g < kColumnGroups; ++g) {
-      if (!takes(g)) continue;
-      const float4* from = of_tile + g * (k_groups_ - 1) * 32;
+    for (int g = kOwn; g < kColumnGroups; g += kGroups) {
+      const float4* from = of_tile + g * (kGroups - 1) * 32;
       const float4 own = item(sums, g);
-      float4 sum = k_group_ == 0 ? own : from[0];
-#pragma unroll 1
-      for (int k = 1; k < k_groups_; ++k) sum = add(sum, k == k_group_ ? own : from[(k - (k > k_group_)) * 32]);
+      float4 sum = kOwn == 0 ? own : from[0];
+#pragma unroll
+      for (int k = 1; k < kGroups; ++k) sum = add(sum, k == kOwn ? own : from[(k - (k > kOwn)) * 32]);
       sums[4 * g] = sum.x, sums[4 * g + 1] = sum.y, sums[4 * g + 2] = sum.z, sums[4 * g + 3] = sum.w;
     }
   }
+  template <int kGroups, int kOwn>
   __device__ __forceinline__ void send(int pass, const float (&sums)[kN / 2]) {
     if (pass > 0) ptx::barrier_wait(may_send_, (pass - 1) & 1);
     float4* const own = team_memory() + (received() + work_.rank * args_.plan.owned) * 32;
     const uint32_t remote = ptx::shared_address(own);
-    int owner = tile_ % ranks_, at = tile_ / ranks_;
-    const int owner_step = 4 % ranks_, at_step = 4 / ranks_;
+    int owner = (4 * kOwn + tile_) % ranks_, at = (4 * kOwn + tile_) / ranks_;
+    const int owner_step = 4 * kGroups % ranks_, at_step = 4 * kGroups / ranks_;
 #pragma unroll
-    for (int g = 0; g < kColumnGroups; ++g) {
-      if (takes(g)) {
-        if (owner == work_.rank)
-          own[at * 32] = item(sums, g);
-        else  // half as fast
-          ptx::store_cluster(remote + at * kItemBytes, arrived_, owner, item(sums, g));
-      }
+    for (int g = kOwn; g < kColumnGroups; g += kGroups) {
+      if (owner == work_.rank)
+        own[at * 32] = item(sums, g);
+      else  // half as fast
+        ptx::store_cluster(remote + at * kItemBytes, arrived_, owner, item(sums, g));
       owner += owner_step;
       at += at_step;
       if (owner >= ranks_) {
@@ -115,6 +113,19 @@ class Results {
       if (team_warp() == 0) ptx::barrier_expect(arrived_, owned() * (ranks_ - 1) * kItemBytes);
       ptx::barrier_arrive(arrived_);
     }
+  }
+  template <int kGroups, int kOwn>
+  __device__ __forceinline__ void add_and_store(int pass, float (&sums)[kN / 2]) {
+    if constexpr (kGroups > 1) add_groups<kGroups, kOwn>(pass, sums);
+    if (ranks_ > 1) {
+      send<kGroups, kOwn>(pass, sums);
+      return;
+    }
+    wait_for_shifts();
+    const FourRows rows = four_rows(pass);
+    const bool fours = in_fours(args_.epilogue, args_.w.m);
+#pragma unroll
+    for (int g = kOwn; g < kColumnGroups; g += kGroups) store_item(g, rows, fours, item(sums, g));
   }
   __device__ __forceinline__ int owned() const { return (args_.plan.items - work_.rank + ranks_ - 1) / ranks_; }
   __device__ __forceinline__ void add_ranks_and_store(int pass, bool more) const {
@@ -217,18 +228,16 @@ class Results {
     }
     if (ranks_ > 1) wait_for_cluster();
     if (args_.plan.sums_in_slots) ptx::barrier_wait(work_.barriers + kIdle, 0);
-    if (k_groups_ > 1) add_groups(pass, sums);
-    if (ranks_ > 1) {
-      send(pass, sums);
-      add_ranks_and_store(pass, pass + 1 < passes);
-      return;
+    switch (k_groups_ + k_group_) {
+      case 1: add_and_store<1, 0>(pass, sums); break;
+      case 2: add_and_store<2, 0>(pass, sums); break;
+      case 3: add_and_store<2, 1>(pass, sums); break;
+      case 4: add_and_store<4, 0>(pass, sums); break;
+      case 5: add_and_store<4, 1>(pass, sums); break;
+      case 6: add_and_store<4, 2>(pass, sums); break;
+      case 7: add_and_store<4, 3>(pass, sums); break;
     }
-    wait_for_shifts();
-    const FourRows rows = four_rows(pass);
-    const bool fours = in_fours(args_.epilogue, args_.w.m);
-#pragma unroll
-    for (int g = 0; g < kColumnGroups; ++g)
-      if (takes(g)) store_item(g, rows, fours, item(sums, g));
+    if (ranks_ > 1) add_ranks_and_store(pass, pass + 1 < passes);
   }
 };
 
