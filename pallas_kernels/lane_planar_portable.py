@@ -121,9 +121,9 @@ def _decode(read: Callable, overflow_ref, block) -> jax.Array:
     def entry(i, high):
         both = read(layout.ENTRY_START + (i >> 1))
         one = (both >> ((i & 1) << 4).astype(jnp.uint32) & 0xFFFF).astype(jnp.int32)
-        tile = jnp.where(i < middle, 0, 2)  # or the one after it, which the entry tells
+        first_tile = (i >= middle).astype(jnp.int32) << 1  # of a pair, of which the entry tells one
         listed = (one >> layout.ENTRY_POSITION_BITS).astype(jnp.uint32)
-        return jnp.where(position == layout.entry_position(one, tile), listed, high)
+        return jnp.where(position == layout.entry_position(one, first_tile), listed, high)
 
     high = jnp.full((layout.BLOCK, layout.BLOCK), layout.CONSTANT_HIGH, jnp.uint32)
     high = lax.fori_loop(0, count, entry, high)

@@ -122,9 +122,28 @@ def test_without_mosaic_the_reason_is_given(own_registry, monkeypatch):
     assert "jax 9 lacks it" in registry._missing["pallas"]
 
 
+@pytest.fixture
+def verified_triton(monkeypatch):
+    """Modules for Triton are verified as they are made, where this JAX makes them so; else only a GPU's compiler does."""
+    try:
+        from jax._src.pallas.triton.pallas_call_registration import lowering
+
+        lower = lowering.lower_jaxpr_to_triton_module
+    except (ImportError, AttributeError):
+        return
+
+    def and_verify(*arguments, **options):
+        result = lower(*arguments, **options)
+        module = getattr(result, "module", result)
+        assert getattr(module, "operation", module).verify()
+        return result
+
+    monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", and_verify)
+
+
 @pytest.mark.skipif(not hasattr(jax.sharding, "AbstractDevice"), reason="jax cannot name a device that is not there")
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")  # which later releases will not have
-def test_the_portable_kernels_become_triton_on_a_gpu():
+def test_the_portable_kernels_become_triton_on_a_gpu(verified_triton):
     device = jax.sharding.AbstractDevice("NVIDIA H200", num_cores=132, platform="cuda")
     z = encoded(gaussian_weights((130, 200)))
     other = encoded(gaussian_weights((130, 200)), format="tca-tbe")
