@@ -10,7 +10,7 @@ namespace jaxzip::lane_planar {
 namespace {
 
 // Up to so many rows the direct kernel is faster; above, mma.sync needs more instructions than there is time.
-constexpr int kDirectRows = 8, kDirectRowsSmall = 16;
+constexpr int kDirectRows = 4, kDirectRowsSmall = 16;
 constexpr long long kSmall = 8000000;  // weights
 constexpr int kDirectRowsChained = 2;  // wgmma fills its slots while the kernel before ends
 constexpr int kInvariantMaxN = 64;  // of choose_batch_invariant

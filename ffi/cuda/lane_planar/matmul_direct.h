@@ -18,8 +18,8 @@ struct DirectConfig {
   int clusters;        // 1 .. row groups of the matrix; row groups are dealt to them in turn
 };
 
-// The configuration for this shape by a model fitted to an H200's 132 SMs; `clusters` is 0 where no kernel fits (n too large
-// for its x slice). Asks nothing of the driver. `chained`: for kernels that overlap.
+// The configuration for this shape by a model fitted to an H200's 132 SMs; `clusters` is 0 where wgmma is known to be faster, and where
+// no kernel fits (n too large for its x slice). Asks nothing of the driver. `chained`: for kernels that overlap.
 DirectConfig choose_direct(const Matrix& w, int n, bool chained = false);
 
 // Shared memory that a CTA needs, or 0 if there is no such kernel or more is needed than an SM has. Of a gated product (see Epilogue)
