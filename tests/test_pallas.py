@@ -124,7 +124,7 @@ def test_without_mosaic_the_reason_is_given(own_registry, monkeypatch):
 
 @pytest.fixture
 def verified_triton(monkeypatch):
-    """Modules for Triton are verified as they are made, where this JAX makes them so; else only a GPU's compiler does."""
+    """Modules for Triton are verified as they are made, if this JAX makes them so; else a GPU's compiler does."""
     try:
         from jax._src.pallas.triton.pallas_call_registration import lowering
 

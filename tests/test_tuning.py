@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import jaxzip
-from jaxzip import tuning
+from jaxzip import formats, tuning
 from jaxzip.ops import measured
 
 K, M = 128, 192
@@ -127,6 +127,13 @@ def test_shipped_measurements_come_after_the_users(weight, tmp_path, monkeypatch
         assert implementation_of(weight, 1) == "ffi"
     finally:
         measured._shipped_layer.cache_clear()
+
+
+def test_measurements_of_another_version_of_a_format_are_not_used(weight, monkeypatch):
+    measured.record(kind(), weight.format, M, K, 1, {"ffi": 2.0, "decompress": 1.0})
+    assert implementation_of(weight, 1) == "decompress"
+    monkeypatch.setattr(type(formats.get(weight.format)), "version", 99)
+    assert measured.times(kind(), weight.format, M, K, 1) is None
 
 
 def test_the_shipped_tables_are_readable():

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import jax
 
+from jaxzip import formats
+
 VERSION = 1
 #: ``off`` (or ``0``): the table is not consulted.
 SWITCH = "JAXZIP_TUNING"
@@ -86,8 +88,11 @@ def bucket(rows: int) -> int:
 
 
 def key(format: str, m: int, k: int, rows: int) -> str:
-    """Names a product: x ``[rows, K]`` times a weight of ``M`` output features."""
-    return f"{format} {m}x{k} n{bucket(rows)}"
+    """Names a product: x ``[rows, K]`` times a weight of ``M`` output features.
+
+    With the format's version: other versions have other kernels, of which nothing is known.
+    """
+    return f"{format} v{formats.get(format).version} {m}x{k} n{bucket(rows)}"
 
 
 def times(kind: str, format: str, m: int, k: int, rows: int) -> Times | None:
