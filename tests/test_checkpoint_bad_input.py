@@ -11,7 +11,7 @@ import checkpoint_cases as cases
 import numpy as np
 import pytest
 
-from jaxzip import checkpoint
+from jaxzip import checkpoint, formats
 from jaxzip.checkpoint import layout
 from jaxzip.errors import (
     CheckpointError,
@@ -324,6 +324,14 @@ def test_newer_format_version_and_unknown_format(dst):
     edit_document(dst, lambda d: [e.update(format="zip-9000") for e in d["tensors"] if e["format"] != "raw"])
     with pytest.raises(CheckpointError, match=f"{KERNEL}: unknown format 'zip-9000'"):
         checkpoint.open_checkpoint(dst).load(KERNEL)
+
+
+def test_format_version_that_is_too_old(dst, monkeypatch):
+    monkeypatch.setattr(type(formats.get("tca-tbe")), "version", 3)
+    monkeypatch.setattr(type(formats.get("tca-tbe")), "oldest_version", 2)
+    with pytest.raises(UnsupportedVersionError, match=f"{KERNEL}: tca-tbe version 1, this jaxzip reads 2 to 3.*source"):
+        checkpoint.open_checkpoint(dst).load(KERNEL)
+    assert formats.get("lane-planar").oldest_version == 2  # the first version's bits lay elsewhere
 
 
 def test_changed_metadata(dst):

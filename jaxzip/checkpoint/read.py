@@ -169,6 +169,11 @@ class Checkpoint:
                 f"{name}: {fmt.name} version {entry['format_version']}, this jaxzip reads up to "
                 f"{fmt.version}; upgrade jaxzip"
             )
+        if entry["format_version"] < fmt.oldest_version:
+            raise UnsupportedVersionError(
+                f"{name}: {fmt.name} version {entry['format_version']}, this jaxzip reads {fmt.oldest_version} to "
+                f"{fmt.version}; restore it with the jaxzip that wrote it, or convert again from its source"
+            )
         axes, shape = None, list(entry["shape"])
         if kernel_layout.MATRIX_KEY in entry:
             axes, shape = self._axes(name, entry)

@@ -45,6 +45,8 @@ class Format(abc.ABC):
 
     name: str
     version: int
+    #: The first version that this one still decodes.
+    oldest_version: int = 1
     dtypes: tuple[np.dtype, ...]
 
     @abc.abstractmethod

@@ -202,7 +202,7 @@ class LanePlanar(Format):
     """
 
     name = "lane-planar"
-    version = 2
+    version = oldest_version = 2
     dtypes = (np.dtype(ml_dtypes.bfloat16),)
 
     def fields(self, m: int, k: int) -> dict[str, FieldSpec]:
