@@ -12,3 +12,5 @@ int check_kernels(const ExponentClasses& classes, const std::string& only, cudaS
 int check_payload(const char* path, cudaStream_t stream);
 // Matmuls on two streams at once, plain and in graphs, against the same alone.
 int check_streams(const ExponentClasses& classes);
+// Whether the library's choices fit into an SM; needs no GPU.
+int check_choices();

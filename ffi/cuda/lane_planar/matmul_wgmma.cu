@@ -36,7 +36,7 @@ WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const Wgmma
   // slots are left otherwise.
   constexpr int kEnoughSlots = 5;
   const int slots_of_pass = (p.chunks + (p.k_longer > 0) + c.k_groups - 1) / c.k_groups;
-  const bool enough = (limit - fixed - sum_bytes) / slot >= std::min(kEnoughSlots, slots_of_pass);
+  const bool enough = (limit - fixed - sum_bytes) / slot >= std::max(kMinSlots, std::min(kEnoughSlots, slots_of_pass));
   p.sums_in_slots = sum_bytes > 0 && !enough && !gated && p.row_blocks <= p.teams && sum_bytes <= limit - fixed;
   if (p.sums_in_slots) sum_bytes = 0;
   const int fitting = std::min((limit - fixed - sum_bytes) / slot, kMaxSlots);
