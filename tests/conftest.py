@@ -30,6 +30,8 @@ SLOW_MODULES = (
     "test_models_docs",
     "test_models_families",
     "test_models_fuse",
+    "test_models_gemma_orbax",
+    "test_models_oracle",
     "test_modules_adapters",
     "test_modules_docs",
     "test_modules_linen",
