@@ -1,9 +1,9 @@
 // Matmul on Hopper's wgmma for n = 8..256: weights are decoded in registers and multiply x in shared memory.
 //
 // A cluster owns row blocks; its CTAs (ranks) split K. Inside a CTA the warp groups form teams: a team works on one row block at a
-// time, and its `k_groups` warp groups take the chunks of 64 k in turn. Their partial sums go to the ranks that own them through
-// distributed shared memory and are added there in a fixed order: ranks, in them warp groups. No atomics, no workspace, the same
-// bits in every run.
+// time, and its `k_groups` warp groups take the chunks of 64 k in turn. Their partial sums are added in the CTA, in order of warp groups,
+// go to the ranks that own them through distributed shared memory and are added there in order of ranks. No atomics, no workspace, the
+// same bits in every run.
 //
 // Encoded blocks and chunks of x come through a ring of slots, which one more warp fills by bulk and tensor copies.
 #pragma once

@@ -167,6 +167,5 @@ __device__ __forceinline__ void barrier_arrive_cluster(uint32_t local_barrier, i
 }
 // Ordinary stores to shared memory before it are seen by wgmma after it.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 }  // namespace jaxzip::ptx
