@@ -13,7 +13,7 @@ from jaxzip.ffi.host_codecs import register_host_codecs
 from jaxzip.ffi.libraries import cpu_available
 
 from jaxzip.ops import registry
-from jaxzip.ops.matmul import finish
+from jaxzip.ops.matmul import check_no_config, finish
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
@@ -40,7 +40,8 @@ def _check_format(z: CompressedTensor) -> None:
         raise NotImplementedError(f"no CPU kernel for format {z.format}")
 
 
-def _check_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> None:
+def _check_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, config=None) -> None:
+    check_no_config("the CPU kernel", config)
     for what, dtype in (("x", x.dtype), ("the result", out_dtype)):
         if dtype not in _KERNEL_DTYPES:
             raise NotImplementedError(f"the CPU kernel takes bfloat16 and float32, {what} is {dtype}")
@@ -53,7 +54,7 @@ def _check_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_in
         raise NotImplementedError("the kernel contracts along K; this tensor's first axis is its output axis: use w.T")
 
 
-def _matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
+def _matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, config=None) -> jax.Array:
     # Batch invariant as it is: the kernel's order depends on neither N nor the number of threads.
     alone = bias is None and residual is None
     dtype = out_dtype if alone else jnp.float32

@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxzip.ffi import cuda_encode, cuda_ops, format_ops
+from jaxzip.ffi import cuda_configs, cuda_encode, cuda_ops, format_ops
 from jaxzip.ffi.decode_chain import register_decode_chain
 from jaxzip.ffi.libraries import compute_capabilities, register_cuda
 from jaxzip.ffi.ragged import register_ragged_on_cuda
@@ -14,6 +14,7 @@ from jaxzip.ffi.ragged import register_ragged_on_cuda
 from jaxzip.formats import auto
 from jaxzip.ops import registry
 from jaxzip.ops.encode import COUNTS, PAYLOAD, SHIFTS
+from jaxzip.ops.matmul import check_no_config, measured_config
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
 TCA_TBE = "tca-tbe"
@@ -37,8 +38,8 @@ def register_cuda_backend() -> None:
         return
     add = functools.partial(registry.register, name="ffi", platforms=("cuda",))
     add("decompress", fn=format_ops.decompress, check=_check_decompress, priority=PRIORITY)
-    add("matmul", fn=_matmul, check=_check_matmul, priority=PRIORITY)
-    add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY)
+    add("matmul", fn=_matmul, check=_check_matmul, priority=PRIORITY, configurations=_configurations)
+    add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY, configurations=_configurations)
     add("take", fn=format_ops.take, check=_check_take, priority=PRIORITY)
     register_ragged_on_cuda(_check_hopper, PRIORITY, CONTROL_PRIORITY)
     register_decode_chain(_check_hopper, FUSED_ROWS[LANE_PLANAR], PRIORITY)
@@ -75,7 +76,27 @@ def _check_operands(x, w, bias, residual, out_dtype, batch_invariant) -> None:
         )
 
 
-def _check_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> None:
+def _check_config(x, w, batch_invariant, config) -> None:
+    if config is None:
+        return
+    raw = w.format == "raw"
+    why = cuda_configs.problem(config, x.shape[0], *w.matrix_shape, batch_invariant=batch_invariant, raw=raw)
+    if why or not config:
+        raise ValueError(f'matmul, implementation="ffi": {why or "config is an empty string: give none"}')
+
+
+def _configurations(x, w, *_, **__) -> tuple[str, ...]:
+    return () if w.format == TCA_TBE else cuda_configs.configurations(x.shape[0], *w.matrix_shape)
+
+
+def _config_options(x, w, batch_invariant, config) -> dict:
+    """What the kernel is told: the configuration asked for, else the one measured. Raw weights get lane-planar's."""
+    if config is not None:
+        return {"config": config, "config_asked_for": True}
+    return {} if batch_invariant else {"config": measured_config("ffi", "cuda", x, w, format=LANE_PLANAR) or ""}
+
+
+def _check_matmul(x, w, bias, residual, *, out_dtype, batch_invariant, config=None) -> None:
     if w.format not in (LANE_PLANAR, TCA_TBE):
         raise NotImplementedError(f"no fused CUDA kernel for format {w.format}")
     if w.output_axis != KERNEL_AXIS:
@@ -87,26 +108,32 @@ def _check_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> None:
             "the TCA-TBE kernel's order of accumulation depends on the rows of x; use lane-planar"
         )
     _check_operands(x, w, bias, residual, out_dtype, batch_invariant)
+    if w.format == TCA_TBE:
+        check_no_config("the TCA-TBE kernel", config)
+    _check_config(x, w, batch_invariant, config)
 
 
-def _matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
+def _matmul(x, w, bias, residual, *, out_dtype, batch_invariant, config=None) -> jax.Array:
     options = {"bias": bias, "residual": residual, "out_dtype": out_dtype}
     if w.format == TCA_TBE:
         return cuda_ops.tca_tbe_matmul(x, w.payload, *w.matrix_shape, **options)
-    return cuda_ops.lane_planar_matmul(x, w.payload, *w.matrix_shape, **options, batch_invariant=batch_invariant)
+    options |= {"batch_invariant": bool(batch_invariant), **_config_options(x, w, batch_invariant, config)}
+    return cuda_ops.lane_planar_matmul(x, w.payload, *w.matrix_shape, **options)
 
 
-def _check_raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> None:
+def _check_raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant, config=None) -> None:
     if w.format != "raw":
         raise NotImplementedError(f"this is the control for raw weights, not for format {w.format}")
     if w.dtype != jnp.bfloat16:
         raise NotImplementedError(f"the CUDA kernels multiply raw bfloat16 weights, this one is {w.dtype}")
     _check_hopper()
     _check_operands(x, w, bias, residual, out_dtype, batch_invariant)
+    _check_config(x, w, batch_invariant, config)
 
 
-def _raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
-    options = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
+def _raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant, config=None) -> jax.Array:
+    options = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "batch_invariant": bool(batch_invariant)}
+    options |= _config_options(x, w, batch_invariant, config)
     return cuda_ops.raw_matmul(x, w.payload["values"], w.raw_transposed, **options)
 
 

@@ -25,6 +25,8 @@ def lane_planar_matmul(
     residual: jax.Array | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
     batch_invariant: bool = False,
+    config: str = "",
+    config_asked_for: bool = False,
 ) -> jax.Array:
     """x @ W.T + bias + residual for a lane-planar W [M, K], decoded in registers; fp32 sums, one rounding.
 
@@ -37,12 +39,15 @@ def lane_planar_matmul(
       residual: bfloat16 [N, M].
       out_dtype: bfloat16 or float32.
       batch_invariant: a row of the result does not depend on N.
+      config: which kernel, and how it splits its work, see :mod:`jaxzip.ffi.cuda_configs`; "": the library chooses.
+      config_asked_for: one that does not fit is an error, rather than passed over.
 
     Returns:
       [N, M] of `out_dtype`.
     """
     operands = LANE_PLANAR.operands(payload)
-    return _matmul(x, operands, m, k, bias, residual, out_dtype, batch_invariant, raw=False)
+    options = {"batch_invariant": batch_invariant, "config": config, "config_asked_for": config_asked_for}
+    return _matmul(x, operands, m, k, bias, residual, out_dtype, **options, raw=False)
 
 
 def raw_matmul(x: jax.Array, w: jax.Array, rows_first: bool = False, **options) -> jax.Array:
@@ -66,10 +71,11 @@ def fragment_blocks(w: jax.Array) -> list[jax.Array]:
     return [jnp.zeros(rows * _BLOCK, jnp.int8), blocks, jnp.zeros(0, jnp.uint32)]
 
 
-def _matmul(x, weight, m, k, bias=None, residual=None, out_dtype=jnp.bfloat16, batch_invariant=False, *, raw):
+def _matmul(x, weight, m, k, bias=None, residual=None, out_dtype=jnp.bfloat16, *, raw, **options):
     addends, given = _addends(bias, residual)
-    shape, options = (x.shape[0], m), {"batch_invariant": bool(batch_invariant), "raw": raw}
-    return call("jaxzip_lane_planar_gemm", shape, out_dtype, x, *weight, *addends, **sizes(m, k), **given, **options)
+    attributes = {"batch_invariant": False, "config": "", "config_asked_for": False} | options | given
+    shape = (x.shape[0], m)
+    return call("jaxzip_lane_planar_gemm", shape, out_dtype, x, *weight, *addends, **sizes(m, k), raw=raw, **attributes)
 
 
 def _addends(bias, residual):

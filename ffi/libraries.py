@@ -65,6 +65,10 @@ _CUDA_HANDLERS = (
 )
 
 
+#: What Python itself calls, see :mod:`jaxzip.ffi.cuda_configs`.
+_CUDA_FUNCTIONS = ("jaxzip_lane_planar_configs", "jaxzip_lane_planar_config_problem")
+
+
 def _cuda_path() -> pathlib.Path | None:
     # The package may span a source folder and an install folder (editable installs): ask for every location.
     spec = importlib.util.find_spec("jaxzip.ffi")
@@ -92,15 +96,22 @@ def cuda_available() -> Availability:
 
 
 @functools.cache
-def register_cuda() -> None:
-    """Registers the CUDA handlers with JAX; later calls do nothing. Raises ImportError when one is missing."""
+def cuda_library() -> ctypes.CDLL:
+    """The CUDA kernels' library; needs no GPU. Raises ImportError when it is missing, or of another version."""
     available = cuda_available()
     if not available:
         raise ImportError(available.reason)
     library = ctypes.CDLL(str(_cuda_path()))
-    missing = [name for name in _CUDA_HANDLERS if not hasattr(library, name)]
+    missing = [name for name in (*_CUDA_HANDLERS, *_CUDA_FUNCTIONS) if not hasattr(library, name)]
     if missing:
         raise ImportError(f"{_cuda_path()} is of another version (it lacks {missing[0]}): install jaxzip again")
+    return library
+
+
+@functools.cache
+def register_cuda() -> None:
+    """Registers the CUDA handlers with JAX; later calls do nothing. Raises ImportError when one is missing."""
+    library = cuda_library()
     for name in _CUDA_HANDLERS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="CUDA")
 

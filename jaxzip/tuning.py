@@ -1,4 +1,4 @@
-"""Autotuning: times implementations of ``matmul`` on the device, with cold weights, and records them.
+"""Autotuning: times implementations of ``matmul`` and their configurations on the device, and records them.
 
 :mod:`jaxzip.ops.measured` keeps what was recorded and answers while programs are traced; nothing is timed then.
 """
@@ -9,6 +9,7 @@ import dataclasses
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxzip.ops.matmul import matmul
 from jaxzip.ops.measured import cache_file, disabled
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
-__all__ = ["Measurement", "cache_file", "disabled", "tune"]
+__all__ = ["Measurement", "cache_file", "configurations", "disabled", "tune"]
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 #: Copies of a weight together exceed the last cache: several times an H200's L2, more than most CPUs' L3.
@@ -29,11 +30,20 @@ MOST_COPIES = 64
 #: What a program may return, and how long a queue of its calls should take at least: one dispatch costs 1 ms on a GPU.
 OUTPUT_BYTES = 4e9
 QUEUE_US = {"cuda": 30e3, "cpu": 30e3}
+#: An implementation whose own choice takes so many times the fastest's is not tried in other configurations.
+HOPELESS = 1.5
+#: A configuration must take at most so much of what the implementation's own choice takes to replace it.
+WORTH = 0.99
+#: Repeats in the first comparison of configurations; the best is timed again.
+FIRST_REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Microseconds of one product by each implementation that takes it; ``fastest`` is what ``matmul`` will run."""
+    """Microseconds of one product by each implementation that takes it; ``fastest`` is what ``matmul`` will run.
+
+    ``configs`` has the configurations that took these times, of implementations that would have chosen another.
+    """
 
     device_kind: str
     format: str
@@ -41,6 +51,7 @@ class Measurement:
     k: int
     rows: int
     us: dict[str, float]
+    configs: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def fastest(self) -> str:
@@ -58,9 +69,11 @@ def tune(
 ) -> list[Measurement]:
     """Measures every implementation of ``x @ w`` for each number of rows of ``x`` on the device that holds ``w``.
 
-    What is recorded is what :func:`jaxzip.matmul` takes from then on for this format, shape and kind of device, in
-    programs that are traced later. Implementations differ in the order of accumulation, so results may differ in their
-    last bits from those before; ``implementation=`` and ``batch_invariant=`` are not touched.
+    Each is timed as it is, then those that are not far behind in their best configurations by their own models. What is
+    recorded is what :func:`jaxzip.matmul` takes from then on for this format, shape and kind of device, in programs
+    that are traced later: the fastest implementation, and of each, also one asked for by ``implementation=``, the
+    fastest configuration. These differ in the order of accumulation, so results may differ in their last bits from
+    those before; ``config=`` and ``batch_invariant=`` are not touched.
 
     Args:
       w: one compressed matrix; its values matter little, its format and shape do.
@@ -83,16 +96,42 @@ def tune(
     found = []
     for n in dict.fromkeys(measured.bucket(n) for n in rows):
         x = jax.device_put(jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16), device)
-        us = {name: _microseconds(name, x, copies, platform, repeats) for name in candidates(x, w, platform)}
+        timers = {name: _Timer(name, None, x, copies, platform) for name in candidates(x, w, platform)}
+        us = {name: timer(repeats) for name, timer in timers.items()}
         if not us:
             raise NotImplementedError(
                 f"tune: no implementation multiplies a {w.format} weight by {n} rows on {platform}"
             )
-        found.append(Measurement(kind, w.format, m, k, n, us))
+        configs = {}
+        for name in [name for name in us if us[name] <= HOPELESS * min(us.values())]:
+            if better := _better_config(name, timers[name], us[name], x, copies, platform, repeats):
+                configs[name], us[name] = better
+        found.append(Measurement(kind, w.format, m, k, n, us, configs))
         if save:
-            measured.record(kind, w.format, m, k, n, us)
+            measured.record(kind, w.format, m, k, n, us, configs)
         progress(n)
     return found
+
+
+def configurations(w: CompressedTensor, rows: int) -> dict[str, tuple[str, ...]]:
+    """What ``config`` may be in ``matmul(x [rows, K], w, implementation=name, config=config)``, by name.
+
+    For the device that holds ``w`` and bfloat16 ``x``; only implementations that have configurations. The first of each
+    is its own choice; the others are worth timing, and not all that there are.
+
+    Raises:
+      TypeError: ``w`` is a tracer or no compressed matrix in kernel order.
+    """
+    _check(w)
+    platform, _ = _platform(w)
+    x = jax.ShapeDtypeStruct((rows, w.matrix_shape[1]), jnp.bfloat16)
+    listed = {name: _configurations(name, x, w, platform) for name in candidates(x, w, platform)}
+    return {name: configs for name, configs in listed.items() if configs}
+
+
+def _configurations(name: str, x, w: CompressedTensor, platform: str) -> tuple[str, ...]:
+    options = {"out_dtype": jnp.dtype(jnp.bfloat16), "batch_invariant": False}
+    return registry.configurations("matmul", name, platform, x, w, None, None, **options)
 
 
 def candidates(x: jax.Array, w: CompressedTensor, platform: str) -> list[str]:
@@ -147,13 +186,46 @@ def median_us(compiled: Callable, arguments: tuple, launches: int, repeats: int,
     return statistics.median(times)
 
 
-def _microseconds(name: str, x: jax.Array, weights: list, platform: str, repeats: int) -> float:
-    launches = launches_of(len(weights), 2 * x.shape[0] * weights[0].shape[1], OUTPUT_BYTES, most=MOST_COPIES)
-    program = products(lambda x, w: matmul(x, w, implementation=name), launches)
-    compiled = program.lower(x, weights).compile()
-    once = median_us(compiled, (x, weights), launches, 1, 1)
-    calls = max(1, math.ceil(QUEUE_US[platform] / (once * launches)))
-    return median_us(compiled, (x, weights), launches, repeats, calls)
+class _Timer:
+    """One way to multiply, compiled: an implementation in a configuration, or in its own choice, not a recorded one."""
+
+    def __init__(self, name: str, config: str | None, x: jax.Array, weights: list, platform: str):
+        self._arguments = (x, weights)
+        self._launches = launches_of(len(weights), 2 * x.shape[0] * weights[0].shape[1], OUTPUT_BYTES, most=MOST_COPIES)
+        program = products(lambda x, w: matmul(x, w, implementation=name, config=config), self._launches)
+        with disabled():
+            self._compiled = program.lower(*self._arguments).compile()
+        once = median_us(self._compiled, self._arguments, self._launches, 1, 1)
+        self._calls = max(1, math.ceil(QUEUE_US[platform] / (once * self._launches)))
+
+    def __call__(self, repeats: int) -> float:
+        """Median microseconds of a product."""
+        return median_us(self._compiled, self._arguments, self._launches, repeats, self._calls)
+
+
+def _better_config(
+    name: str, own: _Timer, own_us: float, x: jax.Array, weights: list, platform: str, repeats: int
+) -> tuple[str, float] | None:
+    """The configuration that beats the implementation's own choice, and its microseconds; ``None`` if none does."""
+    first = []
+    for config in _configurations(name, x, weights[0], platform)[1:]:  # the first is its own choice
+        try:
+            timer = _Timer(name, config, x, weights, platform)
+            first.append((timer(min(FIRST_REPEATS, repeats)), config, timer))
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            warnings.warn(
+                f"tune: {name} lists the configuration {config!r} for x {x.shape} and a weight {weights[0].shape}, but "
+                f"it does not run ({type(error).__name__}: {error}); passed over",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    if not first:
+        return None
+    us, config, timer = min(first, key=lambda timed: timed[0])
+    if us > WORTH * own_us:
+        return None
+    us, own_us = timer(repeats), own(repeats)  # side by side: clocks drift
+    return (config, us) if us <= WORTH * own_us else None
 
 
 def _check(w: CompressedTensor) -> None:

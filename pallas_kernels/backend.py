@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxzip.pallas_kernels import lane_planar_portable, mosaic_lanes, tca_tbe_matmul, tca_tbe_portable
 
 from jaxzip.ops import registry
-from jaxzip.ops.matmul import finish
+from jaxzip.ops.matmul import check_no_config, finish, measured_config
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 LANE_PLANAR = "lane-planar"
@@ -54,7 +54,8 @@ def register_cuda() -> None:
         return
     add = functools.partial(registry.register, name="pallas", platforms=("cuda",))
     add("decompress", fn=_mosaic_decompress, check=_check_mosaic, priority=MOSAIC_PRIORITY)
-    add("matmul", fn=_mosaic_matmul, check=_check_mosaic_matmul, priority=MOSAIC_PRIORITY)
+    listed = {"configurations": _mosaic_configurations}
+    add("matmul", fn=_mosaic_matmul, check=_check_mosaic_matmul, priority=MOSAIC_PRIORITY, **listed)
 
 
 def _check_format(z: CompressedTensor) -> None:
@@ -76,7 +77,10 @@ def _check_portable(z: CompressedTensor, *, on_gpu: bool) -> None:
         raise NotImplementedError("the Triton kernels stand in where the Mosaic ones cannot be")
 
 
-def _check_portable_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, on_gpu: bool) -> None:
+def _check_portable_matmul(
+    x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, config=None, on_gpu: bool
+) -> None:
+    check_no_config("the portable kernel", config)
     if w.format != "raw":
         _check_portable(w, on_gpu=on_gpu)
     elif w.dtype != jnp.bfloat16:
@@ -102,7 +106,7 @@ def _other_gpus() -> frozenset[str]:
     return frozenset(device.compute_capability for device in devices) - {HOPPER}
 
 
-def _check_mosaic_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> None:
+def _check_mosaic_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, config=None) -> None:
     _check_mosaic(w)
     _check_kernel_order(w, batch_invariant)
     for name, value in (("x", x), ("bias", bias), ("residual", residual)):
@@ -112,6 +116,8 @@ def _check_mosaic_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, b
         raise NotImplementedError(f"the Mosaic kernels return bfloat16 and float32, not {out_dtype}")
     if x.shape[0] > MOST_ROWS:
         raise NotImplementedError(f"the Mosaic kernels take up to {MOST_ROWS} rows of x, here are {x.shape[0]}")
+    if config is not None:
+        _named_config(x, w, config)
 
 
 def _portable_decompress(z: CompressedTensor, *, interpret: bool) -> jax.Array:
@@ -133,7 +139,7 @@ def _each_matrix(decompress, z: CompressedTensor) -> jax.Array:
 
 
 def _portable_matmul(
-    x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, interpret: bool
+    x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, config=None, interpret: bool
 ) -> jax.Array:
     if w.format == "raw":
         values = w.payload["values"]
@@ -143,12 +149,42 @@ def _portable_matmul(
     return finish(sums, bias, residual, out_dtype)
 
 
-def _mosaic_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
+def _problem(x, w: CompressedTensor) -> tuple[int, int, int, int]:
+    """N, M, K and the words of a block: what configurations depend on."""
+    return (x.shape[0], *w.matrix_shape, w.payload["blocks"].shape[-1])
+
+
+def _named_config(x, w: CompressedTensor, name: str):
+    """The configuration of this name. Raises ValueError if there is none for this product."""
+    from jaxzip.pallas_kernels import matmul_configs
+
+    config = matmul_configs.find(name, *_problem(x, w))
+    if config is None:
+        n, m, k, _ = _problem(x, w)
+        listed = ", ".join(f'"{c}"' for c in _mosaic_configurations(x, w))
+        raise ValueError(
+            f'matmul, implementation="pallas": no configuration "{name}" for x [{n}, {k}] and a weight of {m} outputs; '
+            f"the best by its model: {listed}"
+        )
+    return config
+
+
+def _mosaic_configurations(x, w: CompressedTensor, *_, **__) -> tuple[str, ...]:
+    from jaxzip.pallas_kernels import matmul_configs
+
+    return tuple(config.name for config in matmul_configs.best(*_problem(x, w))) if x.shape[0] else ()
+
+
+def _mosaic_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, config=None) -> jax.Array:
     from jaxzip.pallas_kernels import lane_planar_matmul, matmul_configs
 
     m, k = w.matrix_shape
     if x.shape[0] == 0:
         return jnp.zeros((0, m), out_dtype)
-    config = matmul_configs.choose(x.shape[0], m, k, w.payload["blocks"].shape[2])
+    if config is not None:
+        chosen = _named_config(x, w, config)
+    else:
+        name = measured_config("pallas", "cuda", x, w, format=w.format)
+        chosen = (name and matmul_configs.find(name, *_problem(x, w))) or matmul_configs.choose(*_problem(x, w))
     options = {"bias": bias, "residual": residual, "out_dtype": out_dtype}
-    return lane_planar_matmul.matmul(x, w.payload, m, k, config=config, **options)
+    return lane_planar_matmul.matmul(x, w.payload, m, k, config=chosen, **options)

@@ -49,6 +49,13 @@ class Config:
     per_step: int = 1
 
     @property
+    def name(self) -> str:
+        """How callers and tables of measurements name it; the stages are as many as there is room for."""
+        return f"r{self.row_groups}k{self.k_groups} C{self.cluster}" + (
+            f" p{self.per_step}" if self.per_step > 1 else ""
+        )
+
+    @property
     def groups(self) -> int:
         return self.row_groups * self.k_groups
 

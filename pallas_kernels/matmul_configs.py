@@ -1,4 +1,4 @@
-"""Which configuration of the lane-planar matmul a shape gets: the least modelled time."""
+"""Which configuration of the lane-planar matmul a shape gets, unless another is named: the least modelled time."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ _STEP_US = {
 #: Of a wave of CTAs, and for each warp group whose partial sums are added.
 _WAVE_US, _SOURCE_US = 1.2, 0.2
 _MOST_STAGES = 6
+#: Most of them that are worth timing for one product.
+MOST = 4
 
 
 def choose(n: int, m: int, k: int, width: int) -> Config:
@@ -28,9 +30,27 @@ def choose(n: int, m: int, k: int, width: int) -> Config:
     Raises:
       NotImplementedError: no configuration takes so many rows of x.
     """
+    by_time = _by_time(n, m, k, width)
+    if not by_time:
+        raise NotImplementedError(f"no configuration of the Pallas kernel for {n} rows of x")
+    return by_time[0]
+
+
+def best(n: int, m: int, k: int, width: int) -> list[Config]:
+    """The few that are worth timing: what ``choose`` gives, then the next."""
+    return _by_time(n, m, k, width)[:MOST]
+
+
+def find(name: str, n: int, m: int, k: int, width: int) -> Config | None:
+    """The configuration of this name, as ``Config.name`` spells it; ``None`` if this product has none such."""
+    return next((config for config in _by_time(n, m, k, width) if config.name == name), None)
+
+
+def _by_time(n: int, m: int, k: int, width: int) -> list[Config]:
+    """All that fit, by the time that the model gives them."""
     columns = columns_of(n)
     row_blocks, k_blocks = layout.block_grid(m, k)
-    best, least = None, float("inf")
+    modelled = []
     for (row_groups, k_groups), step_us in _STEP_US.items():
         us = next((us for most, us in step_us.items() if columns <= most), None)
         if us is None:
@@ -41,16 +61,15 @@ def choose(n: int, m: int, k: int, width: int) -> Config:
                 continue
             waves = -(-row_blocks // (row_groups * resident))
             steps = -(-k_blocks // (k_groups * cluster))
-            modelled = waves * (steps * us + _WAVE_US + _SOURCE_US * k_groups * cluster)
-            if modelled < least:
-                best, least = config, modelled
-    if best is None:  # sums of many columns fill the registers: two warp groups
-        tiles = -(-row_blocks // 2)
-        for cluster in range(min(8, max(1, MULTIPROCESSORS // tiles)), 0, -1):
-            best = best or _fitted(Config(2, 1, cluster, per_step=2), columns, k_blocks, width)
-    if best is None:
-        raise NotImplementedError(f"no configuration of the Pallas kernel for {n} rows of x")
-    return best
+            modelled.append((waves * (steps * us + _WAVE_US + _SOURCE_US * k_groups * cluster), config))
+    modelled.sort(key=lambda pair: pair[0])
+    if modelled:
+        return [config for _, config in modelled]
+    # Sums of many columns fill the registers: two warp groups, and as many CTAs as there is room for at once.
+    tiles = -(-row_blocks // 2)
+    clusters = range(min(8, max(1, MULTIPROCESSORS // tiles)), 0, -1)
+    fitted = (_fitted(Config(2, 1, cluster, per_step=2), columns, k_blocks, width) for cluster in clusters)
+    return [config for config in fitted if config is not None]
 
 
 def _fitted(config: Config, columns: int, k_blocks: int, width: int) -> Config | None:

@@ -91,7 +91,7 @@ def test_an_unknown_or_unusable_name_in_the_table_is_passed_over(weight):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"version": 2, "devices": {}}', '{"version": 1, "devices": {"a": {"b": {"ffi": -1}}}}']
+    "content", ["{", "[]", '{"version": 3, "devices": {}}', '{"version": 1, "devices": {"a": {"b": {"ffi": -1}}}}']
 )
 def test_a_damaged_table_is_ignored_with_a_warning_and_replaced(weight, content):
     path = tuning.cache_file()

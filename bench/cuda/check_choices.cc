@@ -1,19 +1,17 @@
-// Whether what the library chooses for a shape fits into an SM, for each width of a block, for the raw control and for gated products.
-// Needs no GPU.
+// Whether what the library chooses for a shape fits into an SM, for each width of a block, for the raw control and for gated products; and
+// whether what it lists for the autotuner does, under names that say what it is. Needs no GPU.
 #include "check_kernels.h"
 
 #include <cstdio>
 #include <random>
 
-#include "matmul_direct.h"
-#include "matmul_wgmma.h"
+#include "matmul_config.h"
 
 using namespace jaxzip::lane_planar;
 
 namespace {
 
 constexpr int kRows[] = {1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256};
-constexpr int kInvariantRows = 64;  // as in matmul.cu
 
 Matrix shape(int m, int k, int block_words) {
   Matrix w = {};
@@ -35,13 +33,54 @@ bool choices_fit(int m, int k, int n, bool gated) {
     return c.clusters > 0 && fits(m, k, [&](const Matrix& w, bool raw) { return wgmma_shared_bytes(w, n, c, raw, gated); });
   };
   if (!wgmma(choose_wgmma(dealt, n))) return false;
-  if (!gated && n <= kInvariantRows && !wgmma(choose_batch_invariant(dealt))) return false;
+  if (!gated && n <= kInvariantMaxN && !wgmma(choose_batch_invariant(dealt))) return false;
   for (const bool chained : {false, true}) {
     const DirectConfig c = choose_direct(dealt, n, chained);
     // A gated one that does not fit leaves the product to wgmma.
     if (c.clusters && !gated && !fits(m, k, [&](const Matrix& w, bool raw) { return direct_shared_bytes(w, n, c, raw); })) return false;
   }
   return true;
+}
+
+// Whether a name can be asked for, by the rules of the handler.
+bool usable(const Matrix& w, int n, const std::string& name, bool batch_invariant = false) {
+  return unusable(w, n, name, batch_invariant).empty();
+}
+
+// The configurations listed for a shape: the choice first, each once, with a name that is read back as the same one.
+bool lists_configs(int m, int k, int n) {
+  constexpr size_t kMost = 6;
+  const Matrix w = shape(m, k, kMaxBlockWords);
+  const std::vector<MatmulConfig> listed = matmul_configs(w, n, kMost);
+  if (listed.empty() || listed.size() > kMost || !(listed[0] == choose_matmul(w, n))) return false;
+  for (size_t i = 0; i < listed.size(); ++i) {
+    const std::string name = show(listed[i], n);
+    const std::optional<MatmulConfig> read = parse_config(name, n);
+    if (!read || !(*read == listed[i]) || !usable(w, n, name) || !fits_all_forms(w, n, listed[i])) return false;
+    for (size_t j = 0; j < i; ++j)
+      if (listed[j] == listed[i]) return false;
+    for (const char* wrong : {" ", ".", " cl1", "99999999"})
+      if (parse_config(name + wrong, n)) return false;
+    if (parse_config(" " + name, n) || parse_config(name.substr(1), n) || parse_config(name.substr(0, name.rfind(' ')), n)) return false;
+  }
+  const std::string invariant = show({{}, choose_batch_invariant(w)}, kInvariantMaxN);
+  return usable(w, n, invariant, true) && !usable(w, n, invariant + "0", true) && !usable(w, n, "wgmma 4/3 C1 cl1") && !usable(w, n, "") &&
+         !usable(w, n, "wgmma 4/4 C9 cl1") && !usable(w, n, "direct t4 w16x1 C1 cl0") && !usable(w, n, "direct t3 w16x1 C1 cl1") &&
+         !usable(w, n, "wgmma 4/1 C1 cl99999999999") && !usable(w, 257, show(listed[0], 256));
+}
+
+int check_configs() {
+  std::mt19937 random(2);
+  int cases = 0, wrong = 0;
+  for (int i = 0; i < 300; ++i) {
+    const int m = 1 + static_cast<int>(random() % (i % 2 ? 400 : 40000)), k = 1 + static_cast<int>(random() % (i % 3 ? 20000 : 300));
+    for (const int n : kRows) {
+      ++cases;
+      if (!lists_configs(m, k, n) && ++wrong <= 10) std::printf("WRONG: configurations of M%d K%d N%d\n", m, k, n);
+    }
+  }
+  std::printf("check configurations: %d cases, %d wrong\n", cases, wrong);
+  return wrong;
 }
 
 }  // namespace
@@ -62,5 +101,5 @@ int check_choices() {
       }
   }
   std::printf("check choices: %d cases, %d wrong\n", cases, wrong);
-  return wrong;
+  return wrong + check_configs();
 }

@@ -3,6 +3,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <optional>
+#include <string_view>
 
 #include "lane_planar/decompress.h"
 #include "lane_planar/matmul.h"
@@ -16,9 +18,25 @@ namespace lp = lane_planar;
 
 void Check(cudaError_t status) { CheckHopper(status, "use implementation=\"decompress\""); }
 
+// What to run rather than what would be chosen for n rows: what a caller asked for, who hears if that cannot be, or what was measured,
+// which may be of another version of the kernels.
+std::optional<lp::MatmulConfig> ConfigOf(const lp::Matrix& w, int64_t n, std::string_view name, bool asked_for, bool batch_invariant,
+                                         bool raw) {
+  if (name.empty()) return std::nullopt;
+  if (asked_for) {
+    const std::string problem = lp::unusable(w, static_cast<int>(std::min<int64_t>(n, INT32_MAX)), name, batch_invariant, raw);
+    if (!problem.empty()) throw InvalidArgument(problem);
+  }
+  if (batch_invariant || n > lp::kWgmmaMaxN) return std::nullopt;
+  std::optional<lp::MatmulConfig> config = lp::parse_config(name, static_cast<int>(n));
+  if (config && !lp::fits(w, static_cast<int>(n), *config, raw)) config.reset();
+  return config;
+}
+
 ffi::Error LanePlanarGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_LANE_PLANAR_PARAMS,
                           ffi::Buffer<ffi::BF16> bias, ffi::Buffer<ffi::BF16> residual, ffi::Result<ffi::AnyBuffer> out,
-                          int64_t m, int64_t k, bool has_bias, bool has_residual, bool batch_invariant, bool raw) {
+                          int64_t m, int64_t k, bool has_bias, bool has_residual, bool batch_invariant, bool raw,
+                          std::string_view config_name, bool config_asked_for) {
   return Guard("jaxzip_lane_planar_gemm", [&] {
     const LanePlanarOperands payload(m, k, JAXZIP_LANE_PLANAR_ARGS, raw);
     const Bf16Operand rows("x", x, 2);
@@ -35,15 +53,18 @@ ffi::Error LanePlanarGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_
     int64_t calls = Product(result.batch);
     const bool one_weight = payload.Unbatched() && rows.batch == result.batch &&
                             (!added_bias || added_bias->Unbatched()) && (!added || added->batch == result.batch);
-    if (one_weight) n *= calls, calls = std::min<int64_t>(calls, 1);  // a batch of rows is more rows
+    // A batch of rows is more rows. One asked for was asked for so many; one measured is for so many, and not for more.
+    if (one_weight && calls != 1 && !config_asked_for) n *= calls, calls = std::min<int64_t>(calls, 1), config_name = {};
     if (n > INT32_MAX) throw InvalidArgument("x has more than 2^31 - 1 rows");
-    if (n == 0) return;
+    if (n == 0 || calls == 0) return;
+    const auto config = ConfigOf(ToMatrix(payload.At(0, result.batch)), n, config_name, config_asked_for, batch_invariant, raw);
+    const lp::MatmulOptions options = {batch_invariant, raw, false, false, config ? &*config : nullptr};
     for (int64_t i = 0; i < calls; ++i) {
       const Epilogue epilogue = {
           static_cast<char*>(result.data) + result.BatchIndex(i, result.batch) * result.core_size * (fp32 ? 4 : 2), fp32,
           added_bias ? added_bias->At(i, result.batch) : nullptr, added ? added->At(i, result.batch) : nullptr};
       Check(lp::launch_matmul(ToMatrix(payload.At(i, result.batch)), rows.At(i, result.batch), static_cast<int>(n), epilogue,
-                              {batch_invariant, raw}, stream));
+                              options, stream));
     }
   });
 }
@@ -83,7 +104,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_lane_planar_gemm, LanePlanarGemm,
                                   .Attr<bool>("has_bias")
                                   .Attr<bool>("has_residual")
                                   .Attr<bool>("batch_invariant")
-                                  .Attr<bool>("raw"),
+                                  .Attr<bool>("raw")
+                                  .Attr<std::string_view>("config")
+                                  .Attr<bool>("config_asked_for"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_lane_planar_take, LanePlanarTake,

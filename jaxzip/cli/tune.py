@@ -1,4 +1,4 @@
-"""``jaxzip tune CKPT``: measures which implementation multiplies a model's weights fastest on this machine."""
+"""``jaxzip tune CKPT``: measures what multiplies a model's weights fastest on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tune_command(
     repeats: Annotated[int, typer.Option(help="Timings of each; their median counts.", min=1)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Measure every implementation of matmul on this model's shapes; jaxzip takes the fastest from then on."""
+    """Measure implementations of matmul and their configurations on this model's shapes; the fastest run from then on."""
     from jaxzip import tuning
 
     counts = parse_rows(rows)
@@ -46,9 +46,12 @@ def tune_command(
         *((f"{n} us", "right") for n in names),
     ):
         table.add_column(name, justify=justify)
+    if with_configs := any(f.fastest in f.configs for f in found):
+        table.add_column("configuration")
     for f in found:
         cells = (f"{f.us[n]:.1f}" + (" *" if n == f.fastest else "  ") if n in f.us else "" for n in names)
-        table.add_row(f.format, f"{f.m} x {f.k}", str(f.rows), *cells)
+        config = [f.configs.get(f.fastest, "its own choice")] if with_configs else []
+        table.add_row(f.format, f"{f.m} x {f.k}", str(f.rows), *cells, *config)
     out.print(table)
     out.print(f"* fastest on {found[0].device_kind}: recorded in {tuning.cache_file()}", markup=False)
 

@@ -25,6 +25,7 @@ def matmul(
     out_dtype: jax.typing.DTypeLike | None = None,
     batch_invariant: bool = False,
     implementation: str | None = None,
+    config: str | None = None,
 ) -> jax.Array:
     """``x[..., K] @ w[K, M] + bias + residual`` with fp32 accumulation and one rounding to ``out_dtype``.
 
@@ -47,6 +48,9 @@ def matmul(
       implementation: ``"ffi"`` or ``"pallas"`` (fused), ``"decompress"`` (the best decode, then XLA's dot), ``"xla"``
         (plain XLA throughout), or ``None``: what :func:`jaxzip.tuning.tune` measured to be the fastest for this
         shape on this kind of device, else the best one by rule.
+      config: how the implementation named splits its work on a GPU, in its own words: one that
+        :func:`jaxzip.tuning.configurations` lists. ``None``: the one that was measured to be its fastest, else its own
+        choice. Each has an order of accumulation of its own. A batch invariant product has just one.
 
     Returns:
       ``[..., M]``.
@@ -54,7 +58,7 @@ def matmul(
     Raises:
       TypeError: ``x``, ``bias`` or ``residual`` is not a floating-point array, or ``w`` is neither compressed nor an
         array.
-      ValueError: shapes do not match, or no such implementation.
+      ValueError: shapes do not match, no such implementation, or it has no such configuration for these shapes.
       NotImplementedError: the implementation asked for cannot take these arguments; the message says why.
     """
     x = checked_activations("matmul", x, w)
@@ -67,7 +71,12 @@ def matmul(
         raise TypeError(f"matmul: out_dtype is {out_dtype}, expected a floating-point dtype")
     _check_addend("bias", bias, (w.shape[1],))
     _check_addend("residual", residual, (*x.shape[:-1], w.shape[1]))
-    return _matmul(x, w, bias, residual, out_dtype, bool(batch_invariant), implementation, measured.epoch())
+    if config is not None and implementation is None:
+        raise ValueError(
+            f"matmul: config is {config!r}, but each implementation has configurations of its own: name it as well, "
+            'such as implementation="ffi"'
+        )
+    return _matmul(x, w, bias, residual, out_dtype, bool(batch_invariant), implementation, config, measured.epoch())
 
 
 def checked_activations(op: str, x, w) -> jax.Array:
@@ -94,9 +103,9 @@ def _check_addend(name, value, shape):
         raise ValueError(f"matmul: {name} has shape {tuple(value.shape)}, expected {shape}")
 
 
-# `epoch` only tells traces apart: another table of measurements may choose another implementation.
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
-def _matmul(x, w, bias, residual, out_dtype, batch_invariant, implementation, epoch):
+# `epoch` only tells traces apart: another table of measurements may choose another implementation or configuration.
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
+def _matmul(x, w, bias, residual, out_dtype, batch_invariant, implementation, config, epoch):
     with jax.named_scope("jaxzip.matmul"):
         if not isinstance(w, CompressedTensor):
             if implementation not in (None, registry.XLA):
@@ -105,27 +114,30 @@ def _matmul(x, w, bias, residual, out_dtype, batch_invariant, implementation, ep
                     'format="raw" to send it through the same kernel'
                 )
             _check_not_invariant(batch_invariant)
+            check_no_config("XLA's dot", config)
             return finish(_dot(x, w, jnp.float32), bias, residual, out_dtype)
-        rows = math.prod(x.shape[:-1])
+        leading = x.shape[:-1]
+        rows = math.prod(leading)
         if residual is not None:
             residual = residual.reshape(rows, w.shape[1])
-        y = _matmul_2d(out_dtype, batch_invariant, implementation, x.reshape(rows, x.shape[-1]), w, bias, residual)
-        return y.reshape(*x.shape[:-1], w.shape[1])
+        x = x.reshape(rows, x.shape[-1])
+        y = _matmul_2d(out_dtype, batch_invariant, implementation, config, x, w, bias, residual)
+        return y.reshape(*leading, w.shape[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _matmul_2d(out_dtype, batch_invariant, implementation, x, w, bias, residual):
-    options = {"out_dtype": out_dtype, "batch_invariant": batch_invariant}
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _matmul_2d(out_dtype, batch_invariant, implementation, config, x, w, bias, residual):
+    options = {"out_dtype": out_dtype, "batch_invariant": batch_invariant, "config": config}
     return registry.run("matmul", implementation, x, w, bias, residual, **options)
 
 
-def _matmul_2d_fwd(out_dtype, batch_invariant, implementation, x, w, bias, residual):
+def _matmul_2d_fwd(out_dtype, batch_invariant, implementation, config, x, w, bias, residual):
     # Of x, bias and residual only the dtypes are needed: empty arrays carry them through the trace.
     like = [None if a is None else jnp.zeros((0,), a.dtype) for a in (x, bias, residual)]
-    return _matmul_2d(out_dtype, batch_invariant, implementation, x, w, bias, residual), (like, w)
+    return _matmul_2d(out_dtype, batch_invariant, implementation, config, x, w, bias, residual), (like, w)
 
 
-def _matmul_2d_bwd(out_dtype, batch_invariant, implementation, residuals, g):
+def _matmul_2d_bwd(out_dtype, batch_invariant, implementation, config, residuals, g):
     (x, bias, residual), w = residuals
     dense = decompress(w, implementation=registry.XLA if implementation == registry.XLA else None)
     to_bias = None if bias is None else g.astype(jnp.float32).sum(0).astype(bias.dtype)
@@ -162,11 +174,18 @@ def _check_not_invariant(batch_invariant: bool) -> None:
         raise NotImplementedError("XLA chooses a dot's order of accumulation by its shape: not batch invariant")
 
 
-def _check_xla(x, w, bias, residual, *, out_dtype, batch_invariant) -> None:
+def check_no_config(what: str, config: str | None) -> None:
+    """Raises NotImplementedError if a configuration is asked of what has none."""
+    if config is not None:
+        raise NotImplementedError(f"{what} has no configurations to choose from; config is {config!r}")
+
+
+def _check_xla(x, w, bias, residual, *, out_dtype, batch_invariant, config=None) -> None:
     _check_not_invariant(batch_invariant)
+    check_no_config("XLA's dot", config)
 
 
-def matmul_xla(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
+def matmul_xla(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, config=None) -> jax.Array:
     """The reference: XLA's decode to a dense array, then XLA's dot.
 
     The weight's bits are exact; the order of accumulation is XLA's, which may choose it by what surrounds the dot.
@@ -174,12 +193,16 @@ def matmul_xla(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invar
     return finish(_dot(x, decompress(w, implementation=registry.XLA), jnp.float32), bias, residual, out_dtype)
 
 
-def matmul_decompressed(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
+def matmul_decompressed(
+    x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, config=None
+) -> jax.Array:
     """The best decode that is there, then XLA's dot: where there is no fused kernel."""
     return finish(_dot(x, decompress(w), jnp.float32), bias, residual, out_dtype)
 
 
-def matmul_decompressed_rounding(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant) -> jax.Array:
+def matmul_decompressed_rounding(
+    x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, config=None
+) -> jax.Array:
     """The same on a GPU, whose dots round their fp32 sums themselves: fp32 results would be written and read again."""
     if bias is not None or residual is not None:
         return matmul_decompressed(x, w, bias, residual, out_dtype=out_dtype, batch_invariant=batch_invariant)
@@ -196,12 +219,24 @@ registry.register(
 )
 
 
-def _measured_us(platform: str, x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant):
-    """What implementations were measured to take: bfloat16 products only; batch invariance is not a matter of speed."""
-    kind = measured.device_kind(platform)
-    if kind is None or batch_invariant or x.dtype != jnp.bfloat16 or x.shape[0] == 0:
-        return None
-    return measured.times(kind, w.format, *w.matrix_shape, x.shape[0])
+def _measured_us(platform: str, x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, config=None):
+    """What implementations were measured to take; batch invariance is not a matter of speed."""
+    kind = None if batch_invariant else _measured_kind(platform, x)
+    return kind and measured.times(kind, w.format, *w.matrix_shape, x.shape[0])
+
+
+def measured_config(implementation: str, platform: str, x, w: CompressedTensor, *, format: str) -> str | None:
+    """The configuration of this implementation that was measured to be the fastest; ``None``: its own choice.
+
+    Of ``format``, rather than the tensor's: raw weights, the control of exactness, take what that format does.
+    """
+    kind = _measured_kind(platform, x)
+    return kind and measured.config(kind, format, *w.matrix_shape, x.shape[0], implementation)
+
+
+def _measured_kind(platform: str, x) -> str | None:
+    """The kind of device whose measurements tell about ``x [N, K]``, which must be bfloat16."""
+    return measured.device_kind(platform) if x.dtype == jnp.bfloat16 and x.shape[0] > 0 else None
 
 
 registry.choose_by("matmul", _measured_us)

@@ -1,5 +1,8 @@
 """What was measured: for every kind of device, format, shape and number of rows, the microseconds of implementations.
 
+A time is a number, or ``{"us": number, "config": name}`` where a configuration of the implementation took it that the
+implementation would not have chosen by itself.
+
 Two layers of JSON: files that come with the package (``measurements/*.json``) and one in the user's cache
 directory, which goes first. The table is read when a program is traced; a compiled program keeps what it was given.
 """
@@ -20,7 +23,9 @@ import jax
 
 from jaxzip import formats
 
-VERSION = 1
+VERSION = 2
+#: Tables of version 1 have no configurations.
+READABLE = (1, 2)
 #: ``off`` (or ``0``): the table is not consulted.
 SWITCH = "JAXZIP_TUNING"
 #: Directory of the user's table, instead of the platform's cache directory.
@@ -28,6 +33,7 @@ DIRECTORY = "JAXZIP_CACHE_DIR"
 SHIPPED = Path(__file__).parent / "measurements"
 
 Times = dict[str, float]  # microseconds by implementation
+Entry = float | dict[str, float | str]  # an implementation's, as in the file
 
 _disabled = 0
 _epoch = 1
@@ -97,6 +103,21 @@ def key(format: str, m: int, k: int, rows: int) -> str:
 
 def times(kind: str, format: str, m: int, k: int, rows: int) -> Times | None:
     """What was measured for this product on this kind of device, or ``None``."""
+    found = _entries(kind, format, m, k, rows)
+    return found and {name: _us(entry) for name, entry in found.items()}
+
+
+def config(kind: str, format: str, m: int, k: int, rows: int, implementation: str) -> str | None:
+    """The fastest configuration of an implementation; ``None``: its own choice, or nothing was measured."""
+    entry = (_entries(kind, format, m, k, rows) or {}).get(implementation)
+    return entry.get("config") if isinstance(entry, dict) else None
+
+
+def _us(entry: Entry) -> float:
+    return entry["us"] if isinstance(entry, dict) else entry
+
+
+def _entries(kind: str, format: str, m: int, k: int, rows: int) -> Mapping[str, Entry] | None:
     if not is_on():
         return None
     name = key(format, m, k, rows)
@@ -106,8 +127,12 @@ def times(kind: str, format: str, m: int, k: int, rows: int) -> Times | None:
     return None
 
 
-def record(kind: str, format: str, m: int, k: int, rows: int, measured: Times) -> None:
+def record(
+    kind: str, format: str, m: int, k: int, rows: int, measured: Times, configs: Mapping[str, str] | None = None
+) -> None:
     """Adds a measurement to the user's table, in place of an earlier one. Other processes may write meanwhile.
+
+    ``configs`` are the configurations that took these times, of implementations that would choose another.
 
     Raises:
       OSError: the cache directory cannot be written.
@@ -116,7 +141,9 @@ def record(kind: str, format: str, m: int, k: int, rows: int, measured: Times) -
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     devices = _read(path)
-    devices.setdefault(kind, {})[key(format, m, k, rows)] = {name: round(us, 3) for name, us in measured.items()}
+    entries: dict[str, Entry] = {name: round(us, 3) for name, us in measured.items()}
+    entries |= {name: {"us": entries[name], "config": config} for name, config in (configs or {}).items()}
+    devices.setdefault(kind, {})[key(format, m, k, rows)] = entries
     content = json.dumps({"version": VERSION, "unit": "us", "devices": devices}, indent=1, sort_keys=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         file.write(content)
@@ -125,33 +152,36 @@ def record(kind: str, format: str, m: int, k: int, rows: int, measured: Times) -
     _epoch += 1
 
 
-def _user_layer() -> Mapping[str, Mapping[str, Times]]:
+def _user_layer() -> Mapping[str, Mapping[str, Mapping[str, Entry]]]:
     return _user_layer_of(cache_file())
 
 
 @functools.lru_cache(maxsize=4)
-def _user_layer_of(path: Path) -> Mapping[str, Mapping[str, Times]]:
+def _user_layer_of(path: Path) -> Mapping[str, Mapping[str, Mapping[str, Entry]]]:
     return _read(path)
 
 
 @functools.cache
-def _shipped_layer() -> Mapping[str, Mapping[str, Times]]:
-    layer: dict[str, dict[str, Times]] = {}
+def _shipped_layer() -> Mapping[str, Mapping[str, Mapping[str, Entry]]]:
+    layer: dict[str, dict[str, dict[str, Entry]]] = {}
     for path in sorted(SHIPPED.glob("*.json")):
         for kind, rows in _read(path).items():
             layer.setdefault(kind, {}).update(rows)
     return layer
 
 
-def _read(path: Path) -> dict[str, dict[str, Times]]:
+def _read(path: Path) -> dict[str, dict[str, dict[str, Entry]]]:
     """The devices of a table; empty if there is no such file, or if it is not one (said in a warning)."""
     try:
         content = json.loads(path.read_text())
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}, this jaxzip reads {VERSION}")
+        if content["version"] not in READABLE:
+            raise ValueError(f"version {content['version']}, this jaxzip reads {' and '.join(map(str, READABLE))}")
         devices = content["devices"]
-        if not all(us > 0 for rows in devices.values() for found in rows.values() for us in found.values()):
-            raise ValueError("a time that is not positive")
+        for entry in (entry for rows in devices.values() for found in rows.values() for entry in found.values()):
+            if not _us(entry) > 0:
+                raise ValueError("a time that is not positive")
+            if isinstance(entry, dict) and not isinstance(entry.get("config", ""), str):
+                raise ValueError("a configuration that is not a string")
         return devices
     except FileNotFoundError:
         return {}

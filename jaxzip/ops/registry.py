@@ -12,7 +12,7 @@ import functools
 import importlib.metadata
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,8 @@ class Implementation:
 
     ``check(*args, **options)`` sees the operation's arguments (arrays may be tracers) and raises
     ``NotImplementedError`` with a reason when ``fn`` cannot take them; ``platforms`` limits where it runs
-    (``None``: everywhere). Higher ``priority`` is tried first.
+    (``None``: everywhere). Higher ``priority`` is tried first. ``configurations`` sees what ``check`` sees, and names
+    those that ``fn`` takes as its option ``config``, the one that it takes unasked first.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Implementation:
     check: Callable[..., None]
     platforms: tuple[str, ...] | None
     priority: int
+    configurations: Callable[..., Sequence[str]] | None = None
 
 
 #: Given a platform and an operation's arguments, what implementations cost there, by name, or ``None`` if not known.
@@ -56,9 +58,10 @@ def register(
     check: Callable[..., None] = lambda *args, **options: None,
     platforms: tuple[str, ...] | None = None,
     priority: int = 0,
+    configurations: Callable[..., Sequence[str]] | None = None,
 ) -> None:
     """Adds implementation ``name`` of ``op``; a backend may register one per platform."""
-    _registry.setdefault(op, []).append(Implementation(name, fn, check, platforms, priority))
+    _registry.setdefault(op, []).append(Implementation(name, fn, check, platforms, priority, configurations))
     _registry[op].sort(key=lambda impl: -impl.priority)
 
 
@@ -93,6 +96,15 @@ def candidates(op: str, platform: str, *args, **options) -> list[str]:
     """Names of the implementations that take these arguments on ``platform``, those left out that need asking for."""
     load_backends()
     return list(dict.fromkeys(impl.name for impl in _usable(op, None, args, options)[0] if _is_for(impl, platform)))
+
+
+def configurations(op: str, name: str, platform: str, *args, **options) -> tuple[str, ...]:
+    """Configurations of implementation ``name`` for these arguments, what it takes unasked first; or none."""
+    load_backends()
+    for impl in _usable(op, name, args, options)[0]:
+        if platform in (impl.platforms or _PLATFORMS):
+            return tuple(impl.configurations(*args, **options)) if impl.configurations else ()
+    return ()
 
 
 def _is_for(impl: Implementation, platform: str) -> bool:

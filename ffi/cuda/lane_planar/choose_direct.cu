@@ -1,7 +1,8 @@
 // Which configuration of the small-N matmul a shape gets: the best measured one, or the least modelled cost.
 #include <algorithm>
+#include <utility>
 
-#include "matmul_direct.h"
+#include "matmul_config.h"
 #include "resident.h"
 
 namespace jaxzip::lane_planar {
@@ -47,15 +48,9 @@ constexpr Kernel kKernels[] = {
 constexpr double kBlockKb = 5.86, kXFactor = 0.8, kClusterCost = 9;
 constexpr double kWaveCost = 400;  // of clusters that start when others have ended
 
-}  // namespace
-
-DirectConfig choose_direct(const Matrix& w, int n, bool chained) {
-  for (const Measured& row : kMeasuredChained)
-    if (chained && row.m == w.m && row.k == w.k && n <= row.n) return row.config;
-  for (const Measured& row : kMeasured)  // sorted by n within a shape
-    if (row.m == w.m && row.k == w.k && n <= row.n && (!row.config.clusters || direct_shared_bytes(w, n, row.config))) return row.config;
-  DirectConfig best = {};
-  double least = 1e30;
+// Calls `visit(cost, config)` with what fits: one for each kernel and number of CTAs that split K.
+template <class Visit>
+void each_modelled(const Matrix& w, int n, const Visit& visit) {
   for (const Kernel& kernel : kKernels) {
     if (n < kernel.first_n || n > kernel.last_n) continue;
     for (int cluster = 1; cluster <= 8; ++cluster) {
@@ -76,11 +71,30 @@ DirectConfig choose_direct(const Matrix& w, int n, bool chained) {
       const int k_blocks = (w.k_blocks() + cluster - 1) / cluster;
       const double stream = sharing * rounds * k_blocks * kBlockKb * kernel.tiles_per_warp / kTiles * kernel.stream_factor;
       const double x = sharing * kXFactor * n * k_blocks * kBlock * 2 / 1000.0;
-      const double cost = stream + x + kClusterCost * cluster + kernel.start + kWaveCost * (waves - 1);
-      if (cost < least) least = cost, best = c;
+      visit(stream + x + kClusterCost * cluster + kernel.start + kWaveCost * (waves - 1), c);
     }
   }
+}
+
+}  // namespace
+
+DirectConfig choose_direct(const Matrix& w, int n, bool chained) {
+  for (const Measured& row : kMeasuredChained)
+    if (chained && row.m == w.m && row.k == w.k && n <= row.n) return row.config;
+  for (const Measured& row : kMeasured)  // sorted by n within a shape
+    if (row.m == w.m && row.k == w.k && n <= row.n && (!row.config.clusters || direct_shared_bytes(w, n, row.config))) return row.config;
+  DirectConfig best = {};
+  double least = 1e30;
+  each_modelled(w, n, [&](double cost, const DirectConfig& c) {
+    if (cost < least) least = cost, best = c;
+  });
   return best;
+}
+
+std::vector<DirectConfig> best_direct(const Matrix& w, int n) {
+  std::vector<std::pair<double, DirectConfig>> found;
+  each_modelled(w, n, [&](double cost, const DirectConfig& c) { found.emplace_back(cost, c); });
+  return by_cost(std::move(found));
 }
 
 }  // namespace jaxzip::lane_planar

@@ -1,8 +1,9 @@
 // Which configuration of the wgmma matmul a shape gets: the best measured one, or the least modelled time.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
-#include "matmul_wgmma.h"
+#include "matmul_config.h"
 #include "resident.h"
 #include "wgmma_plan.h"
 
@@ -59,21 +60,26 @@ double modelled_us(const Matrix& w, int n, const WgmmaConfig& c) {
   return kLaunchUs + smooth_max(waves * (smooth_max(compute, stream, 5) + store), memory, 6);
 }
 
+// Calls `visit(us, config)` with what fits n columns, and also_n, for so many groups that split K and such a cluster.
+template <class Visit>
+void each_modelled(const Matrix& w, int n, int also_n, int k_groups, int cluster, const Visit& visit) {
+  const int teams = wgmma_groups(n) / k_groups;
+  const int resident = std::min(kResident[0][cluster - 1], w.m_blocks()), rows = divide_up(w.m_blocks(), resident);
+  for (const int r : {rows, divide_up(rows, teams) * teams, std::max(1, rows / teams) * teams, teams}) {
+    const WgmmaConfig c = {k_groups, cluster, divide_up(w.m_blocks(), r)};
+    if (wgmma_slots(w, n, c) && wgmma_slots(w, also_n, c)) visit(modelled_us(w, n, c), c);
+  }
+}
+
 // The least modelled time for n columns among the configurations that also do for `also_n`.
 WgmmaConfig least_modelled(const Matrix& w, int n, int also_n) {
   WgmmaConfig best = {};
   double least = 1e30;
   for (int k_groups = 1; k_groups <= wgmma_groups(n); k_groups *= 2)
-    for (int cluster = 1; cluster <= 8; ++cluster) {
-      const int teams = wgmma_groups(n) / k_groups;
-      const int resident = std::min(kResident[0][cluster - 1], w.m_blocks()), rows = divide_up(w.m_blocks(), resident);
-      for (const int r : {rows, divide_up(rows, teams) * teams, std::max(1, rows / teams) * teams, teams}) {
-        const WgmmaConfig c = {k_groups, cluster, divide_up(w.m_blocks(), r)};
-        if (!wgmma_slots(w, n, c) || !wgmma_slots(w, also_n, c)) continue;
-        const double us = modelled_us(w, n, c);
+    for (int cluster = 1; cluster <= 8; ++cluster)
+      each_modelled(w, n, also_n, k_groups, cluster, [&](double us, const WgmmaConfig& c) {
         if (us < least) least = us, best = c;
-      }
-    }
+      });
   return best;
 }
 
@@ -83,6 +89,19 @@ WgmmaConfig choose_wgmma(const Matrix& w, int n) {
   for (const Measured& row : kMeasured)  // n of a row stands for all that its instruction does
     if (row.m == w.m && row.k == w.k && n <= row.n && (row.n == 8 || n > row.n / 2) && wgmma_slots(w, n, row.config)) return row.config;
   return least_modelled(w, n, n);
+}
+
+std::vector<WgmmaConfig> best_wgmma(const Matrix& w, int n) {
+  std::vector<std::pair<double, WgmmaConfig>> found;
+  for (int k_groups = 1; k_groups <= wgmma_groups(n); k_groups *= 2)
+    for (int cluster = 1; cluster <= 8; ++cluster) {
+      std::pair<double, WgmmaConfig> least = {1e30, {}};
+      each_modelled(w, n, n, k_groups, cluster, [&](double us, const WgmmaConfig& c) {
+        if (us < least.first) least = {us, c};
+      });
+      if (least.second.clusters) found.push_back(least);
+    }
+  return by_cost(std::move(found));
 }
 
 WgmmaConfig choose_batch_invariant(const Matrix& w) { return least_modelled(w, 32, 64); }

@@ -3,9 +3,6 @@
 
 #include <algorithm>
 
-#include "matmul_direct.h"
-#include "matmul_wgmma.h"
-
 namespace jaxzip::lane_planar {
 namespace {
 
@@ -13,7 +10,6 @@ namespace {
 constexpr int kDirectRows = 4, kDirectRowsSmall = 16;
 constexpr long long kSmall = 8000000;  // weights
 constexpr int kDirectRowsChained = 2;  // wgmma fills its slots while the kernel before ends
-constexpr int kInvariantMaxN = 64;  // of choose_batch_invariant
 
 // The rows of x from `first` on, and where their results go.
 Epilogue from_row(const Epilogue& e, int m, int first) {
@@ -24,16 +20,11 @@ Epilogue from_row(const Epilogue& e, int m, int first) {
 
 static_assert(kWgmmaDealsPairs, "gated products need it");
 
-struct Choice {
-  DirectConfig direct;  // unless its clusters are 0
-  WgmmaConfig wgmma;
-};
-
-Choice choose(const Matrix& shape, int rows, bool gated, const MatmulOptions& options) {
+MatmulConfig choose(const Matrix& shape, int rows, bool gated, const MatmulOptions& options) {
   // Pairs of a gated product are dealt as row blocks of half of it are, twice over.
   Matrix dealt = shape;
   if (gated) dealt.m /= 2;
-  Choice c = {};
+  MatmulConfig c = {};
   if (options.batch_invariant) {
     c.wgmma = choose_batch_invariant(shape);  // also of a gated one: the same bits
     c.wgmma.clusters = std::min(c.wgmma.clusters, dealt.m_blocks());
@@ -49,6 +40,29 @@ Choice choose(const Matrix& shape, int rows, bool gated, const MatmulOptions& op
 
 }  // namespace
 
+MatmulConfig choose_matmul(const Matrix& w, int n) {
+  Matrix shape = w;
+  shape.block_words = kMaxBlockWords;
+  return choose(shape, n, false, {});
+}
+
+std::vector<MatmulConfig> matmul_configs(const Matrix& w, int n, size_t most) {
+  if (n < 1 || n > kWgmmaMaxN) return {};
+  Matrix shape = w;
+  shape.block_words = kMaxBlockWords;
+  std::vector<MatmulConfig> found = {choose_matmul(shape, n)};
+  const auto add = [&](const MatmulConfig& c) {
+    if (found.size() < most && fits_all_forms(shape, n, c) && std::find(found.begin(), found.end(), c) == found.end()) found.push_back(c);
+  };
+  const std::vector<WgmmaConfig> wgmma = best_wgmma(shape, n);
+  const std::vector<DirectConfig> direct = n <= kDirectRowsSmall ? best_direct(shape, n) : std::vector<DirectConfig>();
+  for (size_t i = 0; i < std::max(wgmma.size(), direct.size()); ++i) {
+    if (i < wgmma.size()) add({{}, wgmma[i]});
+    if (i < direct.size()) add({direct[i], {}});
+  }
+  return found;
+}
+
 cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue,
                           const MatmulOptions& options, cudaStream_t stream) {
   // Encoded and raw blocks must get one configuration, and so must every width of a block.
@@ -61,7 +75,8 @@ cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const 
     const int rows = std::min(n - first, most);
     const __nv_bfloat16* from = x + static_cast<size_t>(first) * w.k;
     const Epilogue to = from_row(epilogue, w.m, first);
-    const Choice choice = choose(shape, rows, epilogue.gated, options);
+    const bool given = options.config && !options.batch_invariant;
+    const MatmulConfig choice = given ? *options.config : choose(shape, rows, epilogue.gated, options);
     const cudaError_t error =
         choice.direct.clusters ? launch_matmul_direct(w, from, rows, to, choice.direct, stream, options.raw, options.overlap)
                                : launch_matmul_wgmma(w, from, rows, to, choice.wgmma, stream, options.raw, options.overlap);

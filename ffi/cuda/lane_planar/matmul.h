@@ -4,6 +4,7 @@
 
 #include "../epilogue.h"
 #include "layout.h"
+#include "matmul_config.h"
 
 namespace jaxzip::lane_planar {
 
@@ -16,6 +17,8 @@ struct MatmulOptions {
   bool overlap = false;
   // One of a chain of kernels that overlap: configurations for that, in which others may be faster.
   bool chained = false;
+  // What to run instead of what would be chosen; not with `batch_invariant`. It must fit, see `fits`.
+  const MatmulConfig* config = nullptr;
 };
 
 // y[n, m] = x[n, k] @ W[m, k].T for any n >= 1, in as many launches on `stream` as n needs; sm_90. No allocation, no
