@@ -21,7 +21,7 @@ def tune_command(
     repeats: Annotated[int, typer.Option(help="Timings of each; their median counts.", min=1)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Measure implementations of matmul and their configurations on this model's shapes; the fastest run from then on."""
+    """Measure implementations and configurations of matmul on this model's shapes; the fastest run from then on."""
     from jaxzip import tuning
 
     counts = parse_rows(rows)
