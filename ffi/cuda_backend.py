@@ -80,7 +80,7 @@ def _check_operands(x, w, bias, residual, out_dtype, batch_invariant) -> None:
 
 
 def _check_config(x, w, batch_invariant, config) -> None:
-    if config is None:
+    if config is None or x.shape[0] == 0:
         return
     raw = w.format == "raw"
     why = cuda_configs.problem(config, x.shape[0], *w.matrix_shape, batch_invariant=batch_invariant, raw=raw)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
+import os
 import statistics
 import time
 import warnings
@@ -36,6 +38,8 @@ HOPELESS = 1.5
 WORTH = 0.99
 #: Repeats in the first comparison of configurations; the best is timed again.
 FIRST_REPEATS = 3
+#: Threads that compile what will be timed, at most.
+COMPILERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +100,11 @@ def tune(
     found = []
     for n in dict.fromkeys(measured.bucket(n) for n in rows):
         x = jax.device_put(jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16), device)
-        timers = {name: _Timer(name, None, x, copies, platform) for name in candidates(x, w, platform)}
-        us = {name: timer(repeats) for name, timer in timers.items()}
-        if not us:
+        if not candidates(x, w, platform):
             raise NotImplementedError(
                 f"tune: no implementation multiplies a {w.format} weight by {n} rows on {platform}"
             )
-        configs = {}
-        for name in [name for name in us if us[name] <= HOPELESS * min(us.values())]:
-            if better := _better_config(name, timers[name], us[name], x, copies, platform, repeats):
-                configs[name], us[name] = better
+        us, configs = _measure(x, copies, platform, repeats)
         found.append(Measurement(kind, w.format, m, k, n, us, configs))
         if save:
             measured.record(kind, w.format, m, k, n, us, configs)
@@ -187,45 +186,74 @@ def median_us(compiled: Callable, arguments: tuple, launches: int, repeats: int,
 
 
 class _Timer:
-    """One way to multiply, compiled: an implementation in a configuration, or in its own choice, not a recorded one."""
+    """One way to multiply, compiled: an implementation in a configuration, or in its own choice (``None``)."""
 
     def __init__(self, name: str, config: str | None, x: jax.Array, weights: list, platform: str):
-        self._arguments = (x, weights)
+        self._arguments, self._queue_us = (x, weights), QUEUE_US[platform]
         self._launches = launches_of(len(weights), 2 * x.shape[0] * weights[0].shape[1], OUTPUT_BYTES, most=MOST_COPIES)
         program = products(lambda x, w: matmul(x, w, implementation=name, config=config), self._launches)
-        with disabled():
-            self._compiled = program.lower(*self._arguments).compile()
-        once = median_us(self._compiled, self._arguments, self._launches, 1, 1)
-        self._calls = max(1, math.ceil(QUEUE_US[platform] / (once * self._launches)))
+        self._compiled = program.lower(*self._arguments).compile()
 
     def __call__(self, repeats: int) -> float:
         """Median microseconds of a product."""
-        return median_us(self._compiled, self._arguments, self._launches, repeats, self._calls)
+        once = median_us(self._compiled, self._arguments, self._launches, 1, 1)
+        calls = max(1, math.ceil(self._queue_us / (once * self._launches)))
+        return median_us(self._compiled, self._arguments, self._launches, repeats, calls)
 
 
-def _better_config(
-    name: str, own: _Timer, own_us: float, x: jax.Array, weights: list, platform: str, repeats: int
-) -> tuple[str, float] | None:
-    """The configuration that beats the implementation's own choice, and its microseconds; ``None`` if none does."""
-    first = []
-    for config in _configurations(name, x, weights[0], platform)[1:]:  # the first is its own choice
+_Way = tuple[str, str | None]  # an implementation, and a configuration of it
+
+
+def _measure(x: jax.Array, weights: list, platform: str, repeats: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Microseconds of each implementation, and the configurations that took them where it would choose another."""
+    own = [(name, None) for name in candidates(x, weights[0], platform)]
+    timers = _compiled(own, x, weights, platform)
+    us = {name: _or_raise(timers[name, None])(repeats) for name, _ in own}
+    close = [name for name in us if us[name] <= HOPELESS * min(us.values())]
+    ways = [(name, config) for name in close for config in _configurations(name, x, weights[0], platform)[1:]]
+    timers |= _compiled(ways, x, weights, platform)
+    configs = {}
+    for name in close:
+        first = {}
+        for config in (config for other, config in ways if other == name):
+            try:
+                first[config] = _or_raise(timers[name, config])(min(FIRST_REPEATS, repeats))
+            except _DOES_NOT_RUN as error:
+                warnings.warn(
+                    f"tune: {name} lists the configuration {config!r} for x {x.shape} and a weight {weights[0].shape}, "
+                    f"but it does not run ({type(error).__name__}: {error}); passed over",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        best = min(first, key=first.__getitem__, default=None)
+        if best is None or first[best] > WORTH * us[name]:
+            continue
+        own_us, best_us = timers[name, None](repeats), timers[name, best](repeats)  # side by side: clocks drift
+        if best_us <= WORTH * own_us:
+            configs[name], us[name] = best, best_us
+    return us, configs
+
+
+_DOES_NOT_RUN = (jax.errors.JaxRuntimeError, NotImplementedError, ValueError)
+
+
+def _compiled(ways: list[_Way], x: jax.Array, weights: list, platform: str) -> dict[_Way, _Timer | Exception]:
+    """A timer of each way to multiply, or why it does not compile. What was recorded plays no part."""
+
+    def compile(way: _Way) -> _Timer | Exception:
         try:
-            timer = _Timer(name, config, x, weights, platform)
-            first.append((timer(min(FIRST_REPEATS, repeats)), config, timer))
-        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
-            warnings.warn(
-                f"tune: {name} lists the configuration {config!r} for x {x.shape} and a weight {weights[0].shape}, but "
-                f"it does not run ({type(error).__name__}: {error}); passed over",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-    if not first:
-        return None
-    us, config, timer = min(first, key=lambda timed: timed[0])
-    if us > WORTH * own_us:
-        return None
-    us, own_us = timer(repeats), own(repeats)  # side by side: clocks drift
-    return (config, us) if us <= WORTH * own_us else None
+            return _Timer(*way, x, weights, platform)
+        except _DOES_NOT_RUN as error:
+            return error
+
+    with disabled(), concurrent.futures.ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:
+        return dict(zip(ways, pool.map(compile, ways), strict=True))
+
+
+def _or_raise(found: _Timer | Exception) -> _Timer:
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _check(w: CompressedTensor) -> None:

@@ -116,7 +116,7 @@ def _check_mosaic_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, b
         raise NotImplementedError(f"the Mosaic kernels return bfloat16 and float32, not {out_dtype}")
     if x.shape[0] > MOST_ROWS:
         raise NotImplementedError(f"the Mosaic kernels take up to {MOST_ROWS} rows of x, here are {x.shape[0]}")
-    if config is not None:
+    if config is not None and x.shape[0] > 0:
         _named_config(x, w, config)
 
 
