@@ -309,3 +309,23 @@ def test_configurations_for_a_user(monkeypatch):
     assert tuning.configurations(z, 8) == {"ffi": ("a", "b")}
     with pytest.raises(TypeError, match="CompressedTensor"):
         tuning.configurations(np.ones((3, 4)), 8)
+
+
+def test_the_command_shows_configurations(monkeypatch, capsys):
+    from jaxzip.cli import tune as command
+
+    def measurements(*configs):
+        return lambda w, rows, **_: [
+            tuning.Measurement(GPU, w.format, M, K, n, {"ffi": 8.5, "pallas": 9.0}, c) for n, c in zip(rows, configs)
+        ]
+
+    def shown(*configs):
+        monkeypatch.setattr(tuning, "tune", measurements(*configs))
+        command.tune_command("anywhere", rows="1,8", repeats=1, as_json=False)
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(command, "distinct_weights", lambda _: [encoded("lane-planar")])
+    monkeypatch.setenv("COLUMNS", "120")
+    found = shown({"ffi": RECORDED}, {})
+    assert RECORDED in found and "its own choice" in found
+    assert "configuration" not in shown({"pallas": "r1k4 C1"}, {})  # what runs is ffi
