@@ -10,7 +10,7 @@ import statistics
 import time
 
 import harness
-from generate import MODELS
+from generate_models import MODELS
 
 
 def hf_config(config, layers: int):
