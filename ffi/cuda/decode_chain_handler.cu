@@ -89,7 +89,8 @@ Attention ToAttention(int64_t n, ffi::RemainingArgs operands, ffi::RemainingRets
 
 ffi::Error DecodeChain(cudaStream_t stream, ffi::Buffer<ffi::BF16> residual, JAXZIP_WEIGHT_PARAMS(o),
                        JAXZIP_WEIGHT_PARAMS(gate_up), JAXZIP_WEIGHT_PARAMS(down), JAXZIP_WEIGHT_PARAMS(tail),
-                       ffi::Buffer<ffi::BF16> mlp_scale, ffi::Buffer<ffi::BF16> tail_scale, ffi::RemainingArgs attention, Bf16Result x1, Bf16Result h1, Bf16Result gu, Bf16Result act, Bf16Result x2, Bf16Result h2,
+                       ffi::Buffer<ffi::BF16> mlp_scale, ffi::Buffer<ffi::BF16> tail_scale, ffi::RemainingArgs attention,
+                       Bf16Result x1, Bf16Result h1, Bf16Result gu, Bf16Result act, Bf16Result x2, Bf16Result h2,
                        ffi::Result<ffi::AnyBuffer> y, ffi::RemainingRets gathered, int64_t intermediate, float mlp_eps,
                        float tail_eps, bool batch_invariant, bool raw, int64_t chunk_slots, int64_t window) {
   return Guard("jaxzip_decode_chain", [&] {
