@@ -27,7 +27,10 @@ WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const Wgmma
   p.k_longer = w.k_blocks() % c.cluster;
   p.items = kTiles * instruction_n / 8;
   p.owned = (p.items + c.cluster - 1) / c.cluster;
-  p.received_bytes = ((c.k_groups - 1) * p.items + (c.cluster > 1 ? c.cluster * p.owned : 0)) * kItemBytes;
+  if (instruction_n <= kFewColumns && c.cluster > 1)
+    p.received_bytes = c.cluster * c.k_groups * p.owned * kItemBytes;
+  else
+    p.received_bytes = ((c.k_groups - 1) * p.items + (c.cluster > 1 ? c.cluster * p.owned : 0)) * kItemBytes;
 
   const int block = w.block_words * 4, slot_x = c.k_groups * chunk_bytes(instruction_n), slot = slot_x + groups * block;
   const int fixed = groups * 4 * plane_bytes + kWarpAreasBytes + kBarrierBytes;

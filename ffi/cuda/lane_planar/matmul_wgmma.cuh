@@ -28,9 +28,15 @@ struct Registers<2> {
   static constexpr int kMultiply = 224, kFill = 40;
 };
 
+// So many slots are asked for before anything else, their barriers made by the warp that fills them.
+__device__ __forceinline__ int early_slots(const WgmmaArgs& args, const WgmmaWork& work) {
+  const int total = work.passes * work.slots_per_pass;
+  return args.x_load == XLoad::kPlain ? 0 : min(min(total, args.plan.slots), args.plan.early);  // plain x is there before its slot's blocks
+}
+
 // The part of the warp that fills the slots.
-template <int kN, int kGroups>
-__device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWork& work, int lane) {
+template <int kN, int kGroups, class Join>
+__device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWork& work, int lane, const Join& join) {
   const WgmmaPlan& plan = args.plan;
   // Lanes 0 .. kGroups - 1 ask for the block of a warp group each.
   const int team = lane >> plan.log_k_groups, k_group = lane & (plan.k_groups - 1);
@@ -39,6 +45,7 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
   const int total = work.passes * work.slots_per_pass;
   const bool plain_x = args.x_load == XLoad::kPlain;
 
+  const uint64_t policy = ptx::read_once();
   struct Cursor {
     int pass = 0, slot = 0;
   };
@@ -58,7 +65,7 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
       const int row_block = work.row_block_of(plan, team, c.pass);
       const int block = row_block * args.w.k_blocks() + work.k_begin + k_group + c.slot * plan.k_groups;
       ptx::bulk_copy(work.shared + plan.blocks + (at * kGroups + lane) * work.block_bytes,
-                     args.w.blocks + static_cast<size_t>(block) * args.w.block_words, work.block_bytes, full);
+                     args.w.blocks + static_cast<size_t>(block) * args.w.block_words, work.block_bytes, full, policy);
     }
   };
   const auto bring_x = [&](const Cursor& c, int at) {
@@ -70,34 +77,31 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
       copy_x<kN>(args, to, work.barriers + at * kSlotBarriers + kFull, first, plan.k_groups);
   };
 
-  // More bytes than memory needs to be busy only make queues in which the kernel before waits for its last ones.
-  const int first = min(total, plan.slots), early = min(first, plan.early);
-  Cursor c;
-  if (args.overlap && !plain_x) {
+  // The first blocks wait neither for other warps, so that this one makes the barriers that they arrive at, nor for x. More bytes than
+  // memory needs to be busy only make queues in which the kernel before waits for its last ones.
+  const int early = early_slots(args, work);
+  if (lane == 0) {
 #pragma unroll 1
-    for (int i = 0; i < early; ++i, advance(c)) copy_blocks(c, i);
-    ptx::wait_for_previous_grid();
-    Cursor x;
-#pragma unroll 1
-    for (int i = 0; i < first; ++i, advance(x)) bring_x(x, i);
-#pragma unroll 1
-    for (int i = early; i < first; ++i, advance(c)) copy_blocks(c, i);
-  } else {
-    ptx::wait_for_previous_grid();
-#pragma unroll 1
-    for (int i = 0; i < first; ++i, advance(c)) {
-      bring_x(c, i);
-      copy_blocks(c, i);
-    }
+    for (int i = 0; i < early; ++i) ptx::barrier_init_only(work.barriers + i * kSlotBarriers + kFull, 1);
+    ptx::barrier_init_done();
   }
+  __syncwarp();
+  Cursor blocks, x;
+#pragma unroll 1
+  for (int i = 0; i < early; ++i, advance(blocks)) copy_blocks(blocks, i);
+  ptx::wait_for_previous_grid();
+#pragma unroll 1
+  for (int i = 0; i < early; ++i, advance(x)) bring_x(x, i);
+  join();
   // Only now, since the group's other warps have to come along and those that multiply wait for data anyway.
   ptx::registers_decrease<Registers<kGroups>::kFill>();
-  int at = 0, phase = 0;
+  int at = early, phase = 1;  // of an unused barrier the phase before has ended
+  if (at == plan.slots) at = 0, phase = 0;
 #pragma unroll 1
-  for (int i = first; i < total; ++i, advance(c)) {
+  for (int i = early; i < total; ++i, advance(x)) {
     ptx::barrier_wait(work.barriers + at * kSlotBarriers + kEmpty, phase);
-    bring_x(c, at);
-    copy_blocks(c, at);
+    bring_x(x, at);
+    copy_blocks(x, at);
     if (++at == plan.slots) {
       at = 0;
       phase ^= 1;
@@ -214,36 +218,39 @@ template <class Weights, int kN, int kGroups>
 __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __grid_constant__ WgmmaArgs args) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const WgmmaPlan& plan = args.plan;
-  const WgmmaWork work(args, ptx::shared_address(memory), chunk_bytes(kN));
   // By a reduction, whose result the compiler knows to be the warp's: what follows from it then costs no vector registers.
   const int warp = __reduce_max_sync(~0u, threadIdx.x >> 5), lane = threadIdx.x & 31;
-  // A warp makes few barriers: one after another they cost a microsecond.
-  const bool multiplies = warp < kGroups * 4, one = ptx::elect_one();
-  if (one) {
+  const WgmmaWork work(args, ptx::shared_address(memory), chunk_bytes(kN));
+  ptx::launch_dependents();
+  const auto join = [&] {  // all barriers are made
+    __syncthreads();
+    if (plan.cluster > 1) ptx::cluster_arrive_relaxed();
+  };
+  if (warp == kGroups * 4) {
+    if (ptx::elect_one() && args.x_load != XLoad::kPlain) ptx::prefetch_tensor_map(&args.x_map);
+    fill_slots<kN, kGroups>(args, work, lane, join);
+    return;
+  }
+  // A warp makes few barriers: one after another they cost a microsecond. The filling warp makes those that it uses at once.
+  if (warp < kGroups * 4 && ptx::elect_one()) {
+    const int early = early_slots(args, work);
 #pragma unroll 1
-    for (int i = warp; i < plan.slots; i += (kGroups + 1) * 4) {
+    for (int i = warp; i < plan.slots; i += kGroups * 4) {
       const uint32_t barriers = work.barriers + i * kSlotBarriers;
-      ptx::barrier_init_only(barriers + kFull, 1);
+      if (i >= early) ptx::barrier_init_only(barriers + kFull, 1);
       ptx::barrier_init_only(barriers + kEmpty, kGroups * 4);
     }
     if (warp < plan.teams && plan.cluster > 1) {
       ptx::barrier_init_only(work.barriers + kArrived + 8 * warp, plan.k_groups * 4 + 1);
       ptx::barrier_init_only(work.barriers + kMaySend + 8 * warp, plan.cluster * plan.k_groups * 4);
     }
-    if (warp == kGroups * 4) {
-      if (plan.sums_in_slots) ptx::barrier_init_only(work.barriers + kIdle, plan.cluster * kGroups * 4);
-      if (args.x_load != XLoad::kPlain) ptx::prefetch_tensor_map(&args.x_map);
-    }
+    if (warp == kGroups * 4 - 1 && plan.sums_in_slots) ptx::barrier_init_only(work.barriers + kIdle, plan.cluster * kGroups * 4);
     ptx::barrier_init_done();
   }
-  ptx::launch_dependents();
-  __syncthreads();
-  if (plan.cluster > 1) ptx::cluster_arrive_relaxed();
-  if (multiplies) {
+  join();
+  if (warp < kGroups * 4) {
     ptx::registers_increase<Registers<kGroups>::kMultiply>();
     multiply<Weights, kN>(args, work, memory, warp, lane);
-  } else if (warp == kGroups * 4) {
-    fill_slots<kN, kGroups>(args, work, lane);
   } else {
     ptx::registers_decrease<Registers<kGroups>::kFill>();
   }

@@ -22,6 +22,7 @@ struct WgmmaPlan {
 };
 
 constexpr int kItemBytes = 512;
+constexpr int kFewColumns = 16;  // up to so many every warp sends its own sums: adding them in the CTA first costs more than it saves
 constexpr int kMaxGroups = 4;
 constexpr int kShiftBytes = 16, kWarpAreaBytes = 2 * kShiftBytes, kWarpAreasBytes = kWarpAreaBytes * 4 * kMaxGroups;
 constexpr int kMaxSlots = 16, kMinSlots = 2;

@@ -21,6 +21,7 @@ __device__ __forceinline__ float4 transpose_rows(float4 v, int lane) {
 template <class Weights, int kN>
 class Results {
   static constexpr int kColumnGroups = kN / 8;
+  static constexpr bool kFew = kN <= kFewColumns;
   const WgmmaArgs& args_;
   const WgmmaWork& work_;
   uint8_t* const memory_;
@@ -36,7 +37,10 @@ class Results {
   __device__ __forceinline__ float4* team_memory() const {
     return reinterpret_cast<float4*>(memory_ + args_.plan.received + team_ * args_.plan.received_bytes) + lane_;
   }
-  __device__ __forceinline__ int received() const { return (k_groups_ - 1) * args_.plan.items; }  // items before them
+  __device__ __forceinline__ int received() const { return kFew ? 0 : (k_groups_ - 1) * args_.plan.items; }  // items before them
+  // Of the sums that an owner adds: of CTAs, or of their warp groups.
+  __device__ __forceinline__ int sources_of_cta() const { return kFew ? k_groups_ : 1; }
+  __device__ __forceinline__ int source() const { return kFew ? work_.rank * k_groups_ + k_group_ : work_.rank; }
 
   __device__ __forceinline__ void wait_for_cluster() {  // before anything is sent to others
     if (!cluster_started_) ptx::cluster_wait();
@@ -91,7 +95,7 @@ class Results {
   template <int kGroups, int kOwn>
   __device__ __forceinline__ void send(int pass, const float (&sums)[kN / 2]) {
     if (pass > 0) ptx::barrier_wait(may_send_, (pass - 1) & 1);
-    float4* const own = team_memory() + (received() + work_.rank * args_.plan.owned) * 32;
+    float4* const own = team_memory() + (received() + source() * args_.plan.owned) * 32;
     const uint32_t remote = ptx::shared_address(own);
     int owner = (4 * kOwn + tile_) % ranks_, at = (4 * kOwn + tile_) / ranks_;
     const int owner_step = 4 * kGroups % ranks_, at_step = 4 * kGroups / ranks_;
@@ -110,7 +114,7 @@ class Results {
     }
     __syncwarp();
     if (lane_ == 0) {
-      if (team_warp() == 0) ptx::barrier_expect(arrived_, owned() * (ranks_ - 1) * kItemBytes);
+      if (team_warp() == 0) ptx::barrier_expect(arrived_, owned() * (ranks_ - 1) * sources_of_cta() * kItemBytes);
       ptx::barrier_arrive(arrived_);
     }
   }
@@ -136,9 +140,14 @@ class Results {
     ptx::barrier_wait(arrived_, pass & 1);
 #pragma unroll 1
     for (int i = team_warp(); i < owned(); i += k_groups_ * 4) {
-      float4 sum = from[i * 32];
-#pragma unroll 4
-      for (int r = 1; r < ranks_; ++r) sum = add(sum, from[(r * args_.plan.owned + i) * 32]);
+      const auto of_cta = [&](int rank) {
+        float4 sum = from[(rank * sources_of_cta() * args_.plan.owned + i) * 32];
+        for (int s = 1; s < sources_of_cta(); ++s) sum = add(sum, from[((rank * sources_of_cta() + s) * args_.plan.owned + i) * 32]);
+        return sum;
+      };
+      float4 sum = of_cta(0);
+#pragma unroll 2
+      for (int r = 1; r < ranks_; ++r) sum = add(sum, of_cta(r));
       store_item((i * ranks_ + work_.rank) >> 2, rows, fours, sum);
     }
     if (more) {  // there is a next send, which waits for this
@@ -228,6 +237,11 @@ class Results {
     }
     if (ranks_ > 1) wait_for_cluster();
     if (args_.plan.sums_in_slots) ptx::barrier_wait(work_.barriers + kIdle, 0);
+    if (kFew && ranks_ > 1) {
+      send<1, 0>(pass, sums);
+      add_ranks_and_store(pass, pass + 1 < passes);
+      return;
+    }
     switch (k_groups_ + k_group_) {
       case 1: add_and_store<1, 0>(pass, sums); break;
       case 2: add_and_store<2, 0>(pass, sums); break;
