@@ -7,9 +7,11 @@ from one format to another that never holds the whole matrix.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 
+import jax
 import numpy as np
 
 from jaxzip import formats
@@ -77,7 +79,13 @@ def decode(payload: Payload, format_name: str, out: np.ndarray, *, implementatio
     if fast:
         fast.decode(payload, out)
     else:
-        out[...] = np.asarray(formats.get(format_name).decode(dict(payload), *out.shape))
+        out[...] = np.asarray(_decode_by_reference(dict(payload), format_name, *out.shape))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _decode_by_reference(payload: Payload, format_name: str, m: int, k: int) -> jax.Array:
+    """One program for payloads of the same sizes: run operation by operation, its loops are compiled for every call."""
+    return formats.get(format_name).decode(payload, m, k)
 
 
 def transcode(
