@@ -7,8 +7,12 @@ from jaxzip.testing import BF16, all_bit_patterns, bimodal_weights, gaussian_wei
 RAGGED_SHAPES = ((1, 1), (3, 5), (1, 64), (17, 130), (64, 64), (65, 63), (200, 77), (128, 192))
 
 
-def constant(value: int, shape=(70, 66)) -> np.ndarray:
-    return np.full(shape, value, np.uint16).view(BF16)
+#: Of matrices that are there for their values: one shape, so that they share what is compiled for it.
+SHAPE = (70, 66)
+
+
+def constant(value: int) -> np.ndarray:
+    return np.full(SHAPE, value, np.uint16).view(BF16)
 
 
 def named_weights() -> dict[str, np.ndarray]:
@@ -17,13 +21,13 @@ def named_weights() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(7)
     return named | {
         "all bit patterns": all_bit_patterns(),
-        "bimodal": bimodal_weights((130, 128)),
+        "bimodal": bimodal_weights(SHAPE),
         "all zeros": constant(0),
         "all negative zeros": constant(0x8000),
         "all NaN": constant(0x7FC1),
         "all infinite": constant(0x7F80),
-        "all subnormal": rng.integers(0, 128, (64, 65)).astype(np.uint16).view(BF16),
-        "exponents 1..7": (rng.integers(1, 8, (96, 64)) << 7).astype(np.uint16).view(BF16),
-        "exponents 249..255": (rng.integers(249, 256, (96, 64)) << 7 | 3).astype(np.uint16).view(BF16),
-        "uniform exponents": rng.integers(0, 1 << 16, (128, 128)).astype(np.uint16).view(BF16),
+        "all subnormal": rng.integers(0, 128, SHAPE).astype(np.uint16).view(BF16),
+        "exponents 1..7": (rng.integers(1, 8, SHAPE) << 7).astype(np.uint16).view(BF16),
+        "exponents 249..255": (rng.integers(249, 256, SHAPE) << 7 | 3).astype(np.uint16).view(BF16),
+        "uniform exponents": rng.integers(0, 1 << 16, SHAPE).astype(np.uint16).view(BF16),
     }
