@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 JAX ?= jax
 DEMO_DIR ?= demo
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q
 # Requirements of tests and benchmarks by themselves: installing jaxzip[test] would build jaxzip again.
 PRINT_EXTRAS = import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
