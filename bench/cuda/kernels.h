@@ -1,6 +1,7 @@
 // The kernels under test behind one interface: each lists its configurations for a problem and runs one of them.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -14,6 +15,14 @@ struct Candidate {
   jaxzip::lane_planar::DirectConfig direct;
   jaxzip::lane_planar::WgmmaConfig wgmma;
 };
+
+inline bool is_same(const Candidate& a, const Candidate& b) {
+  const auto key = [](const Candidate& c) {
+    return c.is_wgmma ? std::array{1, c.wgmma.k_groups, c.wgmma.cluster, c.wgmma.clusters, 0}
+                      : std::array{c.direct.tiles_per_warp, c.direct.warps, c.direct.ctas_per_sm, c.direct.cluster, c.direct.clusters};
+  };
+  return a.is_wgmma == b.is_wgmma && key(a) == key(b);
+}
 
 inline Candidate candidate(const std::string& name, const jaxzip::lane_planar::DirectConfig& c) { return {name, false, c, {}}; }
 inline Candidate candidate(const std::string& name, const jaxzip::lane_planar::WgmmaConfig& c) { return {name, true, {}, c}; }
@@ -39,12 +48,13 @@ inline void add_direct_candidates(const jaxzip::lane_planar::Matrix& w, int n, s
         for (int cluster = 1; cluster <= 8; ++cluster) {
           // As few clusters as the number of rounds allows that those resident at once need.
           DirectConfig c = {tiles, warps, ctas, cluster, 1};
-          for (c.clusters = w.m_blocks(); c.clusters > 0 && !direct_shared_bytes(w, n, c);) --c.clusters;
+          const int groups = (w.m + tiles * kTileRows - 1) / (tiles * kTileRows);
+          for (c.clusters = groups; c.clusters > 0 && !direct_shared_bytes(w, n, c);) --c.clusters;
           const DirectConfig any = {tiles, warps, ctas, cluster, std::max(1, c.clusters)};
-          const int resident = std::max(1, std::min(direct_resident_clusters(w, n, any), w.m_blocks()));
-          int rounds = (w.m_blocks() + resident - 1) / resident;
-          for (; rounds > 0; --rounds) {  // fewer where the sums of so many row blocks do not fit, in several waves
-            c.clusters = (w.m_blocks() + rounds - 1) / rounds;
+          const int resident = std::max(1, std::min(direct_resident_clusters(w, n, any), groups));
+          int rounds = (groups + resident - 1) / resident;
+          for (; rounds > 0; --rounds) {  // fewer where the sums of so many row groups do not fit, in several waves
+            c.clusters = (groups + rounds - 1) / rounds;
             if (direct_shared_bytes(w, n, c)) break;
           }
           if (!rounds) continue;

@@ -86,12 +86,18 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
     ptx::barrier_init_done();
   }
   __syncwarp();
+  // Where x is many bytes it would be late behind the blocks of several slots.
+  const bool x_first = kN >= 32 && !args.overlap;
   Cursor blocks, x;
 #pragma unroll 1
-  for (int i = 0; i < early; ++i, advance(blocks)) copy_blocks(blocks, i);
+  for (int i = 0; i < early; ++i, advance(blocks)) {
+    if (x_first) bring_x(blocks, i);
+    copy_blocks(blocks, i);
+  }
   ptx::wait_for_previous_grid();
 #pragma unroll 1
-  for (int i = 0; i < early; ++i, advance(x)) bring_x(x, i);
+  for (int i = 0; i < early; ++i, advance(x))
+    if (!x_first) bring_x(x, i);
   join();
   // Only now, since the group's other warps have to come along and those that multiply wait for data anyway.
   ptx::registers_decrease<Registers<kGroups>::kFill>();
