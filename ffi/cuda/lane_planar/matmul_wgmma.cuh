@@ -38,10 +38,8 @@ __device__ __forceinline__ int early_slots(const WgmmaArgs& args, const WgmmaWor
 template <int kN, int kGroups, class Join>
 __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWork& work, int lane, const Join& join) {
   const WgmmaPlan& plan = args.plan;
-  // Lanes 0 .. kGroups - 1 ask for the block of a warp group each.
-  const int team = lane >> plan.log_k_groups, k_group = lane & (plan.k_groups - 1);
-  const int own_passes = lane < kGroups ? work.passes_of(plan, team) : 0;
-  const int own_slots = (work.chunks - k_group + plan.k_groups - 1) >> plan.log_k_groups;  // of a pass; the last slot may have none
+  // A team's lane asks for its blocks of a slot: k_groups that lie one behind the other, fewer in a pass's last slot.
+  const int own_passes = lane < plan.teams ? work.passes_of(plan, lane) : 0;
   const int total = work.passes * work.slots_per_pass;
   const bool plain_x = args.x_load == XLoad::kPlain;
 
@@ -57,15 +55,16 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
   };
   const auto copy_blocks = [&](const Cursor& c, int at) {
     const uint32_t full = work.barriers + at * kSlotBarriers + kFull;
-    const bool exists = c.pass < own_passes && c.slot < own_slots;
-    const int blocks = __popc(__ballot_sync(~0u, exists));
-    if (lane == 0) ptx::barrier_expect(full, blocks * work.block_bytes + (plain_x ? 0 : work.x_bytes));
+    const bool exists = c.pass < own_passes;
+    const int first = c.slot << plan.log_k_groups;
+    const uint32_t bytes = min(plan.k_groups, work.chunks - first) * work.block_bytes;
+    const uint32_t teams = __popc(__ballot_sync(~0u, exists));
+    if (lane == 0) ptx::barrier_expect(full, teams * bytes + (plain_x ? 0 : work.x_bytes));
     __syncwarp();
     if (exists) {
-      const int row_block = work.row_block_of(plan, team, c.pass);
-      const int block = row_block * args.w.k_blocks() + work.k_begin + k_group + c.slot * plan.k_groups;
-      ptx::bulk_copy(work.shared + plan.blocks + (at * kGroups + lane) * work.block_bytes,
-                     args.w.blocks + static_cast<size_t>(block) * args.w.block_words, work.block_bytes, full, policy);
+      const int block = work.row_block_of(plan, lane, c.pass) * args.w.k_blocks() + work.k_begin + first;
+      ptx::bulk_copy(work.shared + plan.blocks + ((at << plan.log_teams) + lane) * plan.k_groups * work.block_bytes,
+                     args.w.blocks + static_cast<size_t>(block) * args.w.block_words, bytes, full, policy);
     }
   };
   const auto bring_x = [&](const Cursor& c, int at) {
