@@ -22,9 +22,10 @@ SHAPES = [(1024, 4096), (4096, 2048), (1000, 3000), (4097, 1023)]
 def own_table(tmp_path, monkeypatch):
     monkeypatch.setenv(measured.DIRECTORY, str(tmp_path / "cache"))
     monkeypatch.setattr(measured, "SHIPPED", tmp_path)
-    measured._shipped_layer.cache_clear()
+    measured.forget()
     yield
-    measured._shipped_layer.cache_clear()
+    monkeypatch.undo()
+    measured.forget()
 
 
 def weights(m, k):

@@ -21,6 +21,7 @@ K, M = 128, 192
 def own_table(tmp_path, monkeypatch):
     monkeypatch.setenv(measured.DIRECTORY, str(tmp_path / "cache"))
     monkeypatch.delenv(measured.SWITCH, raising=False)
+    measured.forget()  # programs of another test's table have the same number else
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ needs_library = pytest.mark.skipif(not cuda_available(), reason=cuda_available()
 def own_table(tmp_path, monkeypatch):
     monkeypatch.setenv(measured.DIRECTORY, str(tmp_path / "cache"))
     monkeypatch.delenv(measured.SWITCH, raising=False)
+    measured.forget()  # programs of another test's table have the same number else
 
 
 @pytest.fixture
@@ -294,6 +295,19 @@ def test_tune_tries_no_configurations_of_what_is_far_behind(timed):
     found = timed({("ffi", None): [10, 10], ("ffi", "b"): [9, 9], ("ffi", "c"): [11], ("pallas", None): [slow]})
     assert found.us == {"ffi": 9, "pallas": slow} and found.configs == {"ffi": "b"}
     assert found.fastest == "ffi"
+
+
+def test_tune_times_rivals_in_turns(timed):
+    """The first times of two implementations are some way apart in time, and so are their clocks."""
+    found = timed({("ffi", None): [10, 9, 12, 9.5], ("ffi", "b"): [11], ("ffi", "c"): [11], ("pallas", None): [9.6, 10, 9, 11]}
+                  | {("pallas", "b"): [11], ("pallas", "c"): [11]})  # fmt: skip
+    assert found.us == {"ffi": 9.5, "pallas": 10} and found.fastest == "ffi"
+
+
+def test_tune_times_a_rival_in_its_best_configuration(timed):
+    found = timed({("ffi", None): [10, 10], ("ffi", "b"): [9, 9, 8, 8, 8], ("ffi", "c"): [11], ("pallas", None): [10, 9, 9, 9]}
+                  | {("pallas", "b"): [11], ("pallas", "c"): [11]})  # fmt: skip
+    assert found.us == {"ffi": 8, "pallas": 9} and found.configs == {"ffi": "b"}
 
 
 def test_tune_passes_over_a_configuration_that_does_not_run(timed):

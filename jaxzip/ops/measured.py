@@ -152,6 +152,14 @@ def record(
     _epoch += 1
 
 
+def forget() -> None:
+    """Drops what was read, and what was traced with it: for a change that is not made by :func:`record`."""
+    global _epoch
+    _user_layer_of.cache_clear()
+    _shipped_layer.cache_clear()
+    _epoch += 1
+
+
 def _user_layer() -> Mapping[str, Mapping[str, Mapping[str, Entry]]]:
     return _user_layer_of(cache_file())
 
