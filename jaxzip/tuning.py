@@ -36,8 +36,8 @@ QUEUE_US = {"cuda": 30e3, "cpu": 30e3}
 HOPELESS = 1.5
 #: A configuration must take at most so much of what the implementation's own choice takes to replace it.
 WORTH = 0.99
-#: Implementations that take up to so many times the fastest's are timed so often more, in turns: minutes apart, times of
-#: one program differ by 8% on an H200, whose clock follows what it did before.
+#: Implementations that take up to so many times the fastest's are timed so often more, in turns: minutes apart, times
+#: of one program differ by 8% on an H200, whose clock follows what it did before.
 RIVAL, TURNS = 1.15, 3
 #: Repeats in the first comparison of configurations; the best is timed again.
 FIRST_REPEATS = 3

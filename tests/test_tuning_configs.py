@@ -299,14 +299,14 @@ def test_tune_tries_no_configurations_of_what_is_far_behind(timed):
 
 def test_tune_times_rivals_in_turns(timed):
     """The first times of two implementations are some way apart in time, and so are their clocks."""
-    found = timed({("ffi", None): [10, 9, 12, 9.5], ("ffi", "b"): [11], ("ffi", "c"): [11], ("pallas", None): [9.6, 10, 9, 11]}
-                  | {("pallas", "b"): [11], ("pallas", "c"): [11]})  # fmt: skip
+    others = {(name, config): [11] for name in ("ffi", "pallas") for config in "bc"}
+    found = timed(others | {("ffi", None): [10, 9, 12, 9.5], ("pallas", None): [9.6, 10, 9, 11]})
     assert found.us == {"ffi": 9.5, "pallas": 10} and found.fastest == "ffi"
 
 
 def test_tune_times_a_rival_in_its_best_configuration(timed):
-    found = timed({("ffi", None): [10, 10], ("ffi", "b"): [9, 9, 8, 8, 8], ("ffi", "c"): [11], ("pallas", None): [10, 9, 9, 9]}
-                  | {("pallas", "b"): [11], ("pallas", "c"): [11]})  # fmt: skip
+    others = {("ffi", "c"): [11], ("pallas", "b"): [11], ("pallas", "c"): [11]}
+    found = timed(others | {("ffi", None): [10, 10], ("ffi", "b"): [9, 9, 8, 8, 8], ("pallas", None): [10, 9, 9, 9]})
     assert found.us == {"ffi": 8, "pallas": 9} and found.configs == {"ffi": "b"}
 
 
