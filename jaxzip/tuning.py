@@ -29,6 +29,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 #: Copies of a weight together exceed the last cache: several times an H200's L2, more than most CPUs' L3.
 COLD_BYTES = {"cuda": 420e6, "cpu": 200e6}
 MOST_COPIES = 64
+#: After each round through the copies x is changed, which takes 4 to 8 us on an H200.
+FEWEST_COPIES = {"cuda": 4, "cpu": 1}
 #: What a program may return, and how long a queue of its calls should take at least: one dispatch costs 1 ms on a GPU.
 OUTPUT_BYTES = 4e9
 QUEUE_US = {"cuda": 30e3, "cpu": 30e3}
@@ -99,7 +101,7 @@ def tune(
     kind = measured.device_kind(platform) or platform
     m, k = w.matrix_shape
     count = math.ceil((cold_bytes or COLD_BYTES[platform]) / max(w.nbytes, 1))
-    copies = copies_of(w, min(MOST_COPIES, max(1, count)))
+    copies = copies_of(w, min(MOST_COPIES, max(FEWEST_COPIES[platform], count)))
     found = []
     for n in dict.fromkeys(measured.bucket(n) for n in rows):
         x = jax.device_put(jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16), device)
