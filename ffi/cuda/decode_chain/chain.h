@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include "../lane_planar/layout.h"
+#include "../lane_planar/matmul_config.h"
 #include "rows.h"
 
 namespace jaxzip::decode_chain {
@@ -36,6 +37,8 @@ struct ChainOptions {
   bool batch_invariant = false;
   bool raw = false;
   bool overlap = true;  // false: each kernel starts when the one before has ended
+  // What a product runs instead of what would be chosen; not with `batch_invariant`. It must fit.
+  const lane_planar::MatmulConfig *o = nullptr, *gate_up = nullptr, *down = nullptr, *tail = nullptr;
 };
 
 // For any n >= 1; sm_90. No allocation, no synchronisation, safe to capture. Returns the first error of a launch.

@@ -1,0 +1,183 @@
+// Bare CUDA benchmark of a decode step's chain (ffi/cuda/decode_chain): us a layer, all of it but attention, in a CUDA graph with a child
+// graph a layer, as XLA runs custom calls; cold weights with the exponents of real models.
+//
+//   chain_bench [n=1,8,32,64] [models=llama-3.1-8b,...] [search=12]
+//
+// `search` tries so many configurations of each product in the chain, one product after another, and keeps what is at least 0.5%
+// faster: configurations that are fastest alone need not be so where kernels overlap.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "decode_chain/chain.h"
+#include "matmul.h"
+#include "product.h"
+
+namespace {
+
+using namespace jaxzip;
+using namespace jaxzip::decode_chain;
+using lane_planar::MatmulConfig;
+using lane_planar::Matrix;
+
+constexpr size_t kColdBytes = 300u << 20;  // of each of a layer's four weights
+constexpr int kLayers = 24, kRepeats = 7;
+constexpr float kWorth = 0.995f;
+
+struct Model {
+  const char* name;
+  int attention, hidden, intermediate, tail;  // widths; tail: the next layer's queries, keys and values
+};
+constexpr Model kModels[] = {
+    {"llama-3.1-8b", 4096, 4096, 14336, 6144}, {"qwen3-14b", 5120, 5120, 17408, 7168}, {"llama-3.1-70b", 8192, 8192, 28672, 10240}};
+
+std::vector<std::string> option(int argc, char** argv, const std::string& name, const std::string& otherwise) {
+  std::string value = otherwise;
+  for (int i = 1; i < argc; ++i)
+    if (!std::strncmp(argv[i], (name + "=").c_str(), name.size() + 1)) value = argv[i] + name.size() + 1;
+  std::vector<std::string> parts;
+  std::stringstream stream(value);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  return parts;
+}
+
+struct Layer {
+  Problem weights[4];  // in the order of the chain's products
+  static constexpr const char* kNames[4] = {"o", "gate_up", "down", "tail"};
+
+  Layer(const Model& m, const ExponentClasses& classes)
+      : weights{make_problem(m.hidden, m.attention, "real", classes, kColdBytes), make_problem(2 * m.intermediate, m.hidden, "real", classes, kColdBytes),
+                make_problem(m.hidden, m.intermediate, "real", classes, kColdBytes), make_problem(m.tail, m.hidden, "real", classes, kColdBytes)} {}
+};
+
+struct Buffers {
+  using Array = DeviceArray<__nv_bfloat16>;
+  int n;
+  bool gated;
+  Array attended, residual, x1, h1, gu, act, x2, h2, scale, y;
+
+  Buffers(const Model& m, int n)
+      : n(n), gated(n <= kGatedMaxN), attended(rows(m.attention)), residual(rows(m.hidden)), x1(rows(m.hidden)), h1(rows(m.hidden)),
+        gu(rows(2 * m.intermediate)), act(rows(m.intermediate)), x2(rows(m.hidden)), h2(rows(m.hidden)), scale(m.hidden), y(rows(m.tail)) {
+    for (Array* a : {&attended, &residual, &scale}) fill_gaussian(reinterpret_cast<uint16_t*>(a->get()), a->size(), 1.0f, 0, 5);
+    CHECK(cudaDeviceSynchronize());
+  }
+  size_t rows(int width) const { return static_cast<size_t>(n) * width; }
+  Chain chain(const Layer& layer, int copy) {
+    const auto w = [&](int i) { return layer.weights[i].encoded.copy(copy); };
+    return {w(0), w(1), w(2), w(3), scale.get(), scale.get(), 1e-5f, 1e-5f, n, attended.get(), residual.get(), x1.get(), h1.get(),
+            gated ? nullptr : gu.get(), act.get(), x2.get(), h2.get(), y.get(), false};
+  }
+};
+
+cudaGraph_t captured(cudaStream_t stream, const std::function<cudaError_t()>& launches, cudaError_t* error) {
+  cudaGraph_t graph;
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  *error = launches();
+  CHECK(cudaStreamEndCapture(stream, &graph));
+  return graph;
+}
+
+// Median us a layer, or 0 where a configuration does not fit.
+float layer_us(const Layer& layer, Buffers& buffers, const ChainOptions& options, cudaStream_t stream) {
+  cudaGraph_t whole;
+  CHECK(cudaGraphCreate(&whole, 0));
+  cudaGraphNode_t last;
+  cudaError_t error = cudaSuccess;
+  for (int i = 0; i < kLayers && error == cudaSuccess; ++i) {
+    cudaGraph_t child = captured(stream, [&] { return launch_chain(buffers.chain(layer, i), options, stream); }, &error);
+    cudaGraphNode_t node;
+    CHECK(cudaGraphAddChildGraphNode(&node, whole, i ? &last : nullptr, i ? 1 : 0, child));
+    last = node;
+    CHECK(cudaGraphDestroy(child));
+  }
+  if (error != cudaSuccess) {
+    CHECK(cudaGraphDestroy(whole));
+    return 0;
+  }
+  cudaGraphExec_t executable;
+  CHECK(cudaGraphInstantiate(&executable, whole, 0));
+  cudaEvent_t start, stop;
+  CHECK(cudaEventCreate(&start));
+  CHECK(cudaEventCreate(&stop));
+  CHECK(cudaGraphLaunch(executable, stream));
+  std::vector<float> times;
+  for (int r = 0; r < kRepeats; ++r) {
+    CHECK(cudaEventRecord(start, stream));
+    CHECK(cudaGraphLaunch(executable, stream));
+    CHECK(cudaEventRecord(stop, stream));
+    CHECK(cudaEventSynchronize(stop));
+    float ms;
+    CHECK(cudaEventElapsedTime(&ms, start, stop));
+    times.push_back(ms * 1000 / kLayers);
+  }
+  std::sort(times.begin(), times.end());
+  CHECK(cudaEventDestroy(start));
+  CHECK(cudaEventDestroy(stop));
+  CHECK(cudaGraphExecDestroy(executable));
+  CHECK(cudaGraphDestroy(whole));
+  return times[kRepeats / 2];
+}
+
+std::vector<MatmulConfig> to_try(const Matrix& w, int n, bool gated, size_t most) {
+  Matrix dealt = w;  // pairs of a gated product are dealt as row blocks of half of it are
+  if (gated) dealt.m /= 2;
+  const auto wgmma = lane_planar::best_wgmma(dealt, n);
+  const auto direct = n <= 4 ? lane_planar::best_direct(dealt, n) : std::vector<lane_planar::DirectConfig>();
+  std::vector<MatmulConfig> found;
+  for (size_t i = 0; found.size() < most && i < std::max(wgmma.size(), direct.size()); ++i) {
+    if (i < wgmma.size()) found.push_back({{}, wgmma[i]});
+    if (i < direct.size()) found.push_back({direct[i], {}});
+  }
+  return found;
+}
+
+void search(const Layer& layer, Buffers& buffers, float own_us, size_t most, cudaStream_t stream) {
+  MatmulConfig kept[4];
+  ChainOptions options;
+  const MatmulConfig** given[4] = {&options.o, &options.gate_up, &options.down, &options.tail};
+  float best_us = own_us;
+  for (int i : {1, 2, 3, 0}) {  // the largest first
+    const bool gated = i == 1 && buffers.gated;
+    const MatmulConfig* before = *given[i];
+    for (const MatmulConfig& c : to_try(layer.weights[i].encoded.matrix, buffers.n, gated, most)) {
+      *given[i] = &c;
+      float us = layer_us(layer, buffers, options, stream);
+      if (us > 0 && us < kWorth * best_us) us = std::max(us, layer_us(layer, buffers, options, stream));  // twice
+      if (us > 0 && us < kWorth * best_us) {
+        best_us = us;
+        kept[i] = c;
+        before = &kept[i];
+        std::printf("    %-8s %s: %.2f us\n", Layer::kNames[i], show(c, buffers.n).c_str(), us);
+      }
+    }
+    *given[i] = before;
+  }
+  std::printf("  N=%d: %.2f us with these, %.2f as chosen\n", buffers.n, layer_us(layer, buffers, options, stream), layer_us(layer, buffers, {}, stream));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  cudaStream_t stream;
+  CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const ExponentClasses classes = read_exponents("bench/cuda/exponents.json");
+  const auto names = option(argc, argv, "models", "llama-3.1-8b"), most = option(argc, argv, "search", "0");
+  for (const Model& model : kModels) {
+    if (std::find(names.begin(), names.end(), model.name) == names.end()) continue;
+    const Layer layer(model, classes);
+    for (const std::string& n : option(argc, argv, "n", "1,8,32,64")) {
+      Buffers buffers(model, std::stoi(n));
+      ChainOptions apart;
+      apart.overlap = false;
+      const float us = layer_us(layer, buffers, {}, stream);
+      std::printf("%s N=%s: %.2f us a layer, %.2f without overlap\n", model.name, n.c_str(), us, layer_us(layer, buffers, apart, stream));
+      if (std::stoul(most[0])) search(layer, buffers, us, std::stoul(most[0]), stream);
+      std::fflush(stdout);
+    }
+  }
+}
