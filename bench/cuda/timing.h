@@ -14,14 +14,9 @@ struct Before {
   int steady_ms = 0;  // then the same launches: what a loop that never ends gets
 };
 
-// Captures launches 0..count-1 of `launch` into a graph, replays it, and returns the median time per launch in us.
-inline float graph_microseconds(cudaStream_t stream, const std::function<void(int)>& launch, int count, int repeats,
-                                const Before& before = {}) {
-  cudaGraph_t graph;
+// Replays a graph of `count` launches and destroys it; median time per launch in us.
+inline float replay_microseconds(cudaGraph_t graph, cudaStream_t stream, int count, int repeats, const Before& before = {}) {
   cudaGraphExec_t executable;
-  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  for (int i = 0; i < count; ++i) launch(i);
-  CHECK(cudaStreamEndCapture(stream, &graph));
   CHECK(cudaGraphInstantiate(&executable, graph, 0));
   cudaEvent_t start, stop;
   CHECK(cudaEventCreate(&start));
@@ -52,4 +47,14 @@ inline float graph_microseconds(cudaStream_t stream, const std::function<void(in
   CHECK(cudaGraphExecDestroy(executable));
   CHECK(cudaGraphDestroy(graph));
   return times[repeats / 2];
+}
+
+// The same of launches 0..count-1 of `launch`, captured into a graph.
+inline float graph_microseconds(cudaStream_t stream, const std::function<void(int)>& launch, int count, int repeats,
+                                const Before& before = {}) {
+  cudaGraph_t graph;
+  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < count; ++i) launch(i);
+  CHECK(cudaStreamEndCapture(stream, &graph));
+  return replay_microseconds(graph, stream, count, repeats, before);
 }

@@ -16,6 +16,7 @@
 #include "decode_chain/chain.h"
 #include "matmul.h"
 #include "product.h"
+#include "timing.h"
 
 namespace {
 
@@ -99,28 +100,7 @@ float layer_us(const Layer& layer, Buffers& buffers, const ChainOptions& options
     CHECK(cudaGraphDestroy(whole));
     return 0;
   }
-  cudaGraphExec_t executable;
-  CHECK(cudaGraphInstantiate(&executable, whole, 0));
-  cudaEvent_t start, stop;
-  CHECK(cudaEventCreate(&start));
-  CHECK(cudaEventCreate(&stop));
-  CHECK(cudaGraphLaunch(executable, stream));
-  std::vector<float> times;
-  for (int r = 0; r < kRepeats; ++r) {
-    CHECK(cudaEventRecord(start, stream));
-    CHECK(cudaGraphLaunch(executable, stream));
-    CHECK(cudaEventRecord(stop, stream));
-    CHECK(cudaEventSynchronize(stop));
-    float ms;
-    CHECK(cudaEventElapsedTime(&ms, start, stop));
-    times.push_back(ms * 1000 / kLayers);
-  }
-  std::sort(times.begin(), times.end());
-  CHECK(cudaEventDestroy(start));
-  CHECK(cudaEventDestroy(stop));
-  CHECK(cudaGraphExecDestroy(executable));
-  CHECK(cudaGraphDestroy(whole));
-  return times[kRepeats / 2];
+  return replay_microseconds(whole, stream, kLayers, kRepeats);
 }
 
 std::vector<MatmulConfig> to_try(const Matrix& w, int n, bool gated, size_t most) {
