@@ -35,7 +35,6 @@ constexpr Measured kMeasuredChained[] = {
     {4096, 4096, 2, {4, 16, 1, 2, 64}}, {4096, 14336, 2, {4, 16, 1, 2, 64}}, {6144, 4096, 1, {4, 8, 2, 2, 96}},
     {14336, 4096, 2, {4, 8, 2, 2, 112}},
 };
-constexpr long long kSmallChained = 8000000;  // weights
 
 // The model: KB that an SM streams, and what comes on top in the same unit; fitted to 114 measured (shape, n). It costs some 2% against
 // the best configuration, up to 10% for matrices of a few MB.
@@ -85,7 +84,7 @@ void each_modelled(const Matrix& w, int n, const Visit& visit) {
 DirectConfig choose_direct(const Matrix& w, int n, bool chained) {
   for (const Measured& row : kMeasuredChained)
     if (chained && row.m == w.m && row.k == w.k && n <= row.n) return row.config;
-  if (chained && static_cast<long long>(w.m) * w.k >= kSmallChained) return {};
+  if (chained && static_cast<long long>(w.m) * w.k >= kSmallMatrix) return {};
   for (const Measured& row : kMeasured)  // sorted by n within a shape
     if (row.m == w.m && row.k == w.k && n <= row.n && (!row.config.clusters || direct_shared_bytes(w, n, row.config))) return row.config;
   DirectConfig best = {};

@@ -8,7 +8,6 @@ namespace {
 
 // Up to so many rows the direct kernel is faster; above, mma.sync needs more instructions than there is time.
 constexpr int kDirectRows = 4, kDirectRowsSmall = 16;
-constexpr long long kSmall = 8000000;  // weights
 constexpr int kDirectRowsChained = 2;  // wgmma fills its slots while the kernel before ends
 
 // The rows of x from `first` on, and where their results go.
@@ -30,7 +29,7 @@ MatmulConfig choose(const Matrix& shape, int rows, bool gated, const MatmulOptio
     c.wgmma.clusters = std::min(c.wgmma.clusters, dealt.m_blocks());
     return c;
   }
-  const bool small = static_cast<long long>(shape.m) * shape.k < kSmall;
+  const bool small = static_cast<long long>(shape.m) * shape.k < kSmallMatrix;
   const int few = small ? kDirectRowsSmall : options.chained ? kDirectRowsChained : kDirectRows;
   if (rows <= few) c.direct = choose_direct(dealt, rows, options.chained);
   if (c.direct.clusters && !direct_shared_bytes(shape, rows, c.direct, false, gated)) c.direct.clusters = 0;

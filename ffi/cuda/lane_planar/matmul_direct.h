@@ -9,6 +9,7 @@
 namespace jaxzip::lane_planar {
 
 constexpr int kDirectMaxN = 32;
+constexpr long long kSmallMatrix = 8000000;  // weights: below, the direct kernel is the faster one for more rows
 
 struct DirectConfig {
   int tiles_per_warp;  // 1, 2 or 4: a warp takes so many of a block's four 16x64 tiles, a row group of 16, 32 or 64 rows
