@@ -1,6 +1,6 @@
 """The fused GPU matmul as a user of jaxzip gets it, against XLA's bf16 dot, in the same run, with cold weights.
 
-A jitted program, as one that generates tokens, multiplies by copies of a weight that together exceed the L2 cache, one
+A jitted loop, as one that generates tokens, multiplies by copies of a weight that together exceed the L2 cache, one
 after another. XLA runs it as CUDA graphs; calls of it queue up, so that the wall time of many is the device's.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import synthetic
 
 import jaxzip
-from jaxzip.tuning import copies_of, launches_of, median_us, products
+from jaxzip.tuning import copies_of, median_us, products, rounds_of
 
 # (M, K) of Llama 3.1 8B (fused projections, then some of their parts), Qwen3 14B and Llama 3.1 70B.
 SHAPES = (
@@ -32,8 +33,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COLD_BYTES = 420e6  # several times the L2 of an H200
 FEWEST_COPIES = 8  # after each round through the copies x is changed, which takes 4 to 8 us
 QUEUE_US = 60000  # what a timed queue of calls should take, about: the first call's dispatch costs 1000
-MOST_LAUNCHES = 240  # of a program, whose instructions XLA compiles one by one
-OUTPUT_BYTES = 16e9  # of a program: it returns every product
+MOST_PRODUCTS = 240  # of a loop's body, whose instructions XLA compiles one by one; a step of the loop costs 25 us
+TRIPS = 4
 LARGE = 50e6  # weights: where a matrix counts as large
 DENSE = "xla dot"
 
@@ -66,12 +67,13 @@ def measure(
     candidates |= {(f, i): multiply_by(i) for f in formats for i in implementations}
     weights = {DENSE: copies_of(w, count)} | {f: copies_of(jaxzip.compress(w, format=f), count) for f in formats}
 
+    rounds = rounds_of(count, MOST_PRODUCTS)
+    launches = rounds * TRIPS * count
+
     def build(job):
         name, n = job
-        x = jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16)
-        arguments = (x, weights[name[0]])
-        launches = launches_of(len(arguments[1]), 2 * n * m, OUTPUT_BYTES, most=MOST_LAUNCHES)
-        return launches, arguments, products(candidates[name], launches).lower(*arguments).compile()
+        arguments = (jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16), weights[name[0]])
+        return arguments, products(candidates[name], rounds, TRIPS).lower(*arguments).compile()
 
     jobs = [(name, n) for n in rows for name in candidates]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -80,7 +82,7 @@ def measure(
     for n in rows:
         us = {}
         for name in candidates:
-            launches, arguments, compiled = built[name, n]
+            arguments, compiled = built[name, n]
             us[name] = median_us(compiled, arguments, launches, repeats, calls_of(launches, w.nbytes / bandwidth * 1e6))
         dense = us[DENSE, None]
         for name, implementation in candidates:
@@ -101,10 +103,6 @@ def measure(
     return found
 
 
-def decompress_by(implementation: str):
-    return jax.jit(lambda zs: [jaxzip.decompress(z, implementation=implementation) for z in zs])
-
-
 def measure_decompression(
     shape, kind: str, formats: list[str], implementations: list[str], repeats: int, bandwidth: float
 ) -> list[dict]:
@@ -114,12 +112,13 @@ def measure_decompression(
         w = synthetic.weights(kind, (k, m))  # of which outputs, not inputs, differ in scale
         w = w if axis == -1 else jnp.copy(w.T)
         z = jaxzip.compress(w, format=name, output_axis=axis)
-        # Each weight once a program: XLA would do once what it sees twice.
-        launches = max(1, min(64, int(OUTPUT_BYTES / w.nbytes)))
-        moved, zs = z.nbytes + w.nbytes, copies_of(z, launches)
+        moved = z.nbytes + w.nbytes
+        zs = copies_of(z, min(64, max(FEWEST_COPIES, math.ceil(COLD_BYTES / z.nbytes))))
+        launches, arguments = TRIPS * len(zs), (jnp.zeros((1, 1), jnp.bfloat16), zs)
         for implementation in implementations:
-            decode = decompress_by(implementation).lower(zs).compile()
-            us = median_us(decode, (zs,), launches, repeats, calls_of(launches, moved / bandwidth * 1e6))
+            decode = functools.partial(jaxzip.decompress, implementation=implementation)
+            program = products(lambda _, z: decode(z), 1, TRIPS).lower(*arguments).compile()
+            us = median_us(program, arguments, launches, repeats, calls_of(launches, moved / bandwidth * 1e6))
             if us < moved / bandwidth * 1e6 / 2:
                 raise RuntimeError(f"M={m}, K={k}: {us} us a decompression, more than memory can do")
             found.append(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import os
 import statistics
@@ -31,8 +32,9 @@ COLD_BYTES = {"cuda": 420e6, "cpu": 200e6}
 MOST_COPIES = 64
 #: After each round through the copies x is changed, which takes 4 to 8 us on an H200.
 FEWEST_COPIES = {"cuda": 4, "cpu": 1}
-#: What a program may return, and how long a queue of its calls should take at least: one dispatch costs 1 ms on a GPU.
-OUTPUT_BYTES = 4e9
+#: Products in the body of a program's loop, whose instructions XLA compiles one by one, and how often it runs.
+MOST_PRODUCTS, TRIPS = 64, {"cuda": 4, "cpu": 1}
+#: How long a queue of calls should take at least: one dispatch costs 1 ms on a GPU.
 QUEUE_US = {"cuda": 30e3, "cpu": 30e3}
 #: An implementation whose own choice takes so many times the fastest's is not tried in other configurations.
 HOPELESS = 1.5
@@ -151,28 +153,33 @@ def copies_of(weight: Any, count: int) -> list:
     return [weight, *(jax.tree.map(jnp.copy, weight) for _ in range(count - 1))]
 
 
-def launches_of(weights: int, product_bytes: float, output_bytes: float, *, most: int) -> int:
-    """How often a program multiplies: whole rounds through its weights, within what it may return, but at least one."""
-    return weights * max(1, min(most, int(output_bytes / product_bytes)) // weights)
+def rounds_of(weights: int, most: int) -> int:
+    """How often a loop's body goes through its weights: as often as ``most`` products allow, but at least once."""
+    return max(1, most // weights)
 
 
-def products(multiply: Callable[[Any, Any], Any], launches: int) -> Callable:
-    """A jitted program of products of x ``[N, K]`` by weights in turns: ``(x, weights) -> (products, x)``.
+def products(multiply: Callable[[Any, Any], Any], rounds: int, trips: int) -> Callable:
+    """A jitted program of ``trips`` times so many rounds of products of x ``[N, K]`` by each of the weights.
 
-    All products are returned, since XLA drops what nobody reads and copies what a loop carries. Operands stand behind
-    the product before, since XLA merges products of one x or one weight; and every round through the weights has
-    another x, since it computes once what is alike.
+    ``(x, weights) -> x``. A loop, as one that generates tokens: its buffers stay where they are. A program without one
+    would have new results in every call, whose addresses the host writes into each kernel of XLA's CUDA graphs, which
+    can take longer than the kernels. A corner of every product goes into the next round's x, since XLA drops what
+    nobody reads and computes once what is alike; operands stand behind the product before, since it merges products of
+    one x or one weight.
     """
+    multiply = jax.jit(multiply)  # traced and lowered once
+
+    def one_round(x, weights):
+        corners = []
+        for weight in weights:
+            x, w = jax.lax.optimization_barrier((x, weight))
+            x, y = jax.lax.optimization_barrier((x, multiply(x, w)))
+            corners.append(y[0, 0])
+        corner = jnp.stack(corners).astype(jnp.float32).mean()
+        return x.at[0, 0].set(jnp.clip(corner, -1, 1).astype(x.dtype))
 
     def run(x, weights):
-        results = []
-        for i in range(launches):
-            x, w = jax.lax.optimization_barrier((x, weights[i % len(weights)]))
-            x, y = jax.lax.optimization_barrier((x, multiply(x, w)))
-            results.append(y)
-            if i % len(weights) == len(weights) - 1:
-                x = x.at[0, 0].set(y[0, 0].astype(x.dtype))
-        return results, x
+        return jax.lax.fori_loop(0, trips, lambda _, x: functools.reduce(one_round, [weights] * rounds, x), x)
 
     return jax.jit(run)
 
@@ -195,8 +202,9 @@ class _Timer:
 
     def __init__(self, name: str, config: str | None, x: jax.Array, weights: list, platform: str):
         self._arguments, self._queue_us = (x, weights), QUEUE_US[platform]
-        self._launches = launches_of(len(weights), 2 * x.shape[0] * weights[0].shape[1], OUTPUT_BYTES, most=MOST_COPIES)
-        program = products(lambda x, w: matmul(x, w, implementation=name, config=config), self._launches)
+        rounds, trips = rounds_of(len(weights), MOST_PRODUCTS), TRIPS[platform]
+        self._launches = rounds * trips * len(weights)
+        program = products(lambda x, w: matmul(x, w, implementation=name, config=config), rounds, trips)
         self._compiled = program.lower(*self._arguments).compile()
 
     def __call__(self, repeats: int) -> float:

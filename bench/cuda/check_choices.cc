@@ -32,9 +32,9 @@ bool choices_fit(int m, int k, int n, bool gated) {
   const auto wgmma = [&](const WgmmaConfig& c) {
     return c.clusters > 0 && fits(m, k, [&](const Matrix& w, bool raw) { return wgmma_shared_bytes(w, n, c, raw, gated); });
   };
-  if (!wgmma(choose_wgmma(dealt, n))) return false;
   if (!gated && n <= kInvariantMaxN && !wgmma(choose_batch_invariant(dealt))) return false;
   for (const bool chained : {false, true}) {
+    if (!wgmma(choose_wgmma(dealt, n, chained))) return false;
     const DirectConfig c = choose_direct(dealt, n, chained);
     // A gated one that does not fit leaves the product to wgmma.
     if (c.clusters && !gated && !fits(m, k, [&](const Matrix& w, bool raw) { return direct_shared_bytes(w, n, c, raw); })) return false;

@@ -33,7 +33,7 @@ MatmulConfig choose(const Matrix& shape, int rows, bool gated, const MatmulOptio
   const int few = small ? kDirectRowsSmall : options.chained ? kDirectRowsChained : kDirectRows;
   if (rows <= few) c.direct = choose_direct(dealt, rows, options.chained);
   if (c.direct.clusters && !direct_shared_bytes(shape, rows, c.direct, false, gated)) c.direct.clusters = 0;
-  if (!c.direct.clusters) c.wgmma = choose_wgmma(dealt, rows);
+  if (!c.direct.clusters) c.wgmma = choose_wgmma(dealt, rows, options.chained);
   return c;
 }
 

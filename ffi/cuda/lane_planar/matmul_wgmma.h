@@ -23,8 +23,8 @@ struct WgmmaConfig {
 constexpr int wgmma_groups(int n) { return n <= 128 ? 4 : 2; }
 
 // The configuration for this shape: measured on an H200, else by a model fitted to its 132 SMs. There is one for every m, k >= 1 and
-// n in 1..256. Asks nothing of the driver.
-WgmmaConfig choose_wgmma(const Matrix& w, int n);
+// n in 1..256. Asks nothing of the driver. `chained`: for kernels that overlap.
+WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained = false);
 
 // One configuration for every n in 1..64: the order of summation depends on m and k only, so a column's bits do not depend on n.
 WgmmaConfig choose_batch_invariant(const Matrix& w);
