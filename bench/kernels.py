@@ -33,7 +33,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COLD_BYTES = 420e6  # several times the L2 of an H200
 FEWEST_COPIES = 8  # after each round through the copies x is changed, which takes 4 to 8 us
 QUEUE_US = 60000  # what a timed queue of calls should take, about: the first call's dispatch costs 1000
-MOST_PRODUCTS = 240  # of a loop's body, whose instructions XLA compiles one by one; a step of the loop costs 25 us
+# A step of a loop costs 25 us beside its products, whose instructions XLA compiles one by one.
+STEP_US, MOST_PRODUCTS = 2500, 240
 TRIPS = 4
 LARGE = 50e6  # weights: where a matrix counts as large
 DENSE = "xla dot"
@@ -67,7 +68,8 @@ def measure(
     candidates |= {(f, i): multiply_by(i) for f in formats for i in implementations}
     weights = {DENSE: copies_of(w, count)} | {f: copies_of(jaxzip.compress(w, format=f), count) for f in formats}
 
-    rounds = rounds_of(count, MOST_PRODUCTS)
+    expected_us = w.nbytes / bandwidth * 1e6
+    rounds = rounds_of(count, min(MOST_PRODUCTS, math.ceil(STEP_US / expected_us)))
     launches = rounds * TRIPS * count
 
     def build(job):
@@ -83,7 +85,7 @@ def measure(
         us = {}
         for name in candidates:
             arguments, compiled = built[name, n]
-            us[name] = median_us(compiled, arguments, launches, repeats, calls_of(launches, w.nbytes / bandwidth * 1e6))
+            us[name] = median_us(compiled, arguments, launches, repeats, calls_of(launches, expected_us))
         dense = us[DENSE, None]
         for name, implementation in candidates:
             z, own = weights[name][0], us[name, implementation]
@@ -204,8 +206,8 @@ def main() -> None:
             content = {
                 "setup": {
                     "weights": {name: synthetic.ABOUT[name] for name in args.weights},
-                    "cold": f"{FEWEST_COPIES} copies or more, of {COLD_BYTES / 1e6:.0f} MB of dense weights or more, in turns",
-                    "times": "us a launch: wall time of queued calls of a jitted program over their launches, median",
+                    "cold": f"{FEWEST_COPIES} copies or more, of {COLD_BYTES / 1e6:.0f} MB of dense weights or more",
+                    "times": "us a launch: wall time of queued calls of a jitted loop over their launches, median",
                     "dense": "jnp.dot(x, w[K, M]) in bf16 by XLA, its autotuning on, same run",
                     "copy bandwidth TB/s": bandwidth / 1e12,
                     "floor": "bytes of payload, x and y over the copy bandwidth",

@@ -17,7 +17,7 @@ from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 FORMATS = ("lane-planar", "raw")
 #: Most rows for which SwiGLU is part of its product, where the intermediate size is a multiple of ``GATED_STEP``.
-GATED_ROWS, GATED_STEP = 32, 64
+GATED_ROWS, GATED_STEP = 64, 64
 #: Results of the custom call, in their order: what goes from kernel to kernel, then the products of the tail.
 RESULTS = ("x1", "h1", "gu", "act", "x2", "h2", "y")
 #: The result behind these where attention comes in chunks: attention's output.

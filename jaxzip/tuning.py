@@ -32,7 +32,9 @@ COLD_BYTES = {"cuda": 420e6, "cpu": 200e6}
 MOST_COPIES = 64
 #: After each round through the copies x is changed, which takes 4 to 8 us on an H200.
 FEWEST_COPIES = {"cuda": 4, "cpu": 1}
-#: Products in the body of a program's loop, whose instructions XLA compiles one by one, and how often it runs.
+#: A loop's step costs 25 us on an H200 beside its products, whose instructions XLA compiles one by one. What
+#: a step should take, about, by what memory gives; most products of one; and how many steps.
+STEP_US, BYTES_PER_US = 1500, {"cuda": 4e6, "cpu": 2e4}
 MOST_PRODUCTS, TRIPS = 64, {"cuda": 4, "cpu": 1}
 #: How long a queue of calls should take at least: one dispatch costs 1 ms on a GPU.
 QUEUE_US = {"cuda": 30e3, "cpu": 30e3}
@@ -202,7 +204,8 @@ class _Timer:
 
     def __init__(self, name: str, config: str | None, x: jax.Array, weights: list, platform: str):
         self._arguments, self._queue_us = (x, weights), QUEUE_US[platform]
-        rounds, trips = rounds_of(len(weights), MOST_PRODUCTS), TRIPS[platform]
+        enough = math.ceil(STEP_US * BYTES_PER_US[platform] / max(weights[0].nbytes, 1))
+        rounds, trips = rounds_of(len(weights), min(MOST_PRODUCTS, enough)), TRIPS[platform]
         self._launches = rounds * trips * len(weights)
         program = products(lambda x, w: matmul(x, w, implementation=name, config=config), rounds, trips)
         self._compiled = program.lower(*self._arguments).compile()

@@ -32,7 +32,11 @@ bool choices_fit(int m, int k, int n, bool gated) {
   const auto wgmma = [&](const WgmmaConfig& c) {
     return c.clusters > 0 && fits(m, k, [&](const Matrix& w, bool raw) { return wgmma_shared_bytes(w, n, c, raw, gated); });
   };
-  if (!gated && n <= kInvariantMaxN && !wgmma(choose_batch_invariant(dealt))) return false;
+  if (n <= kInvariantMaxN) {
+    WgmmaConfig invariant = choose_batch_invariant(shape(m, k, kMaxBlockWords));
+    if (gated) invariant.clusters = std::min(invariant.clusters, dealt.m_blocks());  // as the product does
+    if (!wgmma(invariant)) return false;
+  }
   for (const bool chained : {false, true}) {
     if (!wgmma(choose_wgmma(dealt, n, chained))) return false;
     const DirectConfig c = choose_direct(dealt, n, chained);

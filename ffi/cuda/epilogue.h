@@ -4,7 +4,7 @@
 
 namespace jaxzip {
 
-constexpr int kGatedMaxN = 32;  // above, a kernel of its own for SwiGLU is faster
+constexpr int kGatedMaxN = 64;  // more are no decode step
 
 // Where results go: y[n, m], bf16 or fp32. `bias` [m] and `residual` [n, m] are bf16 or null, and are added in this order.
 struct Epilogue {

@@ -9,8 +9,8 @@
 
 namespace jaxzip::lane_planar {
 
-// Of blocks that a CTA asks for before the kernel before has ended: 24 KB less are 2 us a layer slower, more delay that kernel.
-constexpr int kEarlyBytes = 96 << 10;
+// Of blocks that a CTA asks for before the kernel before has ended: less waits for memory later, more delays that kernel.
+constexpr int kEarlyBytesFew = 120 << 10, kEarlyBytes = 72 << 10;
 
 WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const WgmmaConfig& c, bool gated, int plane_bytes, int limit) {
   WgmmaPlan p = {};
@@ -45,7 +45,7 @@ WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const Wgmma
   const int fitting = std::min((limit - fixed - sum_bytes) / slot, kMaxSlots);
   p.slots = c.slots ? std::min(c.slots, kMaxSlots) : fitting;
   if (p.slots < kMinSlots || p.slots > fitting) return p;
-  p.early = std::max(1, kEarlyBytes / (groups * block));
+  p.early = std::max(1, (instruction_n <= kFewColumns ? kEarlyBytesFew : kEarlyBytes) / (groups * block));
   p.planes = p.slots * slot_x;  // as x's slots, whole kilobytes from the start
   p.blocks = p.planes + groups * 4 * plane_bytes;
   const int ring = std::max(p.blocks + p.slots * groups * block, p.sums_in_slots ? p.teams * p.received_bytes : 0);
