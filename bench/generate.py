@@ -2,8 +2,8 @@
 
 Models have the shapes of released ones and synthetic weights, see ``generate_models.py``. What is measured is
 ``generate``'s own programs: prefill with the first token, and the decode loop, whose cache is donated. Decoding begins
-with a cache of random numbers, so that batches whose prefill is not asked for need no program for it. ``--variants``
-times ways to compute that are off in the same process, in turns with what is on. Results are written after every batch.
+with a cache of random numbers, so that batches whose prefill is not asked for need no program for it. Results are
+written after every batch.
 """
 
 from __future__ import annotations
@@ -40,12 +40,10 @@ from jaxzip.models import GREEDY
 from jaxzip.models.decoder import Decoder
 from jaxzip.models.memory_plan import memory_plan
 
-from jaxzip.ops import prefill_matmul
-
 loop = importlib.import_module("jaxzip.models.generate")
 
-#: Ways to compute that are off by default, see ``Execution``: of decoding, and of prefill.
-DECODE_VARIANTS, PREFILL_VARIANTS = ("gather_in_chain",), ("prefill_fused",)
+#: A way to compute that may be timed in turns with the model as it is, ``""``.
+WITHOUT_CHAIN = "without chain"
 #: New tokens for which a prefill that is timed makes room.
 FEW = 8
 #: Least number of times that a prefill is timed: it is short.
@@ -85,13 +83,11 @@ def copy_bandwidth() -> float:
 def setups(model: Decoder, variants: tuple[str, ...], batch: int, prompt: int, new: int) -> dict[str, object]:
     """What programs are compiled for, by variant; ``""`` is the model as it is. All share its weights."""
     tokens = np.random.default_rng(batch).integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-    found = {}
+    found, chain = {}, model.chain
     for variant in ("", *variants):
-        if variant:
-            setattr(model, variant, True)
+        model.chain = chain and variant != WITHOUT_CHAIN
         found[variant] = loop._Setup.of(model, tokens, new, GREEDY, None, (), 0)
-        if variant:
-            setattr(model, variant, False)
+    model.chain = chain
     return found
 
 
@@ -190,34 +186,28 @@ def digest(tokens: np.ndarray) -> int:
     return int(np.bitwise_xor.reduce(tokens.astype(np.uint32).ravel() * np.uint32(2654435761)))
 
 
-def measure_prefill(model: Decoder, variants, batch: int, prompt: int, repeats: int) -> list[dict]:
-    """Milliseconds to the first token, as the model is and by each variant that takes so many rows, in turns."""
-    if batch * prompt > prefill_matmul.ROWS_OF_LARGE:
-        variants = ()
-    all_setups = setups(model, variants, batch, prompt, FEW)
-    programs = {variant: prefill_program(s) for variant, s in all_setups.items()}
-    seconds: dict[str, list[float]] = {variant: [] for variant in programs}
+def measure_prefill(model: Decoder, batch: int, prompt: int, repeats: int) -> dict:
+    """Milliseconds to the first token."""
+    (setup,) = setups(model, (), batch, prompt, FEW).values()
+    prefill, compiling = prefill_program(setup)
+    seconds = []
     for _ in range(max(repeats, PREFILLS) + 1):
-        for variant, (prefill, _) in programs.items():
-            s = all_setups[variant]
-            start = time.perf_counter()
-            jax.block_until_ready(prefill(s.weights, s.inputs))
-            seconds[variant].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        jax.block_until_ready(prefill(setup.weights, setup.inputs))
+        seconds.append(time.perf_counter() - start)
     compressed = is_compressed(model)
-    planned = memory_plan(model.config, weight_bytes(model)[0], batch, prompt, FEW, scratch=compressed).total
-    return [
-        {
-            "batch": batch,
-            "prompt": prompt,
-            "variant": variant,
-            "ms to first token": statistics.median(seconds[variant][1:]) * 1e3,
-            "temporary bytes": prefill.memory_analysis().temp_size_in_bytes,
-            "peak bytes so far": peak_bytes(),
-            "planned bytes": planned,
-            "seconds to compile": compiling,
-        }
-        for variant, (prefill, compiling) in programs.items()
-    ]
+    return {
+        "batch": batch,
+        "prompt": prompt,
+        "variant": "",
+        "ms to first token": statistics.median(seconds[1:]) * 1e3,
+        "temporary bytes": prefill.memory_analysis().temp_size_in_bytes,
+        "peak bytes so far": peak_bytes(),
+        "planned bytes": memory_plan(
+            model.config, weight_bytes(model)[0], batch, prompt, FEW, scratch=compressed
+        ).total,
+        "seconds to compile": compiling,
+    }
 
 
 def peak_bytes() -> int | None:
@@ -278,15 +268,12 @@ def bench_model(name: str, args, bandwidth: float, save) -> None:
         model = whole_model(config, params if format == DENSE else encode(params, format), not args.no_chain)
         jax.block_until_ready(jax.tree.leaves(model.to_params()))
         took[f"{format}, built"] = time.perf_counter() - start
-        variants = () if format == DENSE else tuple(args.variants)
-        of_decoding, of_prefill = (
-            tuple(v for v in variants if v in known) for known in (DECODE_VARIANTS, PREFILL_VARIANTS)
-        )
+        variants = (WITHOUT_CHAIN,) if args.also_without_chain and format != DENSE else ()
         for batch in args.batches:
-            add(decoding, format, measure_decode(model, of_decoding, batch, args, bandwidth))
+            add(decoding, format, measure_decode(model, variants, batch, args, bandwidth))
         for prompt in args.prompts:
             for batch in args.prefill_batches:
-                add(prefills, format, measure_prefill(model, of_prefill, batch, prompt, args.repeats))
+                add(prefills, format, [measure_prefill(model, batch, prompt, args.repeats)])
         del model
         gc.collect()
 
@@ -298,7 +285,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32, 64], help="of decoding; none: no decoding")
     parser.add_argument("--prompts", type=int, nargs="+", default=[512], help="tokens; decoding follows the first one")
     parser.add_argument("--prefill-batches", type=int, nargs="*", default=[1], help="of which first tokens are timed")
-    parser.add_argument("--variants", nargs="*", default=[], choices=(*DECODE_VARIANTS, *PREFILL_VARIANTS))
+    parser.add_argument("--also-without-chain", action="store_true", help="times decoding without it, in turns")
     parser.add_argument("--layers", type=int, help="at most this many; default: as many as fit dense")
     parser.add_argument("--new", type=int, default=256, help="tokens; the first one is prefill's")
     parser.add_argument("--repeats", type=int, default=3)

@@ -12,7 +12,7 @@ from jaxzip.ffi.libraries import compute_capabilities, register_cuda
 from jaxzip.ffi.ragged import register_ragged_on_cuda
 
 from jaxzip.formats import auto
-from jaxzip.ops import prefill_matmul, registry
+from jaxzip.ops import registry
 from jaxzip.ops.encode import COUNTS, PAYLOAD, SHIFTS
 from jaxzip.ops.matmul import check_no_config, measured_config
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
@@ -42,9 +42,6 @@ def register_cuda_backend() -> None:
     add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY, configurations=_configurations)
     add("take", fn=format_ops.take, check=_check_take, priority=PRIORITY)
     register_ragged_on_cuda(_check_hopper, PRIORITY, CONTROL_PRIORITY)
-    registry.register(
-        prefill_matmul.OP, "ffi", _prefill_matmul, check=_check_prefill_matmul, platforms=("cuda",), priority=PRIORITY
-    )
     register_decode_chain(_check_hopper, FUSED_ROWS[LANE_PLANAR], PRIORITY)
     for step, fn in ((SHIFTS, cuda_encode.shifts), (COUNTS, cuda_encode.counts), (PAYLOAD, cuda_encode.payload)):
         add(step, fn=fn, check=lambda *_, **__: _check_hopper(), priority=PRIORITY)
@@ -138,16 +135,6 @@ def _raw_matmul(x, w, bias, residual, *, out_dtype, batch_invariant, config=None
     options = {"bias": bias, "residual": residual, "out_dtype": out_dtype, "batch_invariant": bool(batch_invariant)}
     options |= _config_options(x, w, batch_invariant, config)
     return cuda_ops.raw_matmul(x, w.payload["values"], w.raw_transposed, **options)
-
-
-def _check_prefill_matmul(x, w, residual, *, out_dtype) -> None:
-    prefill_matmul.check(x, w, residual, out_dtype=out_dtype)
-    _check_hopper()
-
-
-def _prefill_matmul(x, w, residual, *, out_dtype) -> jax.Array:
-    multiply = _raw_matmul if w.format == "raw" else _matmul
-    return multiply(x, w, None, residual, out_dtype=out_dtype, batch_invariant=False)
 
 
 def _check_take(table: CompressedTensor, ids: jax.Array) -> None:

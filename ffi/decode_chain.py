@@ -12,7 +12,7 @@ from jaxzip.ffi.custom_call import call_with_results
 from jaxzip.ffi.format_ops import LANE_PLANAR
 
 from jaxzip.ops import registry
-from jaxzip.ops.decode_chain import OP, AttentionChunks, ChainWeights
+from jaxzip.ops.decode_chain import OP, ChainWeights
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 FORMATS = ("lane-planar", "raw")
@@ -20,8 +20,6 @@ FORMATS = ("lane-planar", "raw")
 GATED_ROWS, GATED_STEP = 64, 64
 #: Results of the custom call, in their order: what goes from kernel to kernel, then the products of the tail.
 RESULTS = ("x1", "h1", "gu", "act", "x2", "h2", "y")
-#: The result behind these where attention comes in chunks: attention's output.
-GATHERED = "gathered"
 
 
 def register_decode_chain(check_device, rows: int, priority: int) -> None:
@@ -31,7 +29,7 @@ def register_decode_chain(check_device, rows: int, priority: int) -> None:
 
 
 def chain_results(
-    attended: jax.Array | AttentionChunks,
+    attended: jax.Array,
     residual: jax.Array,
     weights: ChainWeights,
     *,
@@ -40,11 +38,10 @@ def chain_results(
     out_dtype: jnp.dtype,
     batch_invariant: bool,
 ) -> dict[str, jax.Array]:
-    """All that the kernels write, by the names in ``RESULTS``, and attention in chunks also as ``GATHERED``.
+    """All that the kernels write, by the names in ``RESULTS``; ``gu`` is empty where SwiGLU is part of its product.
 
-    ``gu`` is empty where SwiGLU is part of its product. Arguments are those of
-    :func:`jaxzip.ops.decode_chain.decode_chain`. Raw weights go through the same kernels, after XLA has brought them
-    into fragment order: the control of exactness.
+    Arguments are those of :func:`jaxzip.ops.decode_chain.decode_chain`. Raw weights go through the same kernels, after
+    XLA has brought them into fragment order: the control of exactness.
 
     Raises:
       jax.errors.JaxRuntimeError: at run time, when shapes do not fit each other.
@@ -56,29 +53,22 @@ def chain_results(
     results = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     results.append(jax.ShapeDtypeStruct((n, weights.tail.matrix_shape[0]), out_dtype))
     operands = [operand for w in weights.matrices for operand in _operands(w)]
-    names, chunk_slots, window, attention = RESULTS, 0, 0, [attended]
-    if isinstance(attended, AttentionChunks):
-        names, chunk_slots, window = (*RESULTS, GATHERED), attended.chunk_slots, attended.window or 0
-        attention = [attended.sums, attended.largest, attended.total, attended.start, attended.own]
-        results.append(jax.ShapeDtypeStruct(attended.shape, jnp.bfloat16))
     found = call_with_results(
         "jaxzip_decode_chain",
         results,
+        attended,
         residual,
         *operands,
         weights.mlp_scale,
         weights.tail_scale,
-        *attention,
         vmap_method="sequential",
         intermediate=np.int64(intermediate),
         mlp_eps=np.float32(mlp_eps),
         tail_eps=np.float32(tail_eps),
         batch_invariant=batch_invariant,
         raw=weights.tail.format == "raw",
-        chunk_slots=np.int64(chunk_slots),
-        window=np.int64(window),
     )
-    return dict(zip(names, found, strict=True))
+    return dict(zip(RESULTS, found, strict=True))
 
 
 def _chain(attended, residual, weights, **options):
@@ -99,7 +89,7 @@ def _check(attended, residual, weights, *, out_dtype, batch_invariant, check_dev
         raise NotImplementedError(f"the chain's weights must all be {' or all '.join(FORMATS)}, not {sorted(formats)}")
     if any(w.output_axis != KERNEL_AXIS for w in weights.matrices):
         raise NotImplementedError("the chain contracts along K; a tensor's first axis is its output axis: use w.T")
-    arrays = (*([] if isinstance(attended, AttentionChunks) else [attended]), residual, *weights)
+    arrays = (attended, residual, *weights)
     if dtypes := {a.dtype.name for a in arrays} - {"bfloat16"}:
         raise NotImplementedError(f"the chain takes bfloat16, not {sorted(dtypes)}")
     if out_dtype not in (jnp.bfloat16, jnp.float32):

@@ -14,8 +14,6 @@ from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here, with_gradie
 from jaxzip.models.layers import Linear, norm, softcap
 from jaxzip.models.rope import rotate
 
-from jaxzip.ops.decode_chain import AttentionChunks
-
 #: Queries are taken in blocks of this many, so that scores need [B, H, QUERY_BLOCK, T] and not [B, H, S, T].
 QUERY_BLOCK = 256
 
@@ -90,25 +88,6 @@ class Attention(nnx.Module):
         normed = [self.q_norm(q, execution=execution), self.k_norm(k, execution=execution), v]
         return jnp.concatenate(normed, axis=-2).reshape(qkv.shape)
 
-    def has_kernel(self) -> bool:
-        """Whether single queries have a kernel of their own on the GPU that is here."""
-        has_kernel = decode_attention.supported(self.config.head_dim, self.config.dtype) and gpu_is_here()
-        return has_kernel and self.config.attn_softcap is None
-
-    def append_and_attend_in_chunks(
-        self, qkv, rotation, keys, values, start, end, *, execution: Execution = DEFAULT
-    ) -> tuple[jax.Array | AttentionChunks, jax.Array, jax.Array]:
-        """As ``append_and_attend`` of single queries by their kernel; where there are several chunks, they stay apart.
-
-        Returns:
-          ``[B, 1, H * head_dim]`` or what it is put together from, and the updated keys and values.
-        """
-        out, keys, values = decode_attention.decode_attention(
-            qkv[:, 0], *(angle[:, 0] for angle in rotation), keys, values, start, end[None], append=True, gather=False,
-            batch_invariant=execution.batch_invariant, divisor=self.config.query_divisor, window=self.window,
-        )  # fmt: skip
-        return out if isinstance(out, AttentionChunks) else out[:, None], keys, values
-
     def append_and_attend(
         self, qkv, rotation, keys, values, start, end, *, execution: Execution = DEFAULT
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -118,7 +97,8 @@ class Attention(nnx.Module):
         xla = functools.partial(_append_and_attend, num_heads=config.num_heads, cap=config.attn_softcap, **scores)
         operands = (qkv, *rotation, keys, values, start, end)
         single = qkv.shape[1] == 1
-        if self.has_kernel() and (single or execution.batch_invariant):
+        has_kernel = decode_attention.supported(config.head_dim, config.dtype) and gpu_is_here()
+        if has_kernel and config.attn_softcap is None and (single or execution.batch_invariant):
             if single:
                 kernel = functools.partial(_kernel_for_one, batch_invariant=execution.batch_invariant, **scores)
             else:

@@ -21,8 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxzip.ops.decode_chain import AttentionChunks
-
 try:
     from jax.experimental.pallas import triton as plt
 except ImportError:  # a JAX without this backend
@@ -66,9 +64,8 @@ def decode_attention(
     batch_invariant: bool = False,
     divisor: float | None = None,
     window: int | None = None,
-    gather: bool = True,
     interpret: bool = False,
-) -> tuple[jax.Array | AttentionChunks, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attends with one query a row to the row's slots of the cache, the query's own slot included.
 
     Args:
@@ -80,13 +77,11 @@ def decode_attention(
       batch_invariant: a row's result must not depend on the number of rows: chunks have one length.
       divisor: of the scores, by default ``sqrt(D)``.
       window: a query sees the last ``window`` slots only, its own included.
-      gather: ``False`` leaves it to the next kernel to put the chunks of a sequence together; ``N == B``.
       append: ``N == B``, and the new keys and values go into the cache first. Otherwise they are there already.
       interpret: run on any device, slowly.
 
     Returns:
-      The output ``[N, H * D]`` in ``qkv.dtype``, or without ``gather`` its chunks if there are several; and the cache,
-      updated in place if it is donated.
+      The output ``[N, H * D]`` in ``qkv.dtype``, and the cache, updated in place if it is donated.
 
     Raises:
       ValueError: more than MAX_ROWS queries.
@@ -116,9 +111,6 @@ def decode_attention(
         name="decode_attention",
     )(start, own, qkv, cos, sin, keys, values)
     results, updated = found[: len(results)], found[len(results) :]
-    if chunks > 1 and not gather:
-        apart = AttentionChunks(*results, start, own, chunk_slots=chunk, window=window)
-        return apart, *(updated or (keys, values))
     if chunks > 1:
         out = pl.pallas_call(
             functools.partial(_gather_chunks, **shapes),

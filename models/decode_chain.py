@@ -4,8 +4,7 @@
                                    o, norm, gate_up, SwiGLU, down, norm, next qkv            ..., final norm, head
 
 Kernels of one call overlap: each starts while the one before ends, and asks for its weights meanwhile. XLA starts a
-kernel when the one before has ended, which costs some microseconds at every one of them. With
-``Execution.gather_in_chain`` attention's last kernel, which puts chunks of a sequence together, is a chain's first.
+kernel when the one before has ended, which costs some microseconds at every one of them.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from jaxzip.models.layers import Embedding, Linear, RMSNorm
 from jaxzip.models.mlp import MLP
 from jaxzip.models.rope import rotation
 
-from jaxzip.ops.decode_chain import AttentionChunks, ChainWeights, available, decode_chain
+from jaxzip.ops.decode_chain import ChainWeights, available, decode_chain
 from jaxzip.tensor import CompressedTensor
 
 Projection = Linear | Embedding
@@ -125,12 +124,11 @@ def run_link(
       The layer's result ``[B, 1, D]``, its projection ``[B, 1, M]`` and the updated keys and values.
     """
     qkv = layer.attn.norm_heads(qkv, execution=execution)
-    cached = (rotation, keys, values, start, end)
+    out, keys, values = layer.attn.append_and_attend(qkv, rotation, keys, values, start, end, execution=execution)
 
     def chain(layer, norm, projection, out, x):
         options = _options(layer, norm, is_head, execution)
-        attended = out if isinstance(out, AttentionChunks) else out[:, 0]
-        x, y = decode_chain(attended, x[:, 0], _weights(layer, norm, projection), **options, implementation="ffi")
+        x, y = decode_chain(out[:, 0], x[:, 0], _weights(layer, norm, projection), **options, implementation="ffi")
         return x[:, None], y[:, None]
 
     def ordinary(layer, norm, projection, out, x):
@@ -141,18 +139,5 @@ def run_link(
             return x, projection.attend(h, execution=execution)
         return x, projection(h, out_dtype="float32" if is_head else None, execution=execution)
 
-    if not (execution.gather_in_chain and layer.attn.has_kernel()):
-        out, keys, values = layer.attn.append_and_attend(qkv, *cached, execution=execution)
-        x, y = jax.lax.platform_dependent(layer, norm, projection, out, x, cuda=chain, default=ordinary)
-        return x, y, keys, values
-
-    def with_gather(layer, norm, projection, qkv, x, cached):
-        out, keys, values = layer.attn.append_and_attend_in_chunks(qkv, *cached, execution=execution)
-        return *chain(layer, norm, projection, out, x), keys, values
-
-    def without(layer, norm, projection, qkv, x, cached):
-        out, keys, values = layer.attn.append_and_attend(qkv, *cached, execution=execution)
-        return *ordinary(layer, norm, projection, out, x), keys, values
-
-    operands = (layer, norm, projection, qkv, x, cached)
-    return jax.lax.platform_dependent(*operands, cuda=with_gather, default=without)
+    x, y = jax.lax.platform_dependent(layer, norm, projection, out, x, cuda=chain, default=ordinary)
+    return x, y, keys, values

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxzip.models import decode_chain
 from jaxzip.models.cache import KVCache
 from jaxzip.models.config import DecoderConfig
-from jaxzip.models.execution import DEFAULT, Execution
+from jaxzip.models.execution import Execution
 from jaxzip.models.fuse import is_fused
 from jaxzip.models.layers import Embedding, Linear, norm, softcap
 from jaxzip.models.params import assign, collect
@@ -35,7 +35,7 @@ class Decoder(nnx.Module):
 
     Attributes:
       config: a ``DecoderConfig``.
-      implementation, chain, gather_in_chain, prefill_fused: see ``Execution``.
+      implementation, chain: see ``Execution``.
       fused: layers have the weights ``attn/qkv_proj`` and ``mlp/gate_up_proj`` in place of their parts.
     """
 
@@ -46,8 +46,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, implementation: str | None = None, fused: bool = False):
         self.config = config
-        self.implementation, self.chain = implementation, DEFAULT.chain
-        self.gather_in_chain, self.prefill_fused = DEFAULT.gather_in_chain, DEFAULT.prefill_fused
+        self.implementation, self.chain = implementation, True
         self.embedder = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
         self.layers = nnx.List([type(self).block(config, layer, fused=fused) for layer in range(config.num_layers)])
         self.final_norm = norm(config)
@@ -92,7 +91,7 @@ class Decoder(nnx.Module):
         Returns:
           Hidden states ``[B, S, hidden_size]`` before the final norm, and the cache with ``end`` moved on by ``S``.
         """
-        execution = self._execution(batch_invariant)
+        execution = Execution(self.implementation, batch_invariant, self.chain)
         return self.run_layers(self.embed(tokens, execution), cache, execution)
 
     def step(self, tokens: jax.Array, cache: KVCache, *, batch_invariant: bool = False) -> tuple[jax.Array, KVCache]:
@@ -101,16 +100,13 @@ class Decoder(nnx.Module):
         Returns:
           fp32 logits ``[B, vocab_size]`` of the tokens to come, and the cache with ``end`` moved on by 1.
         """
-        execution = self._execution(batch_invariant)
+        execution = Execution(self.implementation, batch_invariant, self.chain)
         x = self.embed(tokens[:, None], execution)
         if decode_chain.applies(self, tokens.shape[0], execution):
             found, cache = decode_chain.step(self, x, cache, execution)
             return softcap(found, self.config.final_softcap), cache
         hidden, cache = self.run_layers(x, cache, execution)
         return self.logits(hidden[:, 0], batch_invariant=batch_invariant), cache
-
-    def _execution(self, batch_invariant: bool) -> Execution:
-        return Execution(self.implementation, batch_invariant, self.chain, self.gather_in_chain, self.prefill_fused)
 
     def embed(self, tokens: jax.Array, execution: Execution) -> jax.Array:
         """int32 ``tokens[...]`` to ``[..., hidden_size]``."""
@@ -138,7 +134,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array, *, batch_invariant: bool = False) -> jax.Array:
         """Hidden states ``[..., hidden_size]`` to fp32 ``[..., vocab_size]``."""
-        execution = self._execution(batch_invariant)
+        execution = Execution(self.implementation, batch_invariant, self.chain)
         with jax.named_scope("lm_head"):
             x = self.final_norm(hidden, execution=execution)
             if self.config.tie_word_embeddings:

@@ -20,17 +20,11 @@ class Execution:
       batch_invariant: a sequence's numbers must not depend on what else is in its batch, see
         :func:`jaxzip.models.generate`.
       chain: decode in chains of kernels where a GPU has them, see ``jaxzip.models.decode_chain``.
-      gather_in_chain: a chain's first kernel puts attention's chunks together, instead of a kernel of attention's own.
-      prefill_fused: prompts of a few hundred tokens are multiplied by the fused kernels, see
-        ``jaxzip.ops.prefill_matmul``, instead of decoding each weight first.
     """
 
     implementation: str | None = None
     batch_invariant: bool = False
     chain: bool = True
-    # Off until they were measured on a GPU.
-    gather_in_chain: bool = False
-    prefill_fused: bool = False
 
 
 DEFAULT = Execution()

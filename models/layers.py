@@ -17,7 +17,7 @@ from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here, with_gradie
 
 import jaxzip
 from jaxzip import ops
-from jaxzip.ops import prefill_matmul, registry
+from jaxzip.ops import registry
 from jaxzip.tensor import CompressedTensor
 
 #: Rows of activations beyond which a GPU decodes a compressed weight once and multiplies by XLA's dot.
@@ -77,36 +77,9 @@ def _matmul(
         y = jnp.dot(x, weight.T if transposed else weight, preferred_element_type=jnp.dtype(out_dtype))
         return y if residual is None else y + residual
 
-    if _is_in_slices(x, weight, execution, out_dtype, transposed):
-
-        def in_slices(x, weight, residual):
-            x, weight = jax.lax.optimization_barrier((x, weight))
-            rows = [None if a is None else a.reshape(-1, a.shape[-1]) for a in (x, residual)]
-            weight = weight.T if transposed else weight
-            y = prefill_matmul.prefill_matmul(rows[0], weight, rows[1], out_dtype=out_dtype)
-            return y.reshape(*x.shape[:-1], -1)
-
-        kernel = with_gradient_of(general, in_slices)
-        other = general if execution.implementation is None else kernel
-        return jax.lax.platform_dependent(x, weight, residual, cuda=kernel, default=other)
     if _is_xlas(x, weight, execution):
-        # A decoder's custom call has no derivative of its own.
-        kernel = with_gradient_of(general, on_gpu) if isinstance(weight, CompressedTensor) else on_gpu
-        return jax.lax.platform_dependent(x, weight, residual, cuda=kernel, default=general)
+        return jax.lax.platform_dependent(x, weight, residual, cuda=on_gpu, default=general)
     return general(x, weight, residual)
-
-
-def _is_in_slices(x: jax.Array, weight: Any, execution: Execution, out_dtype: str, transposed: bool) -> bool:
-    """Whether more rows than ``PREFILL_ROWS`` go through a GPU's fused kernel, a slice at a time."""
-    rows = math.prod(x.shape[:-1])
-    if not execution.prefill_fused or execution.batch_invariant or rows <= PREFILL_ROWS:
-        return False
-    if not isinstance(weight, CompressedTensor) or execution.implementation not in (None, "ffi"):
-        return False
-    if weight.format == "raw" and execution.implementation is None:
-        return False  # XLA multiplies by these
-    flat = jax.ShapeDtypeStruct((rows, x.shape[-1]), x.dtype)
-    return prefill_matmul.available(flat, weight.T if transposed else weight, out_dtype)
 
 
 def _is_xlas(x: jax.Array, weight: Any, execution: Execution) -> bool:

@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import made_of_shape, weight_shapes
-from jaxzip.ffi.decode_chain import GATED_ROWS, GATED_STEP, GATHERED, RESULTS, chain_results
+from jaxzip.ffi.decode_chain import GATED_ROWS, GATED_STEP, RESULTS, chain_results
 from jaxzip.models import GREEDY, Llama, LlamaConfig, fuse_projections, generate, random_params
-from jaxzip.models import decode_chain as links
-from jaxzip.models.decode_attention import decode_attention
 
 import jaxzip
 from jaxzip.compress import encode_as
-from jaxzip.ops.decode_chain import AttentionChunks, ChainWeights, decode_chain
+from jaxzip.ops.decode_chain import ChainWeights
 from jaxzip.testing import bits, gaussian_weights
 
 internals = importlib.import_module("jaxzip.models.generate")
@@ -140,47 +138,6 @@ def test_independent_chains_in_one_program():
             assert all(same(found, run(*given, weights(LARGE))).values())
 
 
-def attention_case(n, heads, kv_heads, head_dim, slots, end, **options):
-    """Chunks of attention as its kernel leaves them, and what its own last kernel makes of them."""
-    keys = jax.random.split(jax.random.key(n + slots), 4)
-    angles = jax.random.normal(keys[0], (n, head_dim // 2))
-    cache = [jax.random.normal(key, (n, kv_heads, slots, head_dim), jnp.bfloat16) for key in keys[1:3]]
-    qkv = jax.random.normal(keys[3], (n, (heads + 2 * kv_heads) * head_dim), jnp.bfloat16)
-    start = jnp.asarray(np.random.default_rng(n).integers(0, end + 1, n), jnp.int32).at[0].set(0)
-    start = start.at[-1].set(end + 1) if n > 2 else start  # a row of padding
-    given = (qkv, jnp.cos(angles), jnp.sin(angles), *cache, start, jnp.array([end], jnp.int32))
-    attend = functools.partial(decode_attention, append=True, **options)
-    return [jax.jit(functools.partial(attend, gather=gather))(*given)[0] for gather in (False, True)]
-
-
-@pytest.mark.parametrize(
-    ("n", "slots", "end", "options"),
-    [
-        (1, 775, 639, {}),
-        (1, 4000, 3990, {}),
-        (2, 775, 128, {}),
-        (8, 775, 774, {"window": 300}),
-        (32, 2100, 1500, {}),
-        (32, 775, 700, {"batch_invariant": True}),
-    ],
-)
-def test_attention_in_chunks_is_put_together_first(n, slots, end, options):
-    chunks, expected = attention_case(n, 16, 4, 128, slots, end, **options)
-    assert isinstance(chunks, AttentionChunks) and chunks.sums.shape[2] > 1
-    residual, w = activations(LARGE, n)[1], weights(LARGE)
-    found = run(chunks, residual, w)
-    # Sums of another order, each rounded once.
-    close(found[GATHERED], expected, 2**-7)
-    close(found[GATHERED], jax.jit(lambda c: c.whole(jnp.bfloat16))(chunks), 2**-7)
-    assert not np.asarray(found[GATHERED], np.float32)[chunks.start > end].any()
-    # The next kernel, which starts meanwhile, sees all of it.
-    alone = run(found[GATHERED], residual, w)
-    for _ in range(20):
-        again = run(chunks, residual, w)
-        assert np.array_equal(bits(again.pop(GATHERED)), bits(found[GATHERED]))
-        assert all(same(again, alone).values())
-
-
 CONFIG = LlamaConfig(
     vocab_size=500, hidden_size=256, intermediate_size=640, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=32,
     max_position_embeddings=1024, dtype="bfloat16",
@@ -189,14 +146,14 @@ NOT_WHOLE = dataclasses.replace(CONFIG, hidden_size=200, intermediate_size=300, 
 PROMPTS = [[5, 17, 3, 88, 41, 2, 60], [300, 1, 2, 3, 4, 5, 6]]
 
 
-def model(config, format="lane-planar", chain=True, implementation="ffi", gather_in_chain=False):
+def model(config, format="lane-planar", chain=True, implementation="ffi"):
     def encode(path, w):
         axis = -2 if "embedding" in jax.tree_util.keystr(path) else -1
         return encoded(np.asarray(w), format, axis) if w.ndim == 2 else w
 
     params = jax.tree_util.tree_map_with_path(encode, fuse_projections(random_params(config)))
     found = Llama.from_params(config, params, implementation=implementation)
-    found.chain, found.gather_in_chain = chain, gather_in_chain
+    found.chain = chain
     return found
 
 
@@ -233,57 +190,9 @@ def test_logits_equal_those_of_the_raw_control(config):
     assert all(run.sequences() == runs[0].sequences() for run in runs)
 
 
-def ragged_prompts(batch):
-    rng = np.random.default_rng(batch)
-    return [rng.integers(0, 300, n).tolist() for n in [400, *rng.integers(1, 400, batch - 1)]]
-
-
-@pytest.mark.parametrize("batch", [1, 2, 8, 32])
-def test_logits_with_attention_put_together_in_the_chain_or_before_it(monkeypatch, batch):
-    options = {"max_new_tokens": 24, "return_logits": True}
-    prompts = ragged_prompts(batch)
-    given = model(CONFIG, implementation=None, gather_in_chain=True)
-    found, again = (generate(given, prompts, **options) for _ in range(2))
-    assert found.logits.tobytes() == again.logits.tobytes()
-    calls = []
-
-    def one_after_the_other(attended, residual, weights, *, implementation, **options):
-        if isinstance(attended, AttentionChunks):
-            calls.append(attended.shape)
-            attended = chain_results(attended, residual, weights, **options)[GATHERED]
-            attended, residual = jax.lax.optimization_barrier((attended, residual))
-        return decode_chain(attended, residual, weights, implementation=implementation, **options)
-
-    jax.clear_caches()
-    monkeypatch.setattr(links, "decode_chain", one_after_the_other)
-    apart = generate(given, prompts, **options)
-    jax.clear_caches()
-    assert calls, "attention had one chunk"
-    assert found.logits.tobytes() == apart.logits.tobytes()
-    # The kernel of attention's own adds in another order, which Triton chooses: as good, not the same bits.
-    ordinary = generate(model(CONFIG, implementation=None), prompts, **options)
-    tolerance = 0.03 * np.abs(ordinary.logits).max()
-    np.testing.assert_allclose(found.logits[:, :2], ordinary.logits[:, :2], atol=tolerance)
-
-
-def test_attention_in_the_chain_depends_on_neither_the_batch_nor_the_format():
-    given, prompts = model(CONFIG, gather_in_chain=True), ragged_prompts(8)
-    options = {"max_new_tokens": 24, "return_logits": True, "batch_invariant": True}
-    together = generate(given, prompts, **options)
-    control = generate(model(CONFIG, "raw", gather_in_chain=True), prompts, **options)
-    assert together.logits.tobytes() == control.logits.tobytes()
-    for row in (0, 3, 7):
-        alone = generate(given, [prompts[row]], **options)
-        assert alone.logits[0].tobytes() == together.logits[row].tobytes()
-
-
-@pytest.mark.parametrize("gather_in_chain", [False, True])
-def test_one_call_a_layer_and_no_copies(gather_in_chain):
-    given = model(CONFIG, implementation=None, gather_in_chain=gather_in_chain)
-    program, s = decode_program(given, ragged_prompts(2))
+def test_one_call_a_layer_and_no_copies():
+    program, s = decode_program(model(CONFIG, implementation=None))
     text = program.as_text()
-    chains = [line for line in text.splitlines() if 'custom_call_target="jaxzip_decode_chain"' in line]
-    results = len(RESULTS) + gather_in_chain
-    assert [line.split(" custom-call")[0].count("[") for line in chains] == [results] * CONFIG.num_layers
+    assert text.count('custom_call_target="jaxzip_decode_chain"') == CONFIG.num_layers
     assert text.count('custom_call_target="jaxzip_lane_planar_gemm"') == 1  # the first layer's projection
     assert made_of_shape(text, weight_shapes(s.weights)) == []

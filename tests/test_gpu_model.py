@@ -120,28 +120,6 @@ def test_prefill_decodes_weights_into_one_scratch():
     assert many < 1.2 * few
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_prefill_by_the_fused_kernel(fused):
-    config = dataclasses.replace(CONFIG, hidden_size=1024, intermediate_size=2816, num_heads=8, head_dim=128)
-    params = random_params(config)
-    # 20 + 500 tokens are two slices and a ragged one; of one row or of two.
-    for prompts in ([list(range(500))], [list(range(250)), list(range(3, 23))]):
-
-        def run(format, implementation, in_slices):
-            given = model(config, params, format, fused=fused, implementation=implementation)
-            given.prefill_fused = in_slices
-            setup = internals._Setup.of(given, prompts, 4, GREEDY, None, None, 0)
-            program = internals._start.lower(setup.static, True, setup.weights, setup.inputs).compile()
-            return np.asarray(program(setup.weights, setup.inputs).logits[:, 0]), program.as_text()
-
-        (found, text), (again, _) = (run("lane-planar", None, True) for _ in range(2))
-        decoded, other = run("lane-planar", None, False)
-        control, _ = run("raw", "ffi", True)
-        assert "jaxzip_lane_planar_decompress" in other and "jaxzip_lane_planar_decompress" not in text
-        assert found.tobytes() == again.tobytes() == control.tobytes()
-        assert np.abs(found - decoded).max() <= 0.03 * np.abs(decoded).max() > 0
-
-
 def test_peak_memory_is_the_planned():
     config = dataclasses.replace(
         CONFIG, hidden_size=2048, intermediate_size=8192, num_heads=16, head_dim=128, num_layers=4, vocab_size=32000

@@ -1,6 +1,5 @@
 """The GPU's kernels of attention and norm in interpret mode against XLA's, and what they do not depend on."""
 
-import dataclasses
 import functools
 
 import jax
@@ -55,47 +54,6 @@ def test_one_query_a_row(monkeypatch, long, batch, heads, kv_heads, head_dim, sl
     np.testing.assert_allclose(np.asarray(keys, np.float32), np.asarray(cache[0], np.float32), rtol=0.01, atol=1e-6)
     untouched = np.arange(slots) != end
     assert np.array_equal(bits(keys)[:, :, untouched], bits(arguments[3])[:, :, untouched])
-
-
-@pytest.mark.parametrize(
-    ("group", "slots", "start", "end", "window"),
-    [
-        (1, CHUNK * (GATHER + 3), [3, CHUNK * (GATHER + 2)], CHUNK * (GATHER + 2) - 1, None),  # one row is padding
-        (3, 4 * CHUNK, [0, 9], 3 * CHUNK + 5, 2 * CHUNK - 3),
-    ],
-)
-def test_chunks_that_are_put_together_later(group, slots, start, end, window):
-    qkv, cos, sin, keys, values = case(2, 2 * group, 2, 32, slots)
-    given = (qkv[:, 0], cos[:, 0], sin[:, 0], keys, values, jnp.array(start, jnp.int32), jnp.array([end], jnp.int32))
-    attend = functools.partial(decode_attention.decode_attention, append=True, window=window, interpret=True)
-    (chunks, *cache), (whole, *expected) = attend(*given, gather=False), attend(*given)
-    assert chunks.shape == whole.shape and chunks.sums.shape[2] > 1
-    # What no program computed must not be read.
-    used = [0 if end < s else (end - max(s, end - (window or slots) + 1)) // CHUNK + 1 for s in start]
-    unused = np.arange(chunks.sums.shape[2]) >= np.array(used)[:, None]
-    spoiled = dataclasses.replace(
-        chunks,
-        sums=jnp.where(unused[:, None, :, None, None], jnp.nan, chunks.sums),
-        largest=jnp.where(unused[:, None, None], jnp.inf, chunks.largest),
-        total=jnp.where(unused[:, None, None], jnp.nan, chunks.total),
-    )
-    np.testing.assert_allclose(
-        np.asarray(jax.jit(lambda c: c.whole("bfloat16"))(spoiled), np.float32),
-        np.asarray(whole, np.float32),
-        rtol=0.01,
-    )
-    assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(cache, expected, strict=True))
-
-
-def test_one_chunk_is_whole(monkeypatch):
-    monkeypatch.setattr(decode_attention, "CHUNKS", ((0, (512, 2)),))
-    qkv, cos, sin, keys, values = case(2, 4, 2, 32, 300)
-    given = (qkv[:, 0], cos[:, 0], sin[:, 0], keys, values, jnp.array([0, 37], jnp.int32), jnp.array([290], jnp.int32))
-    found, whole = (
-        decode_attention.decode_attention(*given, append=True, gather=gather, interpret=True)[0]
-        for gather in (False, True)
-    )
-    assert np.array_equal(bits(found), bits(whole))
 
 
 def test_every_query_for_itself():

@@ -25,9 +25,9 @@ from test_cuda_lowering import with_cuda_backend  # noqa: F401 - a fixture that 
 
 import jaxzip
 from jaxzip.compress import encode_as
-from jaxzip.ops.decode_chain import AttentionChunks, ChainWeights
+from jaxzip.ops.decode_chain import ChainWeights
 from jaxzip.ops.decode_chain import decode_chain as chain_op
-from jaxzip.testing import bits, gaussian_weights
+from jaxzip.testing import gaussian_weights
 
 # Sizes that no other test uses: JAX keeps traces, and with them the choice of implementation, for the process.
 CONFIG = LlamaConfig(
@@ -114,31 +114,6 @@ def test_a_step_on_the_cpu_is_the_ordinary_one():
     chained, ordinary = (generate(m, prompts, max_new_tokens=8, return_logits=True) for m in models)
     assert chained.sequences() == ordinary.sequences()
     np.testing.assert_allclose(chained.logits, ordinary.logits, atol=2e-2)
-
-
-def test_reference_of_attention_in_chunks():
-    # Three chunks of which the rows use two, all and none; one KV head for two heads of 3.
-    rng = np.random.default_rng(0)
-    sums, (largest, total) = rng.standard_normal((3, 1, 3, 2, 3)), rng.random((2, 3, 1, 2, 3))
-    f32, i32 = functools.partial(jnp.asarray, dtype=jnp.float32), functools.partial(jnp.asarray, dtype=jnp.int32)
-    chunks = AttentionChunks(f32(sums), f32(largest), f32(total), i32([4, 0, 9]), i32([8]), chunk_slots=4, window=None)
-    used = np.arange(3) < np.array([2, 3, 0])[:, None]
-    share = np.where(used[:, None, None], np.exp(largest), 0)
-    with np.errstate(invalid="ignore"):
-        whole = np.einsum("nhgc,nhcgd->nhgd", share, sums) / (share * total).sum(-1)[..., None]
-    whole = jnp.asarray(np.nan_to_num(whole).reshape(3, 6), jnp.bfloat16)
-    shapes = [(6, 72), (72, 112), (56, 72), (72, 33)]
-    weights = [encoded(gaussian_weights(shape, seed=i), "lane-planar") for i, shape in enumerate(shapes)]
-    weights = ChainWeights(*weights, *(jnp.ones(72, jnp.bfloat16) for _ in range(2)))
-    residual = jnp.asarray(gaussian_weights((3, 72), sigma=1, seed=9))
-    options = {"mlp_eps": 0.1, "tail_eps": 0.5, "out_dtype": "float32"}
-    assert chunks.shape == whole.shape
-    for a, b in zip(*(chain_op(x, residual, weights, **options) for x in (chunks, whole)), strict=True):
-        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.02, atol=0.01)
-    # The last row has no chunk: nothing but its residual.
-    found, _ = chain_op(chunks, residual, weights, **options)
-    expected, _ = chain_op(jnp.zeros((3, 6), jnp.bfloat16), residual, weights, **options)
-    assert np.array_equal(bits(found[2]), bits(expected[2]))
 
 
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -38,50 +37,8 @@ class ChainWeights(NamedTuple):
         return self[:4]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AttentionChunks:
-    """Attention of single queries whose slots were cut into chunks, before these are put together.
-
-    Attributes:
-      sums: fp32 ``[N, KVH, C, G, D]``, of values times exponentials; ``C`` chunks, ``G`` heads that share keys.
-      largest, total: fp32 ``[N, KVH, G, C]``: the largest score of a chunk, and the sum of its exponentials.
-      start: int32 ``[N]``, the first slot of each sequence.
-      own: int32 ``[1]``, the slot of the queries.
-      chunk_slots: slots of a chunk, counted from the first slot that a query sees.
-      window: slots that a query sees, or ``None``.
-    """
-
-    sums: jax.Array
-    largest: jax.Array
-    total: jax.Array
-    start: jax.Array
-    own: jax.Array
-    chunk_slots: int = dataclasses.field(metadata={"static": True})
-    window: int | None = dataclasses.field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(N, W)`` of the whole."""
-        n, kv_heads, _, group, head_dim = self.sums.shape
-        return n, kv_heads * group * head_dim
-
-    def whole(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """Attention's output ``[N, W]``; zero for a query in the padding."""
-        first = self.start if self.window is None else jnp.maximum(self.start, self.own - (self.window - 1))
-        used = jnp.where(self.own < first, 0, (self.own - first) // self.chunk_slots + 1)
-        seen = jnp.arange(self.sums.shape[2]) < used[:, None]
-        largest = jnp.where(seen[:, None, None], self.largest, -jnp.inf)
-        share = jnp.where(seen[:, None, None], jnp.exp(largest - largest.max(-1, keepdims=True)), 0)
-        sums = jnp.where(seen[:, None, :, None, None], self.sums, 0)
-        total = jnp.where(seen[:, None, None], self.total, 0)
-        added = jnp.einsum("nhgc,nhcgd->nhgd", share, sums, precision="highest")
-        found = added / (share * total).sum(-1)[..., None]
-        return jnp.where((used > 0)[:, None, None, None], found, 0).astype(dtype).reshape(self.shape)
-
-
 def decode_chain(
-    attended: jax.Array | AttentionChunks,
+    attended: jax.Array,
     residual: jax.Array,
     weights: ChainWeights,
     *,
@@ -98,7 +55,7 @@ def decode_chain(
     implementation, which launches all kernels at once so that each starts while the one before ends.
 
     Args:
-      attended: bfloat16 ``[N, W]``, attention's output, or what it is put together from.
+      attended: bfloat16 ``[N, W]``, attention's output.
       residual: bfloat16 ``[N, D]``.
       weights: see the class; all of one format.
       mlp_eps, tail_eps: of the norms.
@@ -117,7 +74,7 @@ def decode_chain(
         return registry.run(OP, implementation, attended, residual, weights, **options)
 
 
-def available(attended: jax.Array | AttentionChunks, residual: jax.Array, weights: ChainWeights, **options) -> bool:
+def available(attended: jax.Array, residual: jax.Array, weights: ChainWeights, **options) -> bool:
     """Whether a GPU would run the chain as one, given the arguments of :func:`decode_chain`."""
     return registry.candidates(OP, "cuda", attended, residual, weights, **options)[0] != registry.XLA
 
@@ -133,7 +90,6 @@ def _one_by_one(attended, residual, weights, *, mlp_eps, tail_eps, out_dtype, ba
     def product(x, w, **options):
         return matmul(x, w, batch_invariant=batch_invariant, **options)
 
-    attended = attended.whole(residual.dtype) if isinstance(attended, AttentionChunks) else attended
     x1 = product(attended, weights.o_proj, residual=residual)
     gate_up = product(norm(x1, weights.mlp_scale, mlp_eps), weights.gate_up_proj)
     gate, up = (part.astype(jnp.float32) for part in jnp.split(gate_up, 2, axis=-1))

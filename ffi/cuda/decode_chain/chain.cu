@@ -13,10 +13,7 @@ cudaError_t launch_chain(const Chain& c, const ChainOptions& options, cudaStream
   };
   const bool overlap = options.overlap, gated = !c.gu;
   // The first starts when all before it has ended: what that writes may be weights. From then on weights are there.
-  if (c.chunks)
-    if (const cudaError_t error = launch_gather_chunks(*c.chunks, c.n, stream, false)) return error;
-  const __nv_bfloat16* attended = c.chunks ? c.chunks->gathered : c.attended;
-  if (const cudaError_t error = matmul(c.o, attended, {c.x1, false, nullptr, c.residual}, overlap && c.chunks, options.o)) return error;
+  if (const cudaError_t error = matmul(c.o, c.attended, {c.x1, false, nullptr, c.residual}, false, options.o)) return error;
   if (const cudaError_t error = launch_rms_norm(c.x1, c.mlp_scale, c.h1, c.n, c.o.m, c.mlp_eps, stream, overlap)) return error;
   if (const cudaError_t error = matmul(c.gate_up, c.h1, {gated ? c.act : c.gu, false, nullptr, nullptr, gated}, overlap, options.gate_up)) return error;
   if (!gated)

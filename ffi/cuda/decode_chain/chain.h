@@ -3,7 +3,6 @@
 //   attended -- o_proj --+--> x1 -- RMSNorm --> h1 -- gate_up, SwiGLU --> act -- down --+--> x2 -- RMSNorm --> h2 -- tail --> y
 //   residual ------------+     \--------------------------------------------------------+
 //
-// Attention may come in chunks, which a kernel before o_proj puts together.
 // SwiGLU is part of its product, or, given memory for that product's own results `gu`, a kernel of its own with the same results.
 // Every kernel is launched programmatically dependent: it starts while the one before still runs, asks for its weights, and only then
 // waits. Each waits before it reads or writes anything that another kernel writes, so that the end of the last is the end of all.
@@ -13,7 +12,6 @@
 
 #include "../lane_planar/layout.h"
 #include "../lane_planar/matmul_config.h"
-#include "rows.h"
 
 namespace jaxzip::decode_chain {
 
@@ -23,14 +21,13 @@ struct Chain {
   const __nv_bfloat16 *mlp_scale, *tail_scale;  // of the norms [hidden]
   float mlp_eps, tail_eps;
   int n;
-  const __nv_bfloat16* attended;  // [n, o.k], or null where there are `chunks`
+  const __nv_bfloat16* attended;  // [n, o.k]
   const __nv_bfloat16* residual;  // [n, hidden]
   // Results; nothing may overlap. x1, h1, x2, h2 are [n, hidden], act [n, intermediate], gu [n, 2 * intermediate] or null: see
   // Epilogue::gated for when it may be.
   __nv_bfloat16 *x1, *h1, *gu, *act, *x2, *h2;
   void* y;  // [n, tail.m], bf16 or fp32
   bool fp32_out;
-  const AttentionChunks* chunks = nullptr;  // of attention, put together first
 };
 
 struct ChainOptions {
