@@ -67,7 +67,9 @@ def config_of(z, rows, *, transform=lambda f: f, dtype=jnp.bfloat16, **options):
     f = transform(lambda x, z: jaxzip.matmul(x, z, implementation="ffi", **options))
     text = jax.jit(f).trace(jnp.ones((rows, K), dtype), z).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "custom_call @jaxzip_lane_planar_gemm" in line]
-    (found,) = {(re.search(r'(?<!_)config = "(.*?)"', c)[1], re.search(r"config_asked_for = (\w+)", c)[1]) for c in calls}
+    (found,) = {
+        (re.search(r'(?<!_)config = "(.*?)"', c)[1], re.search(r"config_asked_for = (\w+)", c)[1]) for c in calls
+    }
     return found
 
 
