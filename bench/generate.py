@@ -16,9 +16,9 @@ import importlib
 import json
 import pathlib
 import statistics
-import tempfile
 import time
 
+import device_time
 import harness
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ PARTS = {
         "tca_tbe",
         "decode_chain",
     ),
-    "attention": ("attend", "attention", "gather_chunks"),
+    "attention": ("attend", "attention"),
 }
 
 
@@ -215,30 +215,21 @@ def peak_bytes() -> int | None:
 
 
 def profile(decode, s, shapes) -> dict[str, float]:
-    """Microseconds of kernels per step, by what they are for; and the longest, by name."""
+    """Microseconds a step in which kernels ran, by what they are for; and those of the longest, by name."""
     run, until = begin(s, shapes), np.int32(1 + s.static.look_every)
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(decode(s.weights, s.inputs, run, until))
-        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(file))
-    parts = dict.fromkeys((*PARTS, "rest"), 0.0)
-    names: dict[str, float] = {}
-    for plane in data.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                where = " ".join([event.name, *(str(v) for k, v in event.stats if k in ("tf_op", "name", "hlo_op"))])
-                of = lambda part: any(p in where.lower() for p in PARTS[part])  # noqa: B023, E731
-                part = next((part for part in ("attention", "matmul") if of(part)), "rest")
-                parts[part] += event.duration_ns / 1e3 / s.static.look_every
-                key = f"{part}: {event.name[:60]}"
-                names[key] = names.get(key, 0.0) + event.duration_ns / 1e3 / s.static.look_every
-    longest = sorted(names.items(), key=lambda item: -item[1])[:12]
-    return {**parts, "longest": dict(longest)}
+    by_part: dict[str, list] = {part: [] for part in (*PARTS, "rest")}
+    by_name: dict[str, list] = {}
+    for kernel in device_time.kernels(lambda: decode(s.weights, s.inputs, run, until)):
+        where = f"{kernel.name} {kernel.of}".lower()
+        part = next((part for part in ("attention", "matmul") if any(p in where for p in PARTS[part])), "rest")
+        by_part[part].append(kernel)
+        by_name.setdefault(f"{part}: {kernel.name[:60]}", []).append(kernel)
+
+    def a_step(found):
+        return {key: device_time.busy_us(kernels) / s.static.look_every for key, kernels in found.items()}
+
+    longest = sorted(a_step(by_name).items(), key=lambda item: -item[1])[:12]
+    return {**a_step(by_part), "longest": dict(longest)}
 
 
 def bench_model(name: str, args, bandwidth: float, save) -> None:

@@ -15,6 +15,7 @@ import math
 import pathlib
 import statistics
 
+import device_time
 import harness
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ QUEUE_US = 60000  # what a timed queue of calls should take, about: the first ca
 STEP_US, MOST_PRODUCTS = 2500, 240
 TRIPS = 4
 LARGE = 50e6  # weights: where a matrix counts as large
-DENSE = "xla dot"
+DENSE, CUBLAS = "xla dot", "cublas"
+COMPILED_WITH = {CUBLAS: {"xla_gpu_enable_triton_gemm": False}}  # XLA's autotuning takes cuBLAS and kernels of its own
 
 
 def calls_of(launches: int, expected_us: float) -> int:
@@ -57,16 +59,17 @@ def multiply_by(implementation: str):
     return lambda x, z: jaxzip.matmul(x, z, implementation=implementation)
 
 
-def measure(
-    shape, kind: str, rows: list[int], formats: list[str], implementations: list[str], repeats: int, bandwidth: float
-) -> list[dict]:
+def measure(shape, kind: str, args, bandwidth: float) -> list[dict]:
+    """A row for each N, format and implementation."""
     m, k = shape
     w = synthetic.weights(kind, (k, m))
     count = min(64, max(FEWEST_COPIES, math.ceil(COLD_BYTES / w.nbytes)))
     # By (format, implementation); copies of a format's weight serve all of its implementations.
-    candidates = {(DENSE, None): lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.bfloat16)}
-    candidates |= {(f, i): multiply_by(i) for f in formats for i in implementations}
-    weights = {DENSE: copies_of(w, count)} | {f: copies_of(jaxzip.compress(w, format=f), count) for f in formats}
+    dense = [DENSE, CUBLAS] if args.cublas else [DENSE]
+    candidates = {(name, None): lambda x, w: jnp.dot(x, w, preferred_element_type=jnp.bfloat16) for name in dense}
+    candidates |= {(f, i): multiply_by(i) for f in args.formats for i in args.implementations}
+    weights = dict.fromkeys(dense, copies_of(w, count))
+    weights |= {f: copies_of(jaxzip.compress(w, format=f), count) for f in args.formats}
 
     expected_us = w.nbytes / bandwidth * 1e6
     rounds = rounds_of(count, min(MOST_PRODUCTS, math.ceil(STEP_US / expected_us)))
@@ -75,52 +78,56 @@ def measure(
     def build(job):
         name, n = job
         arguments = (jax.random.normal(jax.random.key(n), (n, k), jnp.bfloat16), weights[name[0]])
-        return arguments, products(candidates[name], rounds, TRIPS).lower(*arguments).compile()
+        lowered = products(candidates[name], rounds, TRIPS).lower(*arguments)
+        return arguments, lowered.compile(compiler_options=COMPILED_WITH.get(name[0]))
 
-    jobs = [(name, n) for n in rows for name in candidates]
+    jobs = [(name, n) for n in args.n for name in candidates]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         built = dict(zip(jobs, pool.map(build, jobs)))
     found = []
-    for n in rows:
-        us = {}
+    for n in args.n:
+        us, device_us = {}, {}
         for name in candidates:
             arguments, compiled = built[name, n]
-            us[name] = median_us(compiled, arguments, launches, repeats, calls_of(launches, expected_us))
-        dense = us[DENSE, None]
+            us[name] = median_us(compiled, arguments, launches, args.repeats, calls_of(launches, expected_us))
+            if args.profile:
+                ran = device_time.kernels(functools.partial(compiled, *arguments))
+                device_us[name] = device_time.busy_us(ran) / launches
         for name, implementation in candidates:
-            z, own = weights[name][0], us[name, implementation]
-            if name == DENSE:
+            if name in dense:
                 continue
+            z, own = weights[name][0], (name, implementation)
             moved = z.nbytes + 2 * n * (m + k)
             floor = moved / bandwidth * 1e6
             if min(us.values()) < floor / 2:
                 raise RuntimeError(
                     f"M={m}, K={k}, N={n}: {us} us, memory alone takes {floor:.1f}: XLA dropped products"
                 )
-            found.append(
-                {"M": m, "K": k, "N": n, "weights": kind, "format": name, "by": implementation}
-                | {"bits": z.bits_per_weight, "us": own, "dense us": dense, "ratio": dense / own}
-                | {"TB/s": moved / own / 1e6, "floor us": floor, "share of floor": floor / own}
-            )
+            row = {"M": m, "K": k, "N": n, "weights": kind, "format": name, "by": implementation}
+            row |= {"bits": z.bits_per_weight, "us": us[own]} | {f"{d} us": us[d, None] for d in dense}
+            row |= {"ratio": us[DENSE, None] / us[own], "TB/s": moved / us[own] / 1e6}
+            row |= {"floor us": floor, "share of floor": floor / us[own]}
+            if args.profile:
+                row |= {"device us": device_us[own]} | {f"{d} device us": device_us[d, None] for d in dense}
+            found.append(row)
     return found
 
 
-def measure_decompression(
-    shape, kind: str, formats: list[str], implementations: list[str], repeats: int, bandwidth: float
-) -> list[dict]:
+def measure_decompression(shape, kind: str, args, bandwidth: float) -> list[dict]:
+    """A row for each format, order and implementation."""
     m, k = shape
     found = []
-    for name, axis in itertools.product(formats, (-1, -2)):
+    for name, axis in itertools.product(args.formats, (-1, -2)):
         w = synthetic.weights(kind, (k, m))  # of which outputs, not inputs, differ in scale
         w = w if axis == -1 else jnp.copy(w.T)
         z = jaxzip.compress(w, format=name, output_axis=axis)
         moved = z.nbytes + w.nbytes
         zs = copies_of(z, min(64, max(FEWEST_COPIES, math.ceil(COLD_BYTES / z.nbytes))))
         launches, arguments = TRIPS * len(zs), (jnp.zeros((1, 1), jnp.bfloat16), zs)
-        for implementation in implementations:
+        for implementation in args.implementations:
             decode = functools.partial(jaxzip.decompress, implementation=implementation)
             program = products(lambda _, z: decode(z), 1, TRIPS).lower(*arguments).compile()
-            us = median_us(program, arguments, launches, repeats, calls_of(launches, moved / bandwidth * 1e6))
+            us = median_us(program, arguments, launches, args.repeats, calls_of(launches, moved / bandwidth * 1e6))
             if us < moved / bandwidth * 1e6 / 2:
                 raise RuntimeError(f"M={m}, K={k}: {us} us a decompression, more than memory can do")
             found.append(
@@ -185,6 +192,8 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["real"], choices=synthetic.KINDS)
     parser.add_argument("--formats", nargs="+", default=["lane-planar"])
     parser.add_argument("--implementations", nargs="+", default=["ffi"], help="of the operations: ffi, pallas")
+    parser.add_argument("--cublas", action="store_true", help="also XLA's dot without kernels of XLA's own")
+    parser.add_argument("--profile", action="store_true", help="also the profiler's times")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--name", default="gpu_kernels", help="of the files under bench/results")
     parser.add_argument("--plot", metavar="JSON", help="only draw the plot of an earlier result")
@@ -200,15 +209,16 @@ def main() -> None:
     rows, decompression = [], []
     for kind in args.weights:
         for shape in shapes:
-            which = (args.formats, args.implementations, args.repeats, bandwidth)
-            rows += measure(shape, kind, args.n, *which)
-            decompression += measure_decompression(shape, kind, *which)
+            rows += measure(shape, kind, args, bandwidth)
+            decompression += measure_decompression(shape, kind, args, bandwidth)
             content = {
                 "setup": {
                     "weights": {name: synthetic.ABOUT[name] for name in args.weights},
                     "cold": f"{FEWEST_COPIES} copies or more, of {COLD_BYTES / 1e6:.0f} MB of dense weights or more",
                     "times": "us a launch: wall time of queued calls of a jitted loop over their launches, median",
-                    "dense": "jnp.dot(x, w[K, M]) in bf16 by XLA, its autotuning on, same run",
+                    DENSE: "jnp.dot(x, w[K, M]) in bf16 by XLA, its autotuning on, same run",
+                    CUBLAS: f"the same program compiled with {COMPILED_WITH[CUBLAS]}" if args.cublas else "not run",
+                    "device us": "a launch's, of the profiler: at least one kernel ran" if args.profile else "not run",
                     "copy bandwidth TB/s": bandwidth / 1e12,
                     "floor": "bytes of payload, x and y over the copy bandwidth",
                 },
