@@ -1,8 +1,9 @@
 // Bare CUDA benchmark of a decode step's chain (ffi/cuda/decode_chain): us a layer, all of it but attention, in a CUDA graph with a child
 // graph a layer, as XLA runs custom calls; cold weights with the exponents of real models.
 //
-//   chain_bench [n=1,8,32,64] [models=llama-3.1-8b,...] [search=12]
+//   chain_bench [n=1,8,32,64] [models=llama-3.1-8b,...] [search=12] [steady=300]
 //
+// `steady` is how many ms each timing has the same chains run before it: what a long generation gets, whose clock the power limit lowers.
 // `search` tries so many configurations of each product in the chain, one product after another, and keeps what is at least 0.5%
 // faster: configurations that are fastest alone need not be so where kernels overlap.
 #include <algorithm>
@@ -83,6 +84,8 @@ cudaGraph_t captured(cudaStream_t stream, const std::function<cudaError_t()>& la
   return graph;
 }
 
+Before before_timing;
+
 // Median us a layer, or 0 where a configuration does not fit.
 float layer_us(const Layer& layer, Buffers& buffers, const ChainOptions& options, cudaStream_t stream) {
   cudaGraph_t whole;
@@ -100,7 +103,7 @@ float layer_us(const Layer& layer, Buffers& buffers, const ChainOptions& options
     CHECK(cudaGraphDestroy(whole));
     return 0;
   }
-  return replay_microseconds(whole, stream, kLayers, kRepeats);
+  return replay_microseconds(whole, stream, kLayers, kRepeats, before_timing);
 }
 
 std::vector<MatmulConfig> to_try(const Matrix& w, int n, bool gated, size_t most) {
@@ -147,6 +150,7 @@ int main(int argc, char** argv) {
   CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const ExponentClasses classes = read_exponents("bench/cuda/exponents.json");
   const auto names = option(argc, argv, "models", "llama-3.1-8b"), most = option(argc, argv, "search", "0");
+  before_timing.steady_ms = std::stoi(option(argc, argv, "steady", "0")[0]);
   for (const Model& model : kModels) {
     if (std::find(names.begin(), names.end(), model.name) == names.end()) continue;
     const Layer layer(model, classes);
