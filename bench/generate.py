@@ -67,7 +67,7 @@ PARTS = {
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written a second by XLA's copies of 1 GiB, whose dispatch costs little against them."""
+    """Bytes read and written a second by XLA's copies of 1 GiB, one at a time: peak memory is to be the model's."""
     copy = jax.jit(lambda a: a ^ jnp.uint32(1))
     a = jax.block_until_ready(copy(jnp.zeros(1 << 28, jnp.uint32)))
     rates = []
