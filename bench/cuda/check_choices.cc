@@ -11,7 +11,7 @@ using namespace jaxzip::lane_planar;
 
 namespace {
 
-constexpr int kRows[] = {1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256};
+constexpr int kRows[] = {1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 700, 2048, 4096};
 
 Matrix shape(int m, int k, int block_words) {
   Matrix w = {};
@@ -79,6 +79,7 @@ int check_configs() {
   for (int i = 0; i < 300; ++i) {
     const int m = 1 + static_cast<int>(random() % (i % 2 ? 400 : 40000)), k = 1 + static_cast<int>(random() % (i % 3 ? 20000 : 300));
     for (const int n : kRows) {
+      if (n > kWgmmaMaxN) continue;
       ++cases;
       if (!lists_configs(m, k, n) && ++wrong <= 10) std::printf("WRONG: configurations of M%d K%d N%d\n", m, k, n);
     }

@@ -168,7 +168,7 @@ int check_kernels(const ExponentClasses& classes, const std::string& only, cudaS
     int wrong = check_decompression(p, stream), checked = 0;
     if (std::string(c.weights) != "patterns") wrong += check_invariance(p, stream);
     double worst = 0;
-    for (const int n : {1, 3, 8, 11, 16, 32, 50, 64, 100, 128, 256})
+    for (const int n : {1, 3, 8, 11, 16, 32, 50, 64, 100, 128, 256, 300, 512, 1100})
       if (c.m < 4096 || n == 8 || n == 16 || n == 64) wrong += check_products(p, n, n == 3 ? 1 : 0, only, stream, &worst, &checked);
     std::printf("check %-8s M%-5d K%-5d %.3f bits, escapes %.2f%%, overflowing blocks %.2f%%: %d kernels, worst error %.1e, %d wrong\n", c.weights,
                 c.m, c.k, p.encoded.bits_per_weight, 100 * p.encoded.escape_share, 100 * p.encoded.overflowing_blocks, checked, worst, wrong);

@@ -70,8 +70,8 @@ inline void add_wgmma_candidates(const jaxzip::lane_planar::Matrix& w, int n, st
   for (int k_groups = 1; k_groups <= groups; k_groups *= 2)
     for (int cluster = 1; cluster <= 8; ++cluster) {
       WgmmaConfig c = {k_groups, cluster, w.m_blocks()};
-      const int resident = std::min(wgmma_resident_clusters(w, n, c), w.m_blocks());
-      if (!resident) continue;
+      const int at_once = wgmma_resident_clusters(w, n, c), resident = std::min(std::max(1, at_once / wgmma_slices(n)), w.m_blocks());
+      if (!at_once) continue;
       // As few clusters as the rounds allow that those resident at once need; then whole rounds of all teams, in one or two waves.
       const int teams = groups / k_groups, rounds = (w.m_blocks() + resident - 1) / resident;
       std::vector<int> tried;

@@ -50,7 +50,7 @@ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 double modelled_us(const Matrix& w, int n, const WgmmaConfig& c) {
   const Column* column = kColumns;
-  while (column->n < n) ++column;
+  while (column->n < std::min(n, kWgmmaMaxN)) ++column;
   const int groups = wgmma_groups(n), teams = groups / c.k_groups, row_blocks = divide_up(w.m_blocks(), c.clusters);
   const int passes = divide_up(row_blocks, teams), slots = divide_up(divide_up(w.k_blocks(), c.cluster), c.k_groups);
   const int in_last_pass = row_blocks - (passes - 1) * teams;
@@ -59,7 +59,7 @@ double modelled_us(const Matrix& w, int n, const WgmmaConfig& c) {
                          (1 + kShortRing / (std::max(2, wgmma_slots(w, n, c)) - 1));
   const double stream = chunks * (row_blocks * block_bytes + passes * column->n * kBlock * 2.0) / kBytesPerUsAndSm;
   const double store = passes * (kStoreUsPerColumn * column->n * teams + (c.cluster > 1 ? kExchangeUs : 0));
-  const double waves = divide_up(c.clusters, kResident[0][c.cluster - 1]);
+  const double waves = divide_up(c.clusters * wgmma_slices(n), kResident[0][c.cluster - 1]);
   const double places = 1 + kPlaces * std::log2(teams);
   const double memory = kMemoryUs + static_cast<double>(w.m_blocks()) * w.k_blocks() * block_bytes / kBytesPerUs * places;
   return kLaunchUs + smooth_max(waves * (smooth_max(compute, stream, 5) + store) + kWaveUs * (waves - 1), memory, 6);
@@ -69,7 +69,7 @@ double modelled_us(const Matrix& w, int n, const WgmmaConfig& c) {
 template <class Visit>
 void each_modelled(const Matrix& w, int n, int also_n, int k_groups, int cluster, const Visit& visit) {
   const int teams = wgmma_groups(n) / k_groups;
-  const int resident = std::min(kResident[0][cluster - 1], w.m_blocks()), rows = divide_up(w.m_blocks(), resident);
+  const int resident = std::min(std::max(1, kResident[0][cluster - 1] / wgmma_slices(n)), w.m_blocks()), rows = divide_up(w.m_blocks(), resident);
   for (const int r : {rows, divide_up(rows, teams) * teams, std::max(1, rows / teams) * teams, teams}) {
     const WgmmaConfig c = {k_groups, cluster, divide_up(w.m_blocks(), r)};
     if (wgmma_slots(w, n, c) && wgmma_slots(w, also_n, c)) visit(modelled_us(w, n, c), c);

@@ -19,6 +19,13 @@ Epilogue from_row(const Epilogue& e, int m, int first) {
 
 static_assert(kWgmmaDealsPairs, "gated products need it");
 
+// How many of so many rows one launch takes: whole slices, and what is left as well where it is most of one.
+int rows_of_launch(int rows) {
+  rows = std::min(rows, kWgmmaMaxSlices * kWgmmaMaxN);
+  const int left = rows % kWgmmaMaxN;
+  return rows < kWgmmaMaxN || left > kWgmmaMaxN / 2 ? rows : rows - left;
+}
+
 MatmulConfig choose(const Matrix& shape, int rows, bool gated, const MatmulOptions& options) {
   // Pairs of a gated product are dealt as row blocks of half of it are, twice over.
   Matrix dealt = shape;
@@ -69,9 +76,9 @@ cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const 
   shape.block_words = kMaxBlockWords;
   if (epilogue.gated && (n > kGatedMaxN || w.m % (2 * kBlock) || epilogue.fp32_out || epilogue.bias || epilogue.residual))
     return cudaErrorInvalidValue;
-  const int most = options.batch_invariant ? kInvariantMaxN : kWgmmaMaxN;
-  for (int first = 0; first < n; first += most) {
-    const int rows = std::min(n - first, most);
+  int rows;
+  for (int first = 0; first < n; first += rows) {
+    rows = options.batch_invariant ? std::min(n - first, kInvariantMaxN) : rows_of_launch(n - first);
     const __nv_bfloat16* from = x + static_cast<size_t>(first) * w.k;
     const Epilogue to = from_row(epilogue, w.m, first);
     const bool given = options.config && !options.batch_invariant;

@@ -12,8 +12,9 @@ namespace jaxzip::lane_planar {
 // Of blocks that a CTA asks for before the kernel before has ended: less waits for memory later, more delays that kernel.
 constexpr int kEarlyBytesFew = 120 << 10, kEarlyBytes = 72 << 10;
 
-WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const WgmmaConfig& c, bool gated, int plane_bytes, int limit) {
+WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, const WgmmaConfig& c, bool gated, int plane_bytes, int limit) {
   WgmmaPlan p = {};
+  p.slices = wgmma_slices(n);
   p.k_groups = c.k_groups;
   p.teams = groups / c.k_groups;
   while (1 << p.log_k_groups < p.k_groups) ++p.log_k_groups;
@@ -79,12 +80,12 @@ const Variant* find_variant(int n, bool raw) {
       variant<Raw, 256>(),
   };
   for (const Variant& v : variants)
-    if (v.raw == raw && n <= v.n) return &v;
+    if (v.raw == raw && std::min(n, kWgmmaMaxN) <= v.n) return &v;
   return nullptr;
 }
 
-WgmmaPlan plan_for(const Matrix& w, const Variant& v, const WgmmaConfig& c, bool gated) {
-  return plan_wgmma(w, v.n, v.groups(), c, gated, v.raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes, kSharedPerSm);
+WgmmaPlan plan_for(const Matrix& w, int n, const Variant& v, const WgmmaConfig& c, bool gated) {
+  return plan_wgmma(w, n, v.n, v.groups(), c, gated, v.raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes, kSharedPerSm);
 }
 
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
@@ -116,8 +117,8 @@ struct Launch {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
 
-  Launch(const WgmmaConfig& c, int threads, int shared_bytes, bool overlap, cudaStream_t stream) {
-    config.gridDim = dim3(c.clusters * c.cluster);
+  Launch(const WgmmaConfig& c, int slices, int threads, int shared_bytes, bool overlap, cudaStream_t stream) {
+    config.gridDim = dim3(c.clusters * slices * c.cluster);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
@@ -139,11 +140,11 @@ namespace {
 
 // With `bytes` 0 if there is none.
 WgmmaPlan any_plan(const Matrix& w, int n, const WgmmaConfig& c, bool raw, bool gated = false) {
-  const Variant* v = n < 1 || n > kWgmmaMaxN ? nullptr : find_variant(n, raw);
+  const Variant* v = n < 1 || wgmma_slices(n) > kWgmmaMaxSlices ? nullptr : find_variant(n, raw);
   if (!v || c.cluster < 1 || c.cluster > 8 || c.clusters < 1 || c.clusters > w.m_blocks() >> gated || c.k_groups < 1 ||
       v->groups() % c.k_groups || w.k_blocks() / c.cluster < c.k_groups)
     return {};
-  return plan_for(w, *v, c, gated);
+  return plan_for(w, n, *v, c, gated);
 }
 
 }  // namespace
@@ -168,7 +169,7 @@ int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& c) {
       return 0;
     return sms * clusters;
   }
-  Launch launch(c, v.threads(), bytes, false, nullptr);
+  Launch launch(c, 1, v.threads(), bytes, false, nullptr);
   if (cudaOccupancyMaxActiveClusters(&clusters, v.kernel, &launch.config)) return 0;
   return clusters;
 }
@@ -178,7 +179,7 @@ cudaError_t launch_matmul_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, 
   const int bytes = wgmma_shared_bytes(w, n, c, raw, epilogue.gated);
   if (!bytes) return cudaErrorInvalidValue;
   const Variant& v = *find_variant(n, raw);
-  WgmmaArgs args = {{}, w, x, epilogue, n, overlap, XLoad::kPlain, plan_for(w, v, c, epilogue.gated)};
+  WgmmaArgs args = {{}, w, x, epilogue, n, overlap, XLoad::kPlain, plan_for(w, n, v, c, epilogue.gated)};
   if (w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
     if (!tensor_map_encoder()) return cudaErrorNotSupported;
     args.x_load = w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk;
@@ -186,7 +187,7 @@ cudaError_t launch_matmul_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, 
   }
   // A property of the function on the current device; setting it again costs nothing.
   if (const cudaError_t error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerSm)) return error;
-  Launch launch(c, v.threads(), bytes, overlap, stream);
+  Launch launch(c, args.plan.slices, v.threads(), bytes, overlap, stream);
   void* parameters[] = {&args};
   return cudaLaunchKernelExC(&launch.config, v.kernel, parameters);
 }

@@ -1,4 +1,4 @@
-// Matmul on Hopper's wgmma for n = 8..256: weights are decoded in registers and multiply x in shared memory.
+// Matmul on Hopper's wgmma from n = 8 on: weights are decoded in registers and multiply x in shared memory.
 //
 // A cluster owns row blocks; its CTAs (ranks) split K. Inside a CTA the warp groups form teams: a team works on one row block at a
 // time, and its `k_groups` warp groups take the chunks of 64 k in turn. Their partial sums are added in the CTA, in order of warp groups,
@@ -43,7 +43,8 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
   const int total = work.passes * work.slots_per_pass;
   const bool plain_x = args.x_load == XLoad::kPlain;
 
-  const uint64_t policy = ptx::read_once();
+  // What other slices will read too stays in the L2 a while.
+  const uint64_t policy = kN == kWgmmaMaxN && plan.slices > 1 ? ptx::read_again() : ptx::read_once();
   struct Cursor {
     int pass = 0, slot = 0;
   };
@@ -71,9 +72,9 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
     const uint32_t to = work.shared + at * work.x_bytes;
     const int first = work.k_begin + c.slot * plan.k_groups;
     if (plain_x)
-      load_plain_x<kN>(args, to, first, plan.k_groups, lane);
+      load_plain_x<kN>(args, to, work.first_n, first, plan.k_groups, lane);
     else if (lane == 0)
-      copy_x<kN>(args, to, work.barriers + at * kSlotBarriers + kFull, first, plan.k_groups);
+      copy_x<kN>(args, to, work.barriers + at * kSlotBarriers + kFull, work.first_n, first, plan.k_groups);
   };
 
   // The first blocks wait neither for other warps, so that this one makes the barriers that they arrive at, nor for x. More bytes than
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __g
   const WgmmaPlan& plan = args.plan;
   // By a reduction, whose result the compiler knows to be the warp's: what follows from it then costs no vector registers.
   const int warp = __reduce_max_sync(~0u, threadIdx.x >> 5), lane = threadIdx.x & 31;
-  const WgmmaWork work(args, ptx::shared_address(memory), chunk_bytes(kN));
+  const WgmmaWork work(args, ptx::shared_address(memory), kN);
   ptx::launch_dependents();
   const auto join = [&] {  // all barriers are made
     __syncthreads();

@@ -1,4 +1,4 @@
-// Host interface of the wgmma matmul: y[n, m] = x[n, k] @ W[m, k].T for n <= 256, W lane-planar or raw.
+// Host interface of the wgmma matmul: y[n, m] = x[n, k] @ W[m, k].T, W lane-planar or raw.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -8,7 +8,8 @@
 
 namespace jaxzip::lane_planar {
 
-constexpr int kWgmmaMaxN = 256;
+constexpr int kWgmmaMaxN = 256;  // of one instruction: more columns are slices of so many, each with CTAs of its own that decode for it
+constexpr int kWgmmaMaxSlices = 16;
 // The kernel gives both rows of a gated product's pair (see Epilogue) to one thread, the gate's first.
 constexpr bool kWgmmaDealsPairs = true;
 
@@ -19,11 +20,13 @@ struct WgmmaConfig {
   int slots = 0;  // of the ring, 3..16; 0: as many as fit
 };
 
+constexpr int wgmma_slices(int n) { return (n + kWgmmaMaxN - 1) / kWgmmaMaxN; }
+
 // Warp groups of a CTA that multiply, each 64 rows at a time.
 constexpr int wgmma_groups(int n) { return n <= 128 ? 4 : 2; }
 
 // The configuration for this shape: measured on an H200, else by a model fitted to its 132 SMs. There is one for every m, k >= 1 and
-// n in 1..256. Asks nothing of the driver. `chained`: for kernels that overlap.
+// n of at most kWgmmaMaxSlices. Asks nothing of the driver. `chained`: for kernels that overlap.
 WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained = false);
 
 // One configuration for every n in 1..64: the order of summation depends on m and k only, so a column's bits do not depend on n.

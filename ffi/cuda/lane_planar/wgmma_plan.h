@@ -8,6 +8,7 @@ struct WgmmaPlan {
   int k_groups, teams, log_k_groups, log_teams;
   int cluster;     // CTAs that share a row block, each with its part of K
   int clusters;
+  int slices;      // of the columns; as many clusters, one behind the other, read the same row blocks
   int row_blocks;  // of the clusters with most, or pairs of them
   int gated, half;  // 1: row blocks are dealt in pairs, of a gate's and the one half further down, which is a team's next pass
   int chunks, k_longer;  // chunks of 64 k of a rank; the first k_longer ranks have one more
@@ -38,7 +39,7 @@ constexpr int kBarrierBytes = kIdle + 16;
 __host__ __device__ constexpr int chunk_bytes(int instruction_n) { return instruction_n * kBlock * 2; }
 
 // For `groups` warp groups that multiply. `bytes` is 0 if it does not fit into `limit`.
-WgmmaPlan plan_wgmma(const Matrix& w, int instruction_n, int groups, const WgmmaConfig& config, bool gated, int plane_bytes,
+WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, const WgmmaConfig& config, bool gated, int plane_bytes,
                      int limit);
 
 }  // namespace jaxzip::lane_planar

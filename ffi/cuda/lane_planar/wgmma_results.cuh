@@ -58,7 +58,7 @@ class Results {
     return FourRows(args_.epilogue, args_.w.m, row_block_of(pass) * kBlock + stored_tile() * kTileRows + row, shifts);
   }
   __device__ __forceinline__ void store_item(int column_group, const FourRows& rows, bool fours, float4 sum) const {
-    const int n = 8 * column_group + 2 * (lane_ & 3) + ((lane_ >> 2) & 1);
+    const int n = work_.first_n + 8 * column_group + 2 * (lane_ & 3) + ((lane_ >> 2) & 1);
     sum = transpose_rows(sum, lane_);
     if (n >= args_.n) return;
     if (kN <= kGatedMaxN && args_.epilogue.gated)
@@ -180,8 +180,8 @@ class Results {
     const uint32_t put = lines + column * 128 + (((2 * tile_ + ((lane_ >> 3) & 1)) ^ (lane_ & 7)) << 4);
     const int taken = 4 * tile_ + (lane_ >> 3), piece = lane_ & 7;
     const uint32_t take = lines + taken * 128 + ((piece ^ (taken & 7)) << 4);
-    const int columns = first_row + 8 * piece < args_.w.m ? args_.n : 0;
-    __nv_bfloat16* y = static_cast<__nv_bfloat16*>(e.y) + static_cast<size_t>(taken) * args_.w.m + first_row + 8 * piece;
+    const int columns = first_row + 8 * piece < args_.w.m ? args_.n - work_.first_n : 0;
+    __nv_bfloat16* y = static_cast<__nv_bfloat16*>(e.y) + static_cast<size_t>(work_.first_n + taken) * args_.w.m + first_row + 8 * piece;
 #pragma unroll
     for (int n = 0; n < kN; n += kColumnsAtOnce) {
       sync_group();  // all have read their planes, or the lines before

@@ -9,11 +9,16 @@ namespace jaxzip::lane_planar {
 // What all warps of a CTA know of their work.
 struct WgmmaWork {
   int rank, cluster, k_begin, chunks, row_blocks, slots_per_pass, passes;  // row_blocks of a gated product are pairs
+  int first_n = 0;                                                         // of its columns
   uint32_t shared, barriers, block_bytes, x_bytes;  // x_bytes of a slot
 
-  __device__ __forceinline__ WgmmaWork(const WgmmaArgs& args, uint32_t shared, int chunk_bytes)
+  __device__ __forceinline__ WgmmaWork(const WgmmaArgs& args, uint32_t shared, int instruction_n)
       : rank(ptx::cluster_rank()), cluster(ptx::cluster_index()), shared(shared) {
     const WgmmaPlan& plan = args.plan;
+    if (instruction_n == kWgmmaMaxN) {
+      first_n = cluster % plan.slices * kWgmmaMaxN;
+      cluster /= plan.slices;
+    }
     k_begin = rank * plan.chunks + min(rank, plan.k_longer);
     chunks = plan.chunks + (rank < plan.k_longer);  // at least k_groups
     row_blocks = plan.row_blocks - (cluster + (plan.row_blocks - 1) * plan.clusters >= (args.w.m_blocks() >> plan.gated));
@@ -21,7 +26,7 @@ struct WgmmaWork {
     passes = (row_blocks + plan.teams - 1) >> plan.log_teams << plan.gated;
     barriers = shared + plan.barriers;
     block_bytes = args.w.block_words * 4;
-    x_bytes = plan.k_groups * chunk_bytes;
+    x_bytes = plan.k_groups * chunk_bytes(instruction_n);
   }
   __device__ __forceinline__ int row_block_of(const WgmmaPlan& plan, int team, int pass) const {
     return cluster + (team + (pass >> plan.gated) * plan.teams) * plan.clusters + (pass & plan.gated ? plan.half : 0);
