@@ -11,7 +11,7 @@ from flax import nnx
 from jaxzip.models import decode_attention
 from jaxzip.models.config import DecoderConfig
 from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here, with_gradient_of
-from jaxzip.models.layers import Linear, norm, softcap
+from jaxzip.models.layers import Linear, norm, rms_normed, softcap
 from jaxzip.models.rope import rotate
 
 #: Queries are taken in blocks of this many, so that scores need [B, H, QUERY_BLOCK, T] and not [B, H, S, T].
@@ -72,11 +72,9 @@ class Attention(nnx.Module):
     def project(self, x: jax.Array, *, execution: Execution = DEFAULT) -> jax.Array:
         """``x[B, S, hidden]`` to the heads' queries, then keys, then values, ``[B, S, (H + 2 KVH) * head_dim]``."""
         if hasattr(self, "qkv_proj"):
-            qkv = self.qkv_proj(x, execution=execution)
-        else:
-            parts = (self.q_proj, self.k_proj, self.v_proj)
-            qkv = jnp.concatenate([part(x, execution=execution) for part in parts], axis=-1)
-        return self.norm_heads(qkv, execution=execution)
+            return self.qkv_proj(x, execution=execution)
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        return jnp.concatenate([part(x, execution=execution) for part in parts], axis=-1)
 
     def norm_heads(self, qkv: jax.Array, *, execution: Execution = DEFAULT) -> jax.Array:
         """``qkv`` with each head's queries and keys behind their norms, in families that have these."""
@@ -93,29 +91,45 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """All between ``project`` and ``o_proj``: ``[B, S, H * head_dim]`` and the updated keys and values."""
         config = self.config
-        scores = {"divisor": config.query_divisor, "window": self.window}
-        xla = functools.partial(_append_and_attend, num_heads=config.num_heads, cap=config.attn_softcap, **scores)
-        operands = (qkv, *rotation, keys, values, start, end)
-        single = qkv.shape[1] == 1
+        scores = {"divisor": config.query_divisor, "window": self.window, "cap": config.attn_softcap}
+        xla = functools.partial(_append_and_attend, num_heads=config.num_heads, **scores)
+        operands = (*rotation, keys, values, start, end)
         has_kernel = decode_attention.supported(config.head_dim, config.dtype) and gpu_is_here()
-        if has_kernel and config.attn_softcap is None and (single or execution.batch_invariant):
-            if single:
-                kernel = functools.partial(_kernel_for_one, batch_invariant=execution.batch_invariant, **scores)
-            else:
-                kernel = functools.partial(_kernel_for_each, num_heads=config.num_heads, **scores)
+        if has_kernel and qkv.shape[1] == 1:
+            scales, head_norm = self._head_norm()
+            kernel = functools.partial(
+                _kernel_for_one, batch_invariant=execution.batch_invariant, head_norm=head_norm, **scores
+            )
+            xla = functools.partial(xla, head_norm=head_norm)
             kernel = with_gradient_of(xla, kernel)
-            return jax.lax.platform_dependent(*operands, cuda=kernel, default=xla)
+            return jax.lax.platform_dependent(qkv, *operands, *scales, cuda=kernel, default=xla)
+        qkv = self.norm_heads(qkv, execution=execution)
+        if has_kernel and execution.batch_invariant:
+            kernel = functools.partial(_kernel_for_each, num_heads=config.num_heads, **scores)
+            kernel = with_gradient_of(xla, kernel)
+            return jax.lax.platform_dependent(qkv, *operands, cuda=kernel, default=xla)
         if execution.batch_invariant and gpu_is_here():
             raise NotImplementedError(
-                f"batch_invariant: the attention kernel lacks head_dim={config.head_dim}, dtype={config.dtype}, "
-                f"attn_softcap={config.attn_softcap}, and XLA's sums depend on the batch's longest sequence"
+                f"batch_invariant: the attention kernel lacks head_dim={config.head_dim}, dtype={config.dtype}, and "
+                "XLA's sums depend on the batch's longest sequence"
             )
-        return xla(*operands)
+        return xla(qkv, *operands)
+
+    def _head_norm(self) -> tuple[tuple[jax.Array, ...], decode_attention.HeadNorm | None]:
+        """Scales of queries' and keys' norm, and the norm; in families without none."""
+        if not self.config.qk_norm:
+            return (), None
+        scales = self.q_norm.scale.get_value(), self.k_norm.scale.get_value()
+        return scales, decode_attention.HeadNorm(self.q_norm.eps, self.q_norm.offset)
 
 
-def _append_and_attend(qkv, cos, sin, keys, values, start, end, *, num_heads, divisor=None, window=None, cap=None):
+def _append_and_attend(
+    qkv, cos, sin, keys, values, start, end, *scales, num_heads, divisor=None, window=None, cap=None, head_norm=None
+):
     """``[B, S, (H + 2 KVH) * D]`` to ``[B, S, H * D]`` and the updated cache."""
     q, k, v = _heads(qkv, num_heads, keys)
+    if head_norm:
+        q, k = (rms_normed(x, scale, head_norm.eps, head_norm.offset) for x, scale in zip((q, k), scales, strict=True))
     keys, values = _append(rotate(k, cos, sin), v, keys, values, end)
     out = attend(rotate(q, cos, sin), keys, values, start, end, divisor=divisor, window=window, cap=cap)
     return out.reshape(*qkv.shape[:2], -1), keys, values
@@ -132,10 +146,9 @@ def _append(k, v, keys, values, end):
     return keys, jax.lax.dynamic_update_slice(values, v.swapaxes(1, 2), (0, 0, end, 0))
 
 
-def _kernel_for_one(qkv, cos, sin, keys, values, start, end, *, batch_invariant=False, interpret=False, **scores):
-    options = {"append": True, "batch_invariant": batch_invariant, "interpret": interpret, **scores}
+def _kernel_for_one(qkv, cos, sin, keys, values, start, end, *scales, **options):
     out, keys, values = decode_attention.decode_attention(
-        qkv[:, 0], cos[:, 0], sin[:, 0], keys, values, start, end[None], **options
+        qkv[:, 0], cos[:, 0], sin[:, 0], keys, values, start, end[None], *scales, append=True, **options
     )
     return out[:, None], keys, values
 

@@ -14,6 +14,7 @@ It is written for Pallas' Triton backend; where a JAX has none, ``supported`` is
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -32,17 +33,26 @@ CHUNKS = ((256, (1024, 2)), (32, (256, 3)), (0, (128, 3)))
 FIXED = (128, 3)
 #: What CUDA allows as the third size of a grid.
 MAX_ROWS = 65535
-#: Slots that a program has in one step of its loop.
-BLOCK = 64
+#: Elements of keys that a program has in one step of its loop; stages of these fit an H200's shared memory.
+BLOCK_ELEMENTS = 64 * 128
+#: Slots of such a block at most.
+MOST_SLOTS = 64
 #: Chunks whose sums are put together at a time.
 GATHER = 16
 #: Stands for minus infinity where two are subtracted.
 _LOW = -1e30
 #: Least number of rows of a matrix product on Tensor Cores.
 _MIN_ROWS = 16
-#: Largest head that was measured; blocks of larger ones do not fit the pipeline's shared memory.
-_MAX_HEAD_DIM = 128
+_MAX_HEAD_DIM = 256
 _DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadNorm:
+    """RMSNorm of each head's queries and keys, see ``layers.RMSNorm``."""
+
+    eps: float
+    offset: float
 
 
 def supported(head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
@@ -59,11 +69,13 @@ def decode_attention(
     values: jax.Array,
     start: jax.Array,
     own: jax.Array,
-    *,
+    *scales: jax.Array,
     append: bool,
     batch_invariant: bool = False,
     divisor: float | None = None,
     window: int | None = None,
+    cap: float | None = None,
+    head_norm: HeadNorm | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attends with one query a row to the row's slots of the cache, the query's own slot included.
@@ -77,6 +89,9 @@ def decode_attention(
       batch_invariant: a row's result must not depend on the number of rows: chunks have one length.
       divisor: of the scores, by default ``sqrt(D)``.
       window: a query sees the last ``window`` slots only, its own included.
+      cap: of the scores, see ``layers.softcap``.
+      head_norm: with ``append``: queries and new keys stand for what this norm makes of them, before they are rotated.
+      scales: of that norm, ``[D]`` each: queries' and keys'.
       append: ``N == B``, and the new keys and values go into the cache first. Otherwise they are there already.
       interpret: run on any device, slowly.
 
@@ -95,21 +110,21 @@ def decode_attention(
     shapes = {
         "group": group, "kv_heads": kv_heads, "queries": rows // batch, "chunk_slots": chunk, "window": window,
     }  # fmt: skip
-    divisor = math.sqrt(head_dim) if divisor is None else divisor
+    scores = {"divisor": math.sqrt(head_dim) if divisor is None else divisor, "cap": cap}
     out = jax.ShapeDtypeStruct((rows, kv_heads, group, head_dim), qkv.dtype)
     each = jax.ShapeDtypeStruct((rows, kv_heads, group, chunks), jnp.float32)
     sums = jax.ShapeDtypeStruct((rows, kv_heads, chunks, group, head_dim), jnp.float32)
     results = [out] if chunks == 1 else [sums, each, each]
     cache = [jax.ShapeDtypeStruct(keys.shape, keys.dtype)] * 2 if append else []
     found = pl.pallas_call(
-        functools.partial(_attend_chunk, append=append, results=len(results), divisor=divisor, **shapes),
+        functools.partial(_attend_chunk, append=append, results=len(results), head_norm=head_norm, **scores, **shapes),
         grid=(chunks, kv_heads, rows),
         out_shape=(*results, *cache),
         input_output_aliases={5 + i: len(results) + i for i in range(len(cache))},
         interpret=interpret,
         **_compiler(interpret, num_warps=4, num_stages=stages),
         name="decode_attention",
-    )(start, own, qkv, cos, sin, keys, values)
+    )(start, own, qkv, cos, sin, keys, values, *scales)
     results, updated = found[: len(results)], found[len(results) :]
     if chunks > 1:
         out = pl.pallas_call(
@@ -137,15 +152,17 @@ def _slots(start_ref, own_ref, queries, window):
 
 
 def _attend_chunk(
-    start_ref, own_ref, qkv_ref, cos_ref, sin_ref, keys_ref, values_ref, *written,
-    append, results, divisor, group, kv_heads, queries, chunk_slots, window,
+    start_ref, own_ref, qkv_ref, cos_ref, sin_ref, keys_ref, values_ref, *others,
+    append, results, divisor, cap, head_norm, group, kv_heads, queries, chunk_slots, window,
 ):  # fmt: skip
-    results, cache = written[:results], written[results:]
+    scales, others = (others[:2], others[2:]) if head_norm else ((None, None), others)
+    results, cache = others[:results], others[results:]
     chunk, head = pl.program_id(0), pl.program_id(1)
     row, sequence, start, own = _slots(start_ref, own_ref, queries, window)
     first = start + chunk * chunk_slots
 
     head_dim, dtype = keys_ref.shape[-1], keys_ref.dtype
+    block = min(MOST_SLOTS, BLOCK_ELEMENTS // head_dim)
     half, rows = head_dim // 2, max(_MIN_ROWS, pl.next_power_of_2(group))
     each, feature = jnp.arange(rows, dtype=jnp.int32), jnp.arange(head_dim, dtype=jnp.int32)
     whole, members, inside = pl.ds(0, head_dim), pl.ds(0, rows), each < group
@@ -162,27 +179,42 @@ def _attend_chunk(
         cos = _load(cos_ref, (row, feature % half), feature >= 0)
         sin = _load(sin_ref, (row, feature % half), feature >= 0) * jnp.where(feature < half, -1.0, 1.0)
 
-        def rotated(at, inside):
+        def rotated(at, inside, scale_ref):
+            opposite = (feature + half) % head_dim
             this = _wide(_load(qkv_ref, (row, at + feature), inside))
-            other = _wide(_load(qkv_ref, (row, at + (feature + half) % head_dim), inside))
+            other = _wide(_load(qkv_ref, (row, at + opposite), inside))
+            if head_norm:
+                inverse_rms = jax.lax.rsqrt(jnp.sum(this * this, axis=-1) / head_dim + head_norm.eps)
+                inverse_rms = inverse_rms[:, None] if this.ndim == 2 else inverse_rms
+
+                def normed(x, features):
+                    scale = _wide(_load(scale_ref, (features,), features >= 0))
+                    factor = scale + head_norm.offset if head_norm.offset else scale
+                    return _wide((x * inverse_rms * factor).astype(dtype))
+
+                this, other = normed(this, feature), normed(other, opposite)
             return (this * cos + other * sin).astype(dtype)
 
-        query = rotated((head * group + each)[:, None] * head_dim, of_heads)
+        def scored(products):
+            scores = products / divisor
+            return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+        query = rotated((head * group + each)[:, None] * head_dim, of_heads, scales[0])
         if append:
             new = (kv_heads * group + head) * head_dim
-            new_key = rotated(new, feature >= 0)
+            new_key = rotated(new, feature >= 0, scales[1])
             new_value = qkv_ref[row, pl.ds(new + kv_heads * head_dim, head_dim)]
         last = own if append else own + 1
         used = jnp.minimum(last - first, chunk_slots)
 
         def add(i, carry):
             before, total, sums = carry
-            at = first + i * BLOCK
-            stored = at + jnp.arange(BLOCK, dtype=jnp.int32) < last
-            window = (sequence, head, pl.ds(at, BLOCK), whole)
+            at = first + i * block
+            stored = at + jnp.arange(block, dtype=jnp.int32) < last
+            window = (sequence, head, pl.ds(at, block), whole)
             key = _load(keys_ref, window, stored[:, None])
             value = _load(values_ref, window, stored[:, None])
-            scores = jnp.where(stored[None, :], _dot(query, key, trans_b=True) / divisor, -jnp.inf)
+            scores = jnp.where(stored[None, :], scored(_dot(query, key, trans_b=True)), -jnp.inf)
             largest = jnp.maximum(before, jnp.max(scores, axis=1))
             kept, weights = jnp.exp(before - largest), jnp.exp(scores - largest[:, None])
             sums = sums * kept[:, None] + _dot(weights.astype(dtype), value)
@@ -193,11 +225,11 @@ def _attend_chunk(
             jnp.zeros(rows, jnp.float32),
             jnp.zeros((rows, head_dim), jnp.float32),
         )
-        largest, total, sums = jax.lax.fori_loop(0, pl.cdiv(used, BLOCK), add, begin)
+        largest, total, sums = jax.lax.fori_loop(0, pl.cdiv(used, block), add, begin)
         if append:
             is_here = own < first + chunk_slots
             # The slot that this step fills: one more score, and its value times its weight.
-            score = jnp.sum(_wide(query) * _wide(new_key)[None, :], axis=1) / divisor
+            score = scored(jnp.sum(_wide(query) * _wide(new_key)[None, :], axis=1))
             score = jnp.where(is_here, score, _LOW)
             before, largest = largest, jnp.maximum(largest, score)
             kept, weight = jnp.exp(before - largest), jnp.exp(score - largest)

@@ -123,7 +123,6 @@ def run_link(
     Returns:
       The layer's result ``[B, 1, D]``, its projection ``[B, 1, M]`` and the updated keys and values.
     """
-    qkv = layer.attn.norm_heads(qkv, execution=execution)
     out, keys, values = layer.attn.append_and_attend(qkv, rotation, keys, values, start, end, execution=execution)
 
     def chain(layer, norm, projection, out, x):

@@ -180,16 +180,21 @@ class RMSNorm(nnx.Module):
             return rms_norm.rms_norm(rows, scale, self.eps, offset=self.offset)
 
         def xla(rows, scale):
-            wide = rows.astype(jnp.float32)
-            inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-            factor = scale.astype(jnp.float32)
-            return (wide * inverse_rms * (factor + self.offset if self.offset else factor)).astype(x.dtype)
+            return rms_normed(rows, scale, self.eps, self.offset)
 
         few = rows.shape[0] <= _FEW_ROWS or execution.batch_invariant
         if few and rms_norm.supported(x.shape[-1]) and gpu_is_here():
             kernel = with_gradient_of(xla, kernel)
             return jax.lax.platform_dependent(rows, scale, cuda=kernel, default=xla).reshape(x.shape)
         return xla(rows, scale).reshape(x.shape)
+
+
+def rms_normed(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
+    """What :class:`RMSNorm` computes, by XLA."""
+    wide = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    factor = scale.astype(jnp.float32)
+    return (wide * inverse_rms * (factor + offset if offset else factor)).astype(x.dtype)
 
 
 def norm(config: DecoderConfig, features: int | None = None) -> RMSNorm:

@@ -21,6 +21,7 @@ from jaxzip.models import (
     random_params,
 )
 from jaxzip.models.attention import _append_and_attend, _kernel_for_each, _kernel_for_one
+from jaxzip.models.decode_attention import HeadNorm
 
 import jaxzip
 
@@ -87,9 +88,9 @@ def test_logits_are_those_of_the_cpu():
         assert error < 0.05, (config.model_type, error)
 
 
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[6]], ids=[NAMES[0], NAMES[6]])
-def test_tokens_do_not_depend_on_the_batch(config):
-    encoded, rng = model(config, "lane-planar"), np.random.default_rng(0)
+@pytest.mark.parametrize("index", [0, 2, 3, 4, 6], ids=NAMES.__getitem__)
+def test_tokens_do_not_depend_on_the_batch(index):
+    encoded, rng = model(CONFIGS[index], "lane-planar"), np.random.default_rng(0)
     prompts = [rng.integers(0, 500, length).tolist() for length in rng.integers(1, 60, 7)]
     options = {"max_new_tokens": 24, "return_logits": True, "batch_invariant": True, "eos": ()}
     together, alone = generate(encoded, prompts, **options), generate(encoded, [prompts[3]], **options)
@@ -115,6 +116,32 @@ def test_windows_in_attentions_kernels(length, window):
     out = jax.jit(lambda *a: kernel(*a, **each, **options)[0])(*arguments)
     expected = jax.jit(lambda *a: _append_and_attend(*a, num_heads=heads, **options)[0])(*arguments)
     np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=0.03)
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize(
+    ("length", "head_norm"), [(1, None), (1, HeadNorm(1e-6, 0.0)), (1, HeadNorm(1e-6, 1.0)), (40, None)]
+)
+@pytest.mark.parametrize("batch", [1, 40])
+def test_heads_norms_and_caps_in_attentions_kernels(batch, length, head_norm, head_dim, cap):
+    keys, heads, kv_heads, slots = jax.random.split(jax.random.key(0), 5), 8, 2, 1500
+    draw = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)  # noqa: E731
+    angles = jax.random.normal(keys[0], (batch, length, head_dim // 2))
+    qkv = 3 * draw(keys[1], batch, length, (heads + 2 * kv_heads) * head_dim)
+    cache = [draw(key, batch, kv_heads, slots, head_dim) for key in keys[2:4]]
+    start = jnp.arange(batch, dtype=jnp.int32) * 20
+    scales = tuple(1 + 0.5 * draw(keys[4], 2, head_dim)) if head_norm else ()
+    arguments = (qkv, jnp.cos(angles), jnp.sin(angles), *cache, start, jnp.int32(1400), *scales)
+    options = {"cap": cap} | ({"head_norm": head_norm} if head_norm else {})
+    each = {} if length == 1 else {"num_heads": heads}
+    kernel = _kernel_for_one if length == 1 else _kernel_for_each
+    out, new_keys, _ = jax.jit(lambda *a: kernel(*a, **each, **options))(*arguments)
+    expected, other_keys, _ = jax.jit(lambda *a: _append_and_attend(*a, num_heads=heads, **options))(*arguments)
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=0.05)
+    np.testing.assert_allclose(
+        np.asarray(new_keys, np.float32), np.asarray(other_keys, np.float32), rtol=0.01, atol=1e-5
+    )
 
 
 def test_only_experts_that_have_rows_are_read():

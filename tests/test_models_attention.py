@@ -1,5 +1,6 @@
 """The GPU's kernels of attention and norm in interpret mode against XLA's, and what they do not depend on."""
 
+import contextlib
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jaxzip.models import decode_attention
 from jaxzip.models.attention import QUERY_BLOCK, _append_and_attend, _kernel_for_each, _kernel_for_one
-from jaxzip.models.decode_attention import FIXED, GATHER, supported
+from jaxzip.models.decode_attention import FIXED, GATHER, HeadNorm, supported
 from jaxzip.models.execution import with_gradient_of
 from jaxzip.models.layers import RMSNorm
 from jaxzip.models.rms_norm import rms_norm
@@ -54,6 +55,26 @@ def test_one_query_a_row(monkeypatch, long, batch, heads, kv_heads, head_dim, sl
     np.testing.assert_allclose(np.asarray(keys, np.float32), np.asarray(cache[0], np.float32), rtol=0.01, atol=1e-6)
     untouched = np.arange(slots) != end
     assert np.array_equal(bits(keys)[:, :, untouched], bits(arguments[3])[:, :, untouched])
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+def test_large_heads_their_norms_and_capped_scores(cap, offset):
+    batch, heads, kv_heads, head_dim, slots = 2, 4, 2, 256, 300
+    qkv, *others = case(batch, heads, kv_heads, head_dim, slots)
+    head_norm = None if offset is None else HeadNorm(1e-6, offset)
+    scales = () if offset is None else 1 + 0.5 * jax.random.normal(jax.random.key(1), (2, head_dim), jnp.bfloat16)
+    arguments = (7 * qkv, *others, jnp.array([0, 140], jnp.int32), jnp.int32(290), *scales)
+    options = {"cap": cap, "head_norm": head_norm, "divisor": 24.0}
+    out, keys, values = one(*arguments, **options)
+    expected, *cache = jax.jit(functools.partial(_append_and_attend, num_heads=heads, **options))(*arguments)
+    wide = [np.asarray(a, np.float32) for a in (out, expected, keys, cache[0])]
+    np.testing.assert_allclose(*wide[:2], rtol=0.02, atol=0.02 if offset is None else 0.01)
+    np.testing.assert_allclose(*wide[2:], rtol=0.01, atol=1e-6)
+    assert np.array_equal(bits(values), bits(cache[1]))
+    # Each option counts.
+    without = jax.jit(functools.partial(_append_and_attend, num_heads=heads, divisor=24.0))(*arguments[:7])
+    assert (options["cap"] or head_norm) is None or np.abs(wide[1] - np.asarray(without[0], np.float32)).max() > 0.1
 
 
 def test_every_query_for_itself():
@@ -117,5 +138,27 @@ def test_gradients_are_those_of_xla():
 
 
 def test_what_the_kernel_takes():
-    assert supported(128, "bfloat16") and supported(64, "float16")
+    assert supported(256, "bfloat16") and supported(64, "float16")
     assert not supported(80, "bfloat16") and not supported(16, "bfloat16") and not supported(64, "float32")
+
+
+def on_an_absent_gpu():
+    """A mesh of it, for JAX versions whose Triton backend asks what it compiles for."""
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice("NVIDIA H200", num_cores=132, platform="cuda")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_lowers_for_a_gpu(head_dim):
+    qkv, cos, sin, keys, values = case(2, 4, 2, head_dim, 600)
+    arguments = (qkv[:, 0], cos[:, 0], sin[:, 0], keys, values, jnp.zeros(2, jnp.int32), jnp.array([590], jnp.int32))
+    arguments += (*jnp.ones((2, head_dim), jnp.bfloat16),)
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments]
+    options = {"append": True, "cap": 50.0, "head_norm": HeadNorm(1e-6, 1.0)}
+    attend = jax.jit(functools.partial(decode_attention.decode_attention, **options))
+    with on_an_absent_gpu():
+        text = attend.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "decode_attention" in text and "gather_attention" in text
