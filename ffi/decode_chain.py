@@ -16,10 +16,12 @@ from jaxzip.ops.decode_chain import OP, ChainWeights
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 FORMATS = ("lane-planar", "raw")
-#: Most rows for which SwiGLU is part of its product, where the intermediate size is a multiple of ``GATED_STEP``.
+#: Most rows for which the activation is part of its product, where the intermediate size is a multiple of the second.
 GATED_ROWS, GATED_STEP = 64, 64
 #: Results of the custom call, in their order: what goes from kernel to kernel, then the products of the tail.
 RESULTS = ("x1", "h1", "gu", "act", "x2", "h2", "y")
+#: Its results behind these where there are norms behind ``o_proj`` and ``down_proj``: the products before the norms.
+PRODUCTS_BEHIND = ("o", "d")
 
 
 def register_decode_chain(check_device, rows: int, priority: int) -> None:
@@ -36,9 +38,13 @@ def chain_results(
     mlp_eps: float,
     tail_eps: float,
     out_dtype: jnp.dtype,
-    batch_invariant: bool,
+    o_eps: float = 0.0,
+    down_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    activation: str = "silu",
+    batch_invariant: bool = False,
 ) -> dict[str, jax.Array]:
-    """All that the kernels write, by the names in ``RESULTS``; ``gu`` is empty where SwiGLU is part of its product.
+    """All that the kernels write, by name; ``gu`` is empty where the activation is part of its product.
 
     Arguments are those of :func:`jaxzip.ops.decode_chain.decode_chain`. Raw weights go through the same kernels, after
     XLA has brought them into fragment order: the control of exactness.
@@ -52,6 +58,8 @@ def chain_results(
     shapes = [(n, hidden), (n, hidden), (n, products), (n, intermediate), (n, hidden), (n, hidden)]
     results = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     results.append(jax.ShapeDtypeStruct((n, weights.tail.matrix_shape[0]), out_dtype))
+    behind = weights.o_scale is not None
+    results += [jax.ShapeDtypeStruct((n, hidden), jnp.bfloat16) for _ in PRODUCTS_BEHIND if behind]
     operands = [operand for w in weights.matrices for operand in _operands(w)]
     found = call_with_results(
         "jaxzip_decode_chain",
@@ -59,16 +67,19 @@ def chain_results(
         attended,
         residual,
         *operands,
-        weights.mlp_scale,
-        weights.tail_scale,
+        *weights.scales,
         vmap_method="sequential",
         intermediate=np.int64(intermediate),
         mlp_eps=np.float32(mlp_eps),
         tail_eps=np.float32(tail_eps),
+        o_eps=np.float32(o_eps),
+        down_eps=np.float32(down_eps),
+        norm_offset=np.float32(norm_offset),
+        gelu_tanh=activation == "gelu_tanh",
         batch_invariant=batch_invariant,
         raw=weights.tail.format == "raw",
     )
-    return dict(zip(RESULTS, found, strict=True))
+    return dict(zip(RESULTS + PRODUCTS_BEHIND if behind else RESULTS, found, strict=True))
 
 
 def _chain(attended, residual, weights, **options):
@@ -89,7 +100,7 @@ def _check(attended, residual, weights, *, out_dtype, batch_invariant, check_dev
         raise NotImplementedError(f"the chain's weights must all be {' or all '.join(FORMATS)}, not {sorted(formats)}")
     if any(w.output_axis != KERNEL_AXIS for w in weights.matrices):
         raise NotImplementedError("the chain contracts along K; a tensor's first axis is its output axis: use w.T")
-    arrays = (attended, residual, *weights)
+    arrays = (attended, residual, *weights.matrices, *weights.scales)
     if dtypes := {a.dtype.name for a in arrays} - {"bfloat16"}:
         raise NotImplementedError(f"the chain takes bfloat16, not {sorted(dtypes)}")
     if out_dtype not in (jnp.bfloat16, jnp.float32):

@@ -3,6 +3,7 @@
     embed, norm, qkv | attention | chain of layer 0 | attention | chain of layer 1 | ... | attention | last chain
                                    o, norm, gate_up, SwiGLU, down, norm, next qkv            ..., final norm, head
 
+Gemma's layers have GELU in place of SwiGLU, and norms behind o and down, each one kernel with the norm that follows.
 Kernels of one call overlap: each starts while the one before ends, and asks for its weights meanwhile. XLA starts a
 kernel when the one before has ended, which costs some microseconds at every one of them.
 """
@@ -31,30 +32,42 @@ Projection = Linear | Embedding
 def applies(model: nnx.Module, rows: int, execution: Execution) -> bool:
     """Whether a GPU would decode ``rows`` sequences in chains.
 
-    It takes Llama's layers (no biases, no norms behind attention or MLP, SwiGLU) with fused projections, in bfloat16,
-    all weights compressed in one format, and a backend that has the chain.
+    It takes Llama's and Gemma's layers (no biases, a gated MLP, norms before attention and MLP or on both sides) with
+    fused projections, in bfloat16, all weights compressed in one format, and a backend that has the chain.
     """
     if not execution.chain or execution.implementation not in (None, "ffi") or model.config.dtype != "bfloat16":
         return False
     layers = list(model.layers)
-    norms = [model.final_norm, *(norm for layer in layers for norm in (layer.input_norm, layer.post_attn_norm))]
-    if not all(_is_llamas(layer) for layer in layers) or any(norm.offset for norm in norms):
+    if not all(_has_the_form(layer) for layer in layers):
         return False
     links = zip(layers, _following(model), strict=True)
     return all(_fits(layer, norm, projection, rows, execution) for layer, (norm, projection) in links)
 
 
-def _is_llamas(layer: nnx.Module) -> bool:
-    from jaxzip.models.llama import Block  # built on the decoder, which is built on this
+def _has_the_form(layer: nnx.Module) -> bool:
+    from jaxzip.models.gemma2 import GemmaBlock  # these are built on the decoder, which is built on this
+    from jaxzip.models.llama import Block
 
-    if type(layer).__call__ is not Block.__call__ or type(layer.mlp) is not MLP or layer.mlp.activation != "silu":
+    if type(layer).__call__ not in (Block.__call__, GemmaBlock.__call__) or type(layer.mlp) is not MLP:
         return False
     fused = hasattr(layer.attn, "qkv_proj") and hasattr(layer.mlp, "gate_up_proj")
     return fused and not hasattr(layer.attn.qkv_proj, "bias")
 
 
+def _mlp_norm(layer: nnx.Module) -> RMSNorm:
+    """The norm before the MLP."""
+    return layer.pre_mlp_norm if _norms_behind(layer) else layer.post_attn_norm
+
+
+def _norms_behind(layer: nnx.Module) -> tuple[RMSNorm, ...]:
+    """The norms behind attention and behind the MLP, of layers that have them."""
+    return (layer.post_attn_norm, layer.post_mlp_norm) if hasattr(layer, "post_mlp_norm") else ()
+
+
 def _fits(layer: nnx.Module, norm: RMSNorm, projection: Projection, rows: int, execution: Execution) -> bool:
     weights = _weights(layer, norm, projection)
+    if len({n.offset for n in (_mlp_norm(layer), norm, *_norms_behind(layer))}) > 1:
+        return False
     if not all(isinstance(w, CompressedTensor) for w in weights.matrices):
         return False
     if execution.implementation is None and any(w.format == "raw" for w in weights.matrices):
@@ -73,13 +86,17 @@ def _weights(layer: nnx.Module, norm: RMSNorm, projection: Projection) -> ChainW
     kernels = [linear.kernel.get_value() for linear in (layer.attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)]
     is_table = isinstance(projection, Embedding)
     tail = projection.embedding.get_value().T if is_table else projection.kernel.get_value()
-    return ChainWeights(*kernels, tail, layer.post_attn_norm.scale.get_value(), norm.scale.get_value())
+    scales = [n.scale.get_value() for n in (_mlp_norm(layer), norm, *_norms_behind(layer))]
+    return ChainWeights(*kernels, tail, *scales)
 
 
 def _options(layer: nnx.Module, norm: RMSNorm, is_head: bool, execution: Execution) -> dict[str, Any]:
-    return {
-        "mlp_eps": layer.post_attn_norm.eps,
+    behind = dict(zip(("o_eps", "down_eps"), (n.eps for n in _norms_behind(layer))))
+    return behind | {
+        "mlp_eps": _mlp_norm(layer).eps,
         "tail_eps": norm.eps,
+        "norm_offset": norm.offset,
+        "activation": layer.mlp.activation,
         "out_dtype": jnp.dtype(jnp.float32 if is_head else jnp.bfloat16),
         "batch_invariant": execution.batch_invariant,
     }
@@ -131,8 +148,7 @@ def run_link(
         return x[:, None], y[:, None]
 
     def ordinary(layer, norm, projection, out, x):
-        x = layer.attn.o_proj(out, residual=x, execution=execution)
-        x = layer.mlp(layer.post_attn_norm(x, execution=execution), x, execution=execution)
+        x = _rest_of_layer(layer, out, x, execution)
         h = norm(x, execution=execution)
         if isinstance(projection, Embedding):
             return x, projection.attend(h, execution=execution)
@@ -140,3 +156,13 @@ def run_link(
 
     x, y = jax.lax.platform_dependent(layer, norm, projection, out, x, cuda=chain, default=ordinary)
     return x, y, keys, values
+
+
+def _rest_of_layer(layer: nnx.Module, out: jax.Array, x: jax.Array, execution: Execution) -> jax.Array:
+    """What comes behind attention's output ``out[B, 1, W]``, by the layer's own parts."""
+    if not (behind := _norms_behind(layer)):
+        x = layer.attn.o_proj(out, residual=x, execution=execution)
+        return layer.mlp(_mlp_norm(layer)(x, execution=execution), x, execution=execution)
+    behind_attn, behind_mlp = behind
+    x = x + behind_attn(layer.attn.o_proj(out, execution=execution), execution=execution)
+    return x + behind_mlp(layer.mlp(_mlp_norm(layer)(x, execution=execution), execution=execution), execution=execution)

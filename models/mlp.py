@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,13 +9,7 @@ from jaxzip.models.config import DecoderConfig
 from jaxzip.models.execution import DEFAULT, Execution
 from jaxzip.models.layers import Linear
 
-#: Of the gate; see ``DecoderConfig.activation``.
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-
-
-def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
-    """``activation(gate) * up`` in fp32, rounded once to their dtype."""
-    return (ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+from jaxzip.ops.activations import gated
 
 
 class MLP(nnx.Module):

@@ -15,8 +15,8 @@ from jaxzip.models.config import DecoderConfig
 from jaxzip.models.execution import DEFAULT, Execution
 from jaxzip.models.fuse import raw_kernel
 from jaxzip.models.layers import Linear, Stack
-from jaxzip.models.mlp import gated
 
+from jaxzip.ops.activations import gated
 from jaxzip.tensor import CompressedTensor
 
 

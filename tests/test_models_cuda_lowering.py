@@ -1,13 +1,14 @@
 """Which of our custom calls a model's programs make on an NVIDIA GPU, lowered on a machine without one."""
 
 import collections
+import dataclasses
 import importlib
 import re
 
 import jax
 import numpy as np
 import pytest
-from jaxzip.models import GREEDY, Llama, LlamaConfig, fuse_projections, random_params
+from jaxzip.models import GREEDY, Gemma3Config, LlamaConfig, family_of, fuse_projections, random_params
 from test_cuda_lowering import with_cuda_backend  # noqa: F401 - a fixture that every test here uses
 
 import jaxzip
@@ -19,21 +20,26 @@ CONFIG = LlamaConfig(
     vocab_size=211, hidden_size=192, intermediate_size=448, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=32,
     max_position_embeddings=1024, dtype="bfloat16",
 )  # fmt: skip
+GEMMA = Gemma3Config(**dataclasses.asdict(CONFIG), sliding_window=64, layer_types=("sliding_attention",) * 3)
 RULES = (
     jaxzip.CompressionRule(".*embedding", "lane-planar", output_axis=-2, min_size=1),
     jaxzip.CompressionRule(".*", "lane-planar", min_size=1),
 )
 
 
+def params_of(config):
+    # Layers of one payload shape are lowered once.
+    one = fuse_projections(jaxzip.compress_params(random_params(config), RULES)[0])
+    return {**one, "layers": {str(i): one["layers"]["0"] for i in range(config.num_layers)}}
+
+
 @pytest.fixture(scope="module")
 def params():
-    # Layers of one payload shape are lowered once.
-    one = fuse_projections(jaxzip.compress_params(random_params(CONFIG), RULES)[0])
-    return {**one, "layers": {str(i): one["layers"]["0"] for i in range(CONFIG.num_layers)}}
+    return params_of(CONFIG)
 
 
 def setup_of(params, length, *, chain=True, prompts=1, config=CONFIG, **options):
-    model = Llama.from_params(config, params)
+    model = family_of(config).from_params(config, params)
     model.chain = chain
     return internals._Setup.of(model, [[7] * length] * prompts, 8, GREEDY, None, None, 0, **options)
 
@@ -58,6 +64,26 @@ def test_a_layer_decodes_in_one_chain(params, prompts, batch_invariant):
     )
     # The layers', and the last one's with the head; before them the first layer's projection.
     assert found == {"jaxzip_decode_chain": 2, "jaxzip_lane_planar_gemm": 1, "jaxzip_lane_planar_take": 1}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_layer_of_gemma_decodes_in_one_chain(tied):
+    config = dataclasses.replace(GEMMA, tie_word_embeddings=tied)
+    traced = decode_loop(setup_of(params_of(config), 5, prompts=3, config=config))
+    assert custom_calls(traced, "run_link", 2) == {
+        "jaxzip_decode_chain": 2, "jaxzip_lane_planar_gemm": 1, "jaxzip_lane_planar_take": 1,
+    }  # fmt: skip
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @jaxzip_decode_chain\((.*?)\) \{(.*?)\} : .* -> \((.*?)\)\n", text)
+    assert len(calls) == 2
+    for operands, attributes, results in calls:
+        # Activations, residual, four weights of three arrays each, four scales.
+        assert len(operands.split(",")) == 2 + 4 * 3 + 4
+        assert "gelu_tanh = true" in attributes
+        assert "norm_offset = 1.000000e+00 : f32" in attributes
+        for name in ("mlp_eps", "tail_eps", "o_eps", "down_eps"):
+            assert f"{name} = 9.99999974E-6 : f32" in attributes
+        assert len(re.findall("tensor<3x192xbf16>", results)) == 4 + 2  # between the kernels, and before the norms
 
 
 def test_without_the_chain_a_layer_decodes_by_four_products(params):

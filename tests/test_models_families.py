@@ -255,8 +255,8 @@ GEMM, TAKE = "jaxzip_lane_planar_gemm", "jaxzip_lane_planar_take"
 ON_GPU = [
     (Qwen3Config(**SMALL), {"jaxzip_decode_chain": 2, GEMM: 1, TAKE: 1}),
     (Qwen3Config(**SMALL, **WINDOWS), {"jaxzip_decode_chain": 2, GEMM: 1, TAKE: 1}),
-    (Gemma3Config(**SMALL, **WINDOWS), {GEMM: 4 + 1, TAKE: 1}),
-    (Gemma2Config(**SMALL), {GEMM: 4 + 1, TAKE: 1}),
+    (Gemma3Config(**SMALL, **WINDOWS), {"jaxzip_decode_chain": 2, GEMM: 1, TAKE: 1}),
+    (Gemma2Config(**SMALL, tie_word_embeddings=True), {"jaxzip_decode_chain": 2, GEMM: 1, TAKE: 1}),
     (
         Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_token=2, expert_size=192),
         {"jaxzip_lane_planar_ragged_gemm": 2, GEMM: 2 + 1, TAKE: 1},

@@ -33,9 +33,12 @@ constexpr float kWorth = 0.995f;
 struct Model {
   const char* name;
   int attention, hidden, intermediate, tail;  // widths; tail: the next layer's queries, keys and values
+  bool gemma = false;                         // GELU, norms behind attention and MLP
 };
-constexpr Model kModels[] = {
-    {"llama-3.1-8b", 4096, 4096, 14336, 6144}, {"qwen3-14b", 5120, 5120, 17408, 7168}, {"llama-3.1-70b", 8192, 8192, 28672, 10240}};
+constexpr Model kModels[] = {{"llama-3.1-8b", 4096, 4096, 14336, 6144},
+                             {"qwen3-14b", 5120, 5120, 17408, 7168},
+                             {"llama-3.1-70b", 8192, 8192, 28672, 10240},
+                             {"gemma-3-12b", 4096, 3840, 15360, 8192, true}};
 
 std::vector<std::string> option(int argc, char** argv, const std::string& name, const std::string& otherwise) {
   std::string value = otherwise;
@@ -59,20 +62,28 @@ struct Layer {
 struct Buffers {
   using Array = DeviceArray<__nv_bfloat16>;
   int n;
-  bool gated;
-  Array attended, residual, x1, h1, gu, act, x2, h2, scale, y;
+  bool gated, gemma;
+  Array attended, residual, x1, h1, gu, act, x2, h2, scale, y, o, d;
 
   Buffers(const Model& m, int n)
-      : n(n), gated(n <= kGatedMaxN), attended(rows(m.attention)), residual(rows(m.hidden)), x1(rows(m.hidden)), h1(rows(m.hidden)),
-        gu(rows(2 * m.intermediate)), act(rows(m.intermediate)), x2(rows(m.hidden)), h2(rows(m.hidden)), scale(m.hidden), y(rows(m.tail)) {
+      : n(n), gated(n <= kGatedMaxN), gemma(m.gemma), attended(rows(m.attention)), residual(rows(m.hidden)), x1(rows(m.hidden)),
+        h1(rows(m.hidden)), gu(rows(2 * m.intermediate)), act(rows(m.intermediate)), x2(rows(m.hidden)), h2(rows(m.hidden)), scale(m.hidden), y(rows(m.tail)),
+        o(rows(m.hidden)), d(rows(m.hidden)) {
     for (Array* a : {&attended, &residual, &scale}) fill_gaussian(reinterpret_cast<uint16_t*>(a->get()), a->size(), 1.0f, 0, 5);
     CHECK(cudaDeviceSynchronize());
   }
   size_t rows(int width) const { return static_cast<size_t>(n) * width; }
   Chain chain(const Layer& layer, int copy) {
     const auto w = [&](int i) { return layer.weights[i].encoded.copy(copy); };
-    return {w(0), w(1), w(2), w(3), scale.get(), scale.get(), 1e-5f, 1e-5f, n, attended.get(), residual.get(), x1.get(), h1.get(),
-            gated ? nullptr : gu.get(), act.get(), x2.get(), h2.get(), y.get(), false};
+    const Norm norm = {scale.get(), 1e-5f};
+    Chain c = {w(0), w(1), w(2), w(3), norm, norm, n, attended.get(), residual.get(), x1.get(), h1.get(), gated ? nullptr : gu.get(),
+               act.get(), x2.get(), h2.get(), y.get(), false};
+    if (gemma) {
+      c.activation = Activation::gelu_tanh, c.norm_offset = 1;
+      c.o_norm = c.down_norm = norm;
+      c.o_product = o.get(), c.down_product = d.get();
+    }
+    return c;
   }
 };
 

@@ -6,15 +6,19 @@ namespace jaxzip {
 
 constexpr int kGatedMaxN = 64;  // more are no decode step
 
+// Of a gate: gate / (1 + exp(-gate)), or GELU as its tanh approximation has it.
+enum class Activation : bool { silu, gelu_tanh };
+
 // Where results go: y[n, m], bf16 or fp32. `bias` [m] and `residual` [n, m] are bf16 or null, and are added in this order.
 struct Epilogue {
   void* y;
   bool fp32_out;
   const __nv_bfloat16* bias;
   const __nv_bfloat16* residual;
-  // The first half of the m rows is a gate for the second: y[n, m / 2] is silu(gate) * up of both rounded to bf16. For bf16 results
+  // The first half of the m rows is a gate for the second: y[n, m / 2] is activation(gate) * up of both rounded to bf16. For bf16 results
   // without bias and residual, m / 2 whole row blocks, and n up to kGatedMaxN.
   bool gated = false;
+  Activation activation = Activation::silu;
 };
 
 }  // namespace jaxzip

@@ -1,4 +1,4 @@
-"""``decode_chain``: what a decode step of a Llama-like model computes between one attention and the next."""
+"""``decode_chain``: what a decode step of a Llama- or Gemma-like model computes between one attention and the next."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxzip.ops import registry
+from jaxzip.ops.activations import ACTIVATIONS, gated
 from jaxzip.ops.matmul import matmul
 from jaxzip.tensor import CompressedTensor
 
@@ -23,6 +24,7 @@ class ChainWeights(NamedTuple):
       down_proj: ``[F, D]``.
       tail: ``[D, M]``: the next layer's projection of queries, keys and values, or the head.
       mlp_scale, tail_scale: ``[D]``, of the norms before ``gate_up_proj`` and ``tail``.
+      o_scale, down_scale: ``[D]``, of the norms behind ``o_proj`` and ``down_proj``, or ``None``: there are none.
     """
 
     o_proj: CompressedTensor
@@ -31,10 +33,17 @@ class ChainWeights(NamedTuple):
     tail: CompressedTensor
     mlp_scale: jax.Array
     tail_scale: jax.Array
+    o_scale: jax.Array | None = None
+    down_scale: jax.Array | None = None
 
     @property
     def matrices(self) -> tuple[CompressedTensor, ...]:
         return self[:4]
+
+    @property
+    def scales(self) -> tuple[jax.Array, ...]:
+        """Those that there are: two or four."""
+        return tuple(scale for scale in self[4:] if scale is not None)
 
 
 def decode_chain(
@@ -45,30 +54,45 @@ def decode_chain(
     mlp_eps: float,
     tail_eps: float,
     out_dtype: jax.typing.DTypeLike,
+    o_eps: float = 0.0,
+    down_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    activation: str = "silu",
     batch_invariant: bool = False,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The rest of a layer, and the next one's first product.
 
-    ``x1 = attended @ o_proj + residual``; ``x2 = x1 + swiglu(norm(x1) @ gate_up_proj) @ down_proj``;
-    ``y = norm(x2) @ tail``. Each step is computed in fp32 and rounded once. Not differentiable by its CUDA
+    ``x1 = attended @ o_proj + residual``; ``x2 = x1 + gated(norm(x1) @ gate_up_proj) @ down_proj``;
+    ``y = norm(x2) @ tail``. Where there are norms behind ``o_proj`` and ``down_proj``, these products go through them
+    before they are added. Each step is computed in fp32 and rounded once. Not differentiable by its CUDA
     implementation, which launches all kernels at once so that each starts while the one before ends.
 
     Args:
       attended: bfloat16 ``[N, W]``, attention's output.
       residual: bfloat16 ``[N, D]``.
       weights: see the class; all of one format.
-      mlp_eps, tail_eps: of the norms.
+      mlp_eps, tail_eps, o_eps, down_eps: of the norms; the last two count where ``weights`` has their scales.
       out_dtype: of ``y``: bfloat16 or float32.
+      norm_offset: added to the scales of all norms.
+      activation: of the gate: ``"silu"`` or ``"gelu_tanh"``.
       batch_invariant, implementation: as in :func:`jaxzip.matmul`.
 
     Returns:
       ``x2[N, D]`` and ``y[N, M]``.
 
     Raises:
-      ValueError, NotImplementedError: as :func:`jaxzip.matmul`.
+      ValueError: only one of ``o_scale`` and ``down_scale`` is there, or ``activation`` is not known; also as
+        :func:`jaxzip.matmul`.
+      NotImplementedError: as :func:`jaxzip.matmul`.
     """
-    options = {"mlp_eps": mlp_eps, "tail_eps": tail_eps, "out_dtype": jnp.dtype(out_dtype)}
+    if len(weights.scales) == 3:
+        there, missing = ("o", "down") if weights.down_scale is None else ("down", "o")
+        raise ValueError(f"decode_chain: there is a {there}_scale and no {missing}_scale; pass both or neither")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"decode_chain: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    options = {"mlp_eps": mlp_eps, "tail_eps": tail_eps, "o_eps": o_eps, "down_eps": down_eps}
+    options |= {"out_dtype": jnp.dtype(out_dtype), "norm_offset": norm_offset, "activation": activation}
     options["batch_invariant"] = bool(batch_invariant)
     with jax.named_scope("jaxzip.decode_chain"):
         return registry.run(OP, implementation, attended, residual, weights, **options)
@@ -79,21 +103,27 @@ def available(attended: jax.Array, residual: jax.Array, weights: ChainWeights, *
     return registry.candidates(OP, "cuda", attended, residual, weights, **options)[0] != registry.XLA
 
 
-def _one_by_one(attended, residual, weights, *, mlp_eps, tail_eps, out_dtype, batch_invariant):
+def _one_by_one(
+    attended, residual, weights, *, mlp_eps, tail_eps, o_eps, down_eps, out_dtype, norm_offset, activation,
+    batch_invariant,
+):  # fmt: skip
     """The reference, a product at a time."""
 
     def norm(x, scale, eps):
-        wide = x.astype(jnp.float32)
+        wide, factor = x.astype(jnp.float32), scale.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-        return (wide * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
+        return (wide * inverse_rms * (factor + norm_offset if norm_offset else factor)).astype(x.dtype)
 
     def product(x, w, **options):
         return matmul(x, w, batch_invariant=batch_invariant, **options)
 
-    x1 = product(attended, weights.o_proj, residual=residual)
+    def add(x, w, scale, eps, residual):
+        return product(x, w, residual=residual) if scale is None else residual + norm(product(x, w), scale, eps)
+
+    x1 = add(attended, weights.o_proj, weights.o_scale, o_eps, residual)
     gate_up = product(norm(x1, weights.mlp_scale, mlp_eps), weights.gate_up_proj)
-    gate, up = (part.astype(jnp.float32) for part in jnp.split(gate_up, 2, axis=-1))
-    x2 = product((jax.nn.silu(gate) * up).astype(x1.dtype), weights.down_proj, residual=x1)
+    act = gated(*jnp.split(gate_up, 2, axis=-1), activation)
+    x2 = add(act, weights.down_proj, weights.down_scale, down_eps, x1)
     return x2, product(norm(x2, weights.tail_scale, tail_eps), weights.tail, out_dtype=out_dtype)
 
 

@@ -1,9 +1,13 @@
-// What a decode step of a Llama-shaped model computes between one layer's attention and the next's, as a chain of kernels that overlap.
+// What a decode step of a Llama- or Gemma-shaped model computes between one layer's attention and the next's, as a chain of kernels that
+// overlap.
 //
 //   attended -- o_proj --+--> x1 -- RMSNorm --> h1 -- gate_up, SwiGLU --> act -- down --+--> x2 -- RMSNorm --> h2 -- tail --> y
 //   residual ------------+     \--------------------------------------------------------+
 //
-// SwiGLU is part of its product, or, given memory for that product's own results `gu`, a kernel of its own with the same results.
+// Gemma's layers have GELU, and norms behind both parts: what is added to the residual is RMSNorm(o), o the product of o_proj, and
+// RMSNorm(d), d that of down. One kernel then computes both norms and the sum between them.
+//
+// The activation is part of its product, or, given memory for that product's own results `gu`, a kernel of its own with the same results.
 // Every kernel is launched programmatically dependent: it starts while the one before still runs, asks for its weights, and only then
 // waits. Each waits before it reads or writes anything that another kernel writes, so that the end of the last is the end of all.
 #pragma once
@@ -12,14 +16,14 @@
 
 #include "../lane_planar/layout.h"
 #include "../lane_planar/matmul_config.h"
+#include "rows.h"
 
 namespace jaxzip::decode_chain {
 
 // A matrix is [m, k]; hidden = o.m, intermediate = down.k. `tail` is the next layer's qkv projection or the head.
 struct Chain {
   lane_planar::Matrix o, gate_up, down, tail;
-  const __nv_bfloat16 *mlp_scale, *tail_scale;  // of the norms [hidden]
-  float mlp_eps, tail_eps;
+  Norm mlp_norm, tail_norm;  // before gate_up and tail
   int n;
   const __nv_bfloat16* attended;  // [n, o.k]
   const __nv_bfloat16* residual;  // [n, hidden]
@@ -28,6 +32,11 @@ struct Chain {
   __nv_bfloat16 *x1, *h1, *gu, *act, *x2, *h2;
   void* y;  // [n, tail.m], bf16 or fp32
   bool fp32_out;
+  Activation activation = Activation::silu;
+  float norm_offset = 0;  // of all norms
+  // Norms behind o and down, and the products that they are of, [n, hidden]: all of these or none.
+  Norm o_norm, down_norm;
+  __nv_bfloat16 *o_product = nullptr, *down_product = nullptr;
 };
 
 struct ChainOptions {

@@ -5,15 +5,16 @@
 
 #include <cstdint>
 
+#include "../gated_activation.cuh"
 #include "../ptx.cuh"
-#include "../swiglu.cuh"
 
 namespace jaxzip::decode_chain {
 
 constexpr int kVector = 8;  // bf16 in 16 bytes
 
-__host__ __device__ inline bool whole_vectors(int features, const void* a, const void* b, const void* c) {
-  const uintptr_t any = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c);
+template <class... Pointers>
+bool whole_vectors(int features, Pointers... rows) {
+  const uintptr_t any = (reinterpret_cast<uintptr_t>(rows) | ...);
   return features % kVector == 0 && any % 16 == 0;
 }
 

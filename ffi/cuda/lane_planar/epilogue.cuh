@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "../epilogue.h"
-#include "../swiglu.cuh"
+#include "../gated_activation.cuh"
 
 namespace jaxzip::lane_planar {
 
@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_rows(const Epilogue& e, int m, bool fours,
 // Four consecutive rows of column n of a gated result: `gate` and `up` are two pairs of bf16 each.
 __device__ __forceinline__ void store_gated(const Epilogue& e, int m, int n, int row, uint2 gate, uint2 up) {
   __nv_bfloat16* y = static_cast<__nv_bfloat16*>(e.y) + static_cast<size_t>(n) * (m / 2) + row;
-  *reinterpret_cast<uint2*>(y) = make_uint2(swiglu_of(gate.x, up.x), swiglu_of(gate.y, up.y));
+  *reinterpret_cast<uint2*>(y) = make_uint2(gated_activation(e.activation, gate.x, up.x), gated_activation(e.activation, gate.y, up.y));
 }
 
 // A gated result by a thread that has the gate's rows before those that they are for: they wait in y.

@@ -13,8 +13,10 @@ constexpr int kDirectRowsChained = 2;  // wgmma fills its slots while the kernel
 // The rows of x from `first` on, and where their results go.
 Epilogue from_row(const Epilogue& e, int m, int first) {
   const size_t offset = static_cast<size_t>(m) * first, y_offset = e.gated ? offset / 2 : offset;
-  return {static_cast<char*>(e.y) + y_offset * (e.fp32_out ? 4 : 2), e.fp32_out, e.bias, e.residual ? e.residual + offset : nullptr,
-          e.gated};
+  Epilogue from = e;
+  from.y = static_cast<char*>(e.y) + y_offset * (e.fp32_out ? 4 : 2);
+  if (e.residual) from.residual += offset;
+  return from;
 }
 
 static_assert(kWgmmaDealsPairs, "gated products need it");
