@@ -147,7 +147,7 @@ def test_the_reference_computes_the_layers_bits(config):
     model = model_of(config)
     width, hidden = config.num_heads * config.head_dim, config.hidden_size
     out, x = (jnp.asarray(50 * gaussian_weights((3, 1, k), seed=k)) for k in (width, hidden))
-    execution = Execution("xla")
+    execution = Execution()
 
     def attend(self, normed, residual, *rest, execution):
         return self.o_proj(out, residual=residual, execution=execution), None, None
