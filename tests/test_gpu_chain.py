@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import made_of_shape, weight_shapes
-from jaxzip.ffi.decode_chain import GATED_ROWS, GATED_STEP, RESULTS, chain_results
-from jaxzip.models import GREEDY, Llama, LlamaConfig, fuse_projections, generate, random_params
+from jaxzip.ffi.decode_chain import GATED_ROWS, GATED_STEP, chain_results
+from jaxzip.models import GREEDY, Gemma3Config, LlamaConfig, family_of, fuse_projections, generate, random_params
 
 import jaxzip
 from jaxzip.compress import encode_as
@@ -26,7 +26,14 @@ pytestmark = [
 ]
 #: Attention's width, hidden size, intermediate size, columns of the tail.
 WHOLE, RAGGED, LARGE = (256, 320, 448, 384), (100, 132, 77, 131), (2048, 2048, 5632, 3072)
-EPS = {"mlp_eps": 1e-5, "tail_eps": 1e-6}
+#: Options by kind of layer; those of the second have norms behind ``o_proj`` and ``down_proj``.
+KINDS = {
+    "llama": {"mlp_eps": 1e-5, "tail_eps": 1e-6},
+    "gemma": {
+        "mlp_eps": 0.3, "tail_eps": 0.1, "o_eps": 0.05, "down_eps": 1e-4, "norm_offset": 1.0, "activation": "gelu_tanh",
+    },
+}  # fmt: skip
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def encoded(w, format, output_axis=-1):
@@ -36,20 +43,26 @@ def encoded(w, format, output_axis=-1):
 
 
 @functools.cache
-def weights(sizes, format="lane-planar"):
+def matrices(sizes, format):
     width, d, f, m = sizes
     shapes = [(width, d), (d, 2 * f), (f, d), (d, m)]
-    matrices = [encoded(gaussian_weights(shape, seed=i), format) for i, shape in enumerate(shapes)]
-    return ChainWeights(*matrices, *(jnp.asarray(1 + gaussian_weights((d,), sigma=0.3, seed=9 + i)) for i in range(2)))
+    return [encoded(gaussian_weights(shape, seed=i), format) for i, shape in enumerate(shapes)]
+
+
+@functools.cache
+def weights(sizes, kind, format="lane-planar"):
+    count, mean = (4, 0) if kind == "gemma" else (2, 1)
+    scales = [jnp.asarray(mean + gaussian_weights((sizes[1],), sigma=0.3, seed=9 + i)) for i in range(count)]
+    return ChainWeights(*matrices(sizes, format), *scales)
 
 
 def activations(sizes, n):
     return [jnp.asarray(gaussian_weights((n, k), sigma=1, seed=n + k)) for k in sizes[:2]]
 
 
-@functools.partial(jax.jit, static_argnames=("out_dtype", "batch_invariant"))
-def run(attended, residual, weights, out_dtype=jnp.bfloat16, batch_invariant=False):
-    options = {"out_dtype": jnp.dtype(out_dtype), "batch_invariant": batch_invariant, **EPS}
+@functools.partial(jax.jit, static_argnames=("kind", "out_dtype", "batch_invariant"))
+def run(attended, residual, weights, kind, out_dtype=jnp.bfloat16, batch_invariant=False):
+    options = {"out_dtype": jnp.dtype(out_dtype), "batch_invariant": batch_invariant, **KINDS[kind]}
     return chain_results(attended, residual, weights, **options)
 
 
@@ -64,20 +77,34 @@ def same(one, other):
     return {name: np.array_equal(bits(one[name]), bits(other[name])) for name in one}
 
 
+def normed(x, scale, eps, offset=0.0):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * (np.asarray(scale, np.float64) + offset)
+
+
+def activated(gate, kind):
+    t = 2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3) if kind == "gemma" else gate
+    return gate / (1 + np.exp(-t))
+
+
+@each_kind
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 8, 9, 16, 33, 64, 200, 256])
 @pytest.mark.parametrize("sizes", [WHOLE, RAGGED, LARGE])
-def test_each_kernel_does_what_it_does_alone(sizes, n, batch_invariant):
-    w, (attended, residual) = weights(sizes), activations(sizes, n)
+def test_each_kernel_does_what_it_does_alone(sizes, n, batch_invariant, kind):
+    w, (attended, residual) = weights(sizes, kind), activations(sizes, n)
     out_dtype = jnp.float32 if n % 2 else jnp.bfloat16
-    found = run(attended, residual, w, out_dtype, batch_invariant)
+    found, eps = run(attended, residual, w, kind, out_dtype, batch_invariant), KINDS[kind]
     options = {"implementation": "ffi", "batch_invariant": batch_invariant}
     products = {
-        "x1": jaxzip.matmul(attended, w.o_proj, residual=residual, **options),
         "gu": jaxzip.matmul(found["h1"], w.gate_up_proj, **options),
-        "x2": jaxzip.matmul(found["act"], w.down_proj, residual=found["x1"], **options),
         "y": jaxzip.matmul(found["h2"], w.tail, out_dtype=out_dtype, **options),
     }
+    if kind == "gemma":
+        products["o"] = jaxzip.matmul(attended, w.o_proj, **options)
+        products["d"] = jaxzip.matmul(found["act"], w.down_proj, **options)
+    else:
+        products["x1"] = jaxzip.matmul(attended, w.o_proj, residual=residual, **options)
+        products["x2"] = jaxzip.matmul(found["act"], w.down_proj, residual=found["x1"], **options)
     gated = n <= GATED_ROWS and sizes[2] % GATED_STEP == 0
     assert found["gu"].shape == (n, 0 if gated else 2 * sizes[2])
     if gated:
@@ -92,50 +119,68 @@ def test_each_kernel_does_what_it_does_alone(sizes, n, batch_invariant):
         return np.asarray(found[name], np.float64)
 
     gate, up = np.split(wide("gu"), 2, axis=-1)
-    # A gate that another order of sums rounds to its neighbour moves its result by two steps.
-    close(found["act"], gate / (1 + np.exp(-gate)) * up, 2**-6 if gated and not batch_invariant else 2**-8)
-    for x, h, scale, eps in (("x1", "h1", w.mlp_scale, 1e-5), ("x2", "h2", w.tail_scale, 1e-6)):
-        rms = np.sqrt(np.mean(wide(x) ** 2, axis=-1, keepdims=True) + eps)
-        close(found[h], wide(x) / rms * np.asarray(scale, np.float64), 2**-8)
+    expected, same_gates = activated(gate, kind) * up, batch_invariant or not gated
+    if kind == "gemma" and not same_gates:
+        around = [activated((1 + step) * gate, kind) * up for step in (-(2**-7), 2**-7)]
+        expected = np.clip(wide("act"), np.min([*around, expected], 0), np.max([*around, expected], 0))
+    # A gate that another order of sums rounds to its neighbour moves SiLU's result by two steps, and GELU's by more.
+    close(found["act"], expected, 2**-8 if same_gates else 2**-6)
+    offset = eps.get("norm_offset", 0.0)
+    for x, h, scale, norm in (("x1", "h1", w.mlp_scale, "mlp_eps"), ("x2", "h2", w.tail_scale, "tail_eps")):
+        close(found[h], normed(wide(x), scale, eps[norm], offset), 2**-8)
+    if kind == "gemma":
+        for product, added, x, scale, norm in (
+            ("o", residual, "x1", w.o_scale, "o_eps"),
+            ("d", found["x1"], "x2", w.down_scale, "down_eps"),
+        ):
+            inner = normed(wide(product), scale, eps[norm], offset).astype(jnp.bfloat16).astype(np.float32)
+            expected = (inner + np.asarray(added, np.float32)).astype(jnp.bfloat16)
+            # The norm is rounded, and then the sum: few are so near to the middle that fp32 rounds them the other way.
+            assert np.mean(bits(found[x]) == bits(expected)) > 0.99
+            step = 2**-7 * (np.abs(inner) + np.abs(np.asarray(expected, np.float32)))
+            assert (np.abs(wide(x) - np.asarray(expected, np.float64)) <= step).all()
 
 
+@each_kind
 @pytest.mark.parametrize("n", [1, 7, 16, 64, 130])
 @pytest.mark.parametrize("sizes", [WHOLE, RAGGED])
-def test_raw_control_and_run_to_run(sizes, n):
+def test_raw_control_and_run_to_run(sizes, n, kind):
     given = activations(sizes, n)
-    first = run(*given, weights(sizes))
-    assert all(same(first, run(*given, weights(sizes, "raw"))).values())
+    first = run(*given, weights(sizes, kind), kind)
+    assert all(same(first, run(*given, weights(sizes, kind, "raw"), kind)).values())
     for _ in range(20):
-        assert all(same(first, run(*given, weights(sizes))).values())
+        assert all(same(first, run(*given, weights(sizes, kind), kind)).values())
 
 
+@each_kind
 @pytest.mark.parametrize("sizes", [WHOLE, RAGGED])
-def test_rows_do_not_depend_on_the_batch(sizes):
+def test_rows_do_not_depend_on_the_batch(sizes, kind):
     given = activations(sizes, 64)
-    together = run(*given, weights(sizes), batch_invariant=True)
+    together = run(*given, weights(sizes, kind), kind, batch_invariant=True)
     for n in (1, 5, 33):
-        alone = run(*(x[:n] for x in given), weights(sizes), batch_invariant=True)
-        names = RESULTS if n > GATED_ROWS else [name for name in RESULTS if name != "gu"]
-        assert all(np.array_equal(bits(alone[name]), bits(together[name][:n])) for name in names)
+        alone = run(*(x[:n] for x in given), weights(sizes, kind), kind, batch_invariant=True)
+        assert all(np.array_equal(bits(alone[name]), bits(together[name][:n])) for name in alone)
 
 
-def test_special_values_stay_in_their_rows():
+@each_kind
+def test_special_values_stay_in_their_rows(kind):
     attended, residual = activations(WHOLE, 4)
-    clean = run(attended, residual, weights(WHOLE))
+    clean = run(attended, residual, weights(WHOLE, kind), kind)
     for value in (np.nan, np.inf):
-        found = run(attended.at[1, 3].set(value), residual, weights(WHOLE))
-        for name in RESULTS:
+        found = run(attended.at[1, 3].set(value), residual, weights(WHOLE, kind), kind)
+        for name in clean:
             assert np.array_equal(bits(found[name][2:]), bits(clean[name][2:])), name
             assert np.isnan(np.asarray(found["y"][1], np.float32)).all()
 
 
-def test_independent_chains_in_one_program():
+@each_kind
+def test_independent_chains_in_one_program(kind):
     # XLA may run them at once, on several streams.
     many = [activations(LARGE, n) for n in (1, 3, 8, 16, 33, 64)]
-    together = jax.jit(lambda many, w: [run(*given, w) for given in many])
+    together = jax.jit(lambda many, w: [run(*given, w, kind) for given in many])
     for _ in range(10):
-        for found, given in zip(together(many, weights(LARGE)), many, strict=True):
-            assert all(same(found, run(*given, weights(LARGE))).values())
+        for found, given in zip(together(many, weights(LARGE, kind)), many, strict=True):
+            assert all(same(found, run(*given, weights(LARGE, kind), kind)).values())
 
 
 CONFIG = LlamaConfig(
@@ -143,6 +188,10 @@ CONFIG = LlamaConfig(
     max_position_embeddings=1024, dtype="bfloat16",
 )  # fmt: skip
 NOT_WHOLE = dataclasses.replace(CONFIG, hidden_size=200, intermediate_size=300, vocab_size=333, num_kv_heads=4)
+GEMMA = Gemma3Config(
+    **{**dataclasses.asdict(CONFIG), "head_dim": 64}, sliding_window=16,
+    layer_types=("sliding_attention", "sliding_attention", "full_attention"),
+)  # fmt: skip
 PROMPTS = [[5, 17, 3, 88, 41, 2, 60], [300, 1, 2, 3, 4, 5, 6]]
 
 
@@ -152,7 +201,7 @@ def model(config, format="lane-planar", chain=True, implementation="ffi"):
         return encoded(np.asarray(w), format, axis) if w.ndim == 2 else w
 
     params = jax.tree_util.tree_map_with_path(encode, fuse_projections(random_params(config)))
-    found = Llama.from_params(config, params, implementation=implementation)
+    found = family_of(config).from_params(config, params, implementation=implementation)
     found.chain = chain
     return found
 
@@ -164,7 +213,7 @@ def decode_program(model, prompts=PROMPTS):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("config", [CONFIG, NOT_WHOLE])
+@pytest.mark.parametrize("config", [CONFIG, NOT_WHOLE, GEMMA], ids=["llama", "not whole", "gemma"])
 def test_tokens_with_and_without_the_chain(config, tied):
     config = dataclasses.replace(config, tie_word_embeddings=tied)
     chained, ordinary = (
@@ -180,7 +229,7 @@ def test_tokens_with_and_without_the_chain(config, tied):
             assert abs(ordinary.logits[row, same, a[same]] - ordinary.logits[row, same, b[same]]) <= tolerance
 
 
-@pytest.mark.parametrize("config", [CONFIG, NOT_WHOLE])
+@pytest.mark.parametrize("config", [CONFIG, NOT_WHOLE, GEMMA], ids=["llama", "not whole", "gemma"])
 def test_logits_equal_those_of_the_raw_control(config):
     runs = [
         generate(model(config, format), PROMPTS, max_new_tokens=24, return_logits=True)
@@ -190,9 +239,10 @@ def test_logits_equal_those_of_the_raw_control(config):
     assert all(run.sequences() == runs[0].sequences() for run in runs)
 
 
-def test_one_call_a_layer_and_no_copies():
-    program, s = decode_program(model(CONFIG, implementation=None))
+@pytest.mark.parametrize("config", [CONFIG, GEMMA], ids=["llama", "gemma"])
+def test_one_call_a_layer_and_no_copies(config):
+    program, s = decode_program(model(config, implementation=None))
     text = program.as_text()
-    assert text.count('custom_call_target="jaxzip_decode_chain"') == CONFIG.num_layers
+    assert text.count('custom_call_target="jaxzip_decode_chain"') == config.num_layers
     assert text.count('custom_call_target="jaxzip_lane_planar_gemm"') == 1  # the first layer's projection
     assert made_of_shape(text, weight_shapes(s.weights)) == []
