@@ -67,8 +67,8 @@ struct Buffers {
 
   Buffers(const Model& m, int n)
       : n(n), gated(n <= kGatedMaxN), gemma(m.gemma), attended(rows(m.attention)), residual(rows(m.hidden)), x1(rows(m.hidden)),
-        h1(rows(m.hidden)), gu(rows(2 * m.intermediate)), act(rows(m.intermediate)), x2(rows(m.hidden)), h2(rows(m.hidden)), scale(m.hidden), y(rows(m.tail)),
-        o(rows(m.hidden)), d(rows(m.hidden)) {
+        h1(rows(m.hidden)), gu(rows(2 * m.intermediate)), act(rows(m.intermediate)), x2(rows(m.hidden)), h2(rows(m.hidden)),
+        scale(m.hidden), y(rows(m.tail)), o(rows(m.hidden)), d(rows(m.hidden)) {
     for (Array* a : {&attended, &residual, &scale}) fill_gaussian(reinterpret_cast<uint16_t*>(a->get()), a->size(), 1.0f, 0, 5);
     CHECK(cudaDeviceSynchronize());
   }
