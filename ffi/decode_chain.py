@@ -16,6 +16,7 @@ from jaxzip.ops.decode_chain import OP, ChainWeights
 from jaxzip.tensor import KERNEL_AXIS, CompressedTensor
 
 FORMATS = ("lane-planar", "raw")
+ACTIVATIONS = ("silu", "gelu_tanh")
 #: Most rows for which the activation is part of its product, where the intermediate size is a multiple of the second.
 GATED_ROWS, GATED_STEP = 64, 64
 #: Results of the custom call, in their order: what goes from kernel to kernel, then the products of the tail.
@@ -94,7 +95,9 @@ def _operands(w: CompressedTensor) -> list[jax.Array]:
     return LANE_PLANAR.operands(w.payload)
 
 
-def _check(attended, residual, weights, *, out_dtype, batch_invariant, check_device, rows, **_) -> None:
+def _check(
+    attended, residual, weights, *, out_dtype, batch_invariant, check_device, rows, activation="silu", **_
+) -> None:
     formats = {w.format for w in weights.matrices}
     if len(formats) > 1 or not formats <= set(FORMATS):
         raise NotImplementedError(f"the chain's weights must all be {' or all '.join(FORMATS)}, not {sorted(formats)}")
@@ -105,6 +108,8 @@ def _check(attended, residual, weights, *, out_dtype, batch_invariant, check_dev
         raise NotImplementedError(f"the chain takes bfloat16, not {sorted(dtypes)}")
     if out_dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the chain returns bfloat16 and float32, not {out_dtype}")
+    if activation not in ACTIVATIONS:
+        raise NotImplementedError(f"the chain has the activations {' and '.join(ACTIVATIONS)}, not {activation}")
     if attended.shape[0] > rows and not batch_invariant:
         raise NotImplementedError(f"{attended.shape[0]} rows: above {rows}, decoding weights first is faster")
     check_device()
