@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "matmul_config.h"
+#include "matmul_direct.h"
 #include "matmul_wgmma.h"
 
 struct Candidate {
@@ -18,7 +18,7 @@ struct Candidate {
 
 inline bool is_same(const Candidate& a, const Candidate& b) {
   const auto key = [](const Candidate& c) {
-    return c.is_wgmma ? std::array{1, c.wgmma.k_groups, c.wgmma.cluster, c.wgmma.clusters, c.wgmma.parts}
+    return c.is_wgmma ? std::array{1, c.wgmma.k_groups, c.wgmma.cluster, c.wgmma.clusters, 0}
                       : std::array{c.direct.tiles_per_warp, c.direct.warps, c.direct.ctas_per_sm, c.direct.cluster, c.direct.clusters};
   };
   return a.is_wgmma == b.is_wgmma && key(a) == key(b);
@@ -66,26 +66,25 @@ inline void add_direct_candidates(const jaxzip::lane_planar::Matrix& w, int n, s
 
 inline void add_wgmma_candidates(const jaxzip::lane_planar::Matrix& w, int n, std::vector<Candidate>& found) {
   using namespace jaxzip::lane_planar;
-  for (int parts = 1; parts <= (n > 8 && n <= kWgmmaMaxN ? 2 : 1); ++parts)
-    for (int k_groups = 1; k_groups * parts <= wgmma_groups(n, parts); k_groups *= 2)
-      for (int cluster = 1; cluster <= 8; ++cluster) {
-        const int groups = wgmma_groups(n, parts);
-        WgmmaConfig c = {k_groups, cluster, w.m_blocks(), 0, parts};
-        const int at_once = wgmma_resident_clusters(w, n, c), resident = std::min(std::max(1, at_once / wgmma_slices(n)), w.m_blocks());
-        if (!at_once) continue;
-        // As few clusters as the rounds allow that those resident at once need; then whole rounds of all teams, in one or two waves.
-        const int teams = groups / k_groups / parts, rounds = (w.m_blocks() + resident - 1) / resident;
-        std::vector<int> tried;
-        for (const int r : {rounds, (rounds + teams - 1) / teams * teams, std::max(1, rounds / teams) * teams, teams}) {
-          c.clusters = (w.m_blocks() + r - 1) / r;
-          if (std::find(tried.begin(), tried.end(), c.clusters) != tried.end()) continue;
-          tried.push_back(c.clusters);
-          if (!wgmma_shared_bytes(w, n, c)) continue;
-          char name[96];
-          std::snprintf(name, sizeof(name), "%s R%d", show({{}, c}, n).c_str(), r);
-          found.push_back(candidate(name, c));
-        }
+  const int groups = wgmma_groups(n);
+  for (int k_groups = 1; k_groups <= groups; k_groups *= 2)
+    for (int cluster = 1; cluster <= 8; ++cluster) {
+      WgmmaConfig c = {k_groups, cluster, w.m_blocks()};
+      const int at_once = wgmma_resident_clusters(w, n, c), resident = std::min(std::max(1, at_once / wgmma_slices(n)), w.m_blocks());
+      if (!at_once) continue;
+      // As few clusters as the rounds allow that those resident at once need; then whole rounds of all teams, in one or two waves.
+      const int teams = groups / k_groups, rounds = (w.m_blocks() + resident - 1) / resident;
+      std::vector<int> tried;
+      for (const int r : {rounds, (rounds + teams - 1) / teams * teams, std::max(1, rounds / teams) * teams, teams}) {
+        c.clusters = (w.m_blocks() + r - 1) / r;
+        if (std::find(tried.begin(), tried.end(), c.clusters) != tried.end()) continue;
+        tried.push_back(c.clusters);
+        if (!wgmma_shared_bytes(w, n, c)) continue;
+        char name[96];
+        std::snprintf(name, sizeof(name), "wgmma %d/%d C%d cl%d R%d", groups, k_groups, cluster, c.clusters, r);
+        found.push_back(candidate(name, c));
       }
+    }
 }
 
 // Every configuration that fits the problem.

@@ -50,8 +50,8 @@ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 double modelled_us(const Matrix& w, int n, const WgmmaConfig& c) {
   const Column* column = kColumns;
-  while (column->n < wgmma_columns(n, c.parts)) ++column;
-  const int groups = wgmma_groups(n, c.parts), teams = groups / c.k_groups / c.parts, row_blocks = divide_up(w.m_blocks(), c.clusters);
+  while (column->n < std::min(n, kWgmmaMaxN)) ++column;
+  const int groups = wgmma_groups(n), teams = groups / c.k_groups, row_blocks = divide_up(w.m_blocks(), c.clusters);
   const int passes = divide_up(row_blocks, teams), slots = divide_up(divide_up(w.k_blocks(), c.cluster), c.k_groups);
   const int in_last_pass = row_blocks - (passes - 1) * teams;
   const double block_bytes = kMaxBlockWords * 4, chunks = divide_up(w.k_blocks(), c.cluster);
@@ -65,13 +65,13 @@ double modelled_us(const Matrix& w, int n, const WgmmaConfig& c) {
   return kLaunchUs + smooth_max(waves * (smooth_max(compute, stream, 5) + store) + kWaveUs * (waves - 1), memory, 6);
 }
 
-// Calls `visit(us, config)` with what fits n columns, and also_n, for so many groups that split K, such a cluster and so many parts.
+// Calls `visit(us, config)` with what fits n columns, and also_n, for so many groups that split K and such a cluster.
 template <class Visit>
-void each_modelled(const Matrix& w, int n, int also_n, int k_groups, int cluster, int parts, const Visit& visit) {
-  const int teams = wgmma_groups(n, parts) / k_groups / parts;
+void each_modelled(const Matrix& w, int n, int also_n, int k_groups, int cluster, const Visit& visit) {
+  const int teams = wgmma_groups(n) / k_groups;
   const int resident = std::min(std::max(1, kResident[0][cluster - 1] / wgmma_slices(n)), w.m_blocks()), rows = divide_up(w.m_blocks(), resident);
   for (const int r : {rows, divide_up(rows, teams) * teams, std::max(1, rows / teams) * teams, teams}) {
-    const WgmmaConfig c = {k_groups, cluster, divide_up(w.m_blocks(), r), 0, parts};
+    const WgmmaConfig c = {k_groups, cluster, divide_up(w.m_blocks(), r)};
     if (wgmma_slots(w, n, c) && wgmma_slots(w, also_n, c)) visit(modelled_us(w, n, c), c);
   }
 }
@@ -82,7 +82,7 @@ WgmmaConfig least_modelled(const Matrix& w, int n, int also_n) {
   double least = 1e30;
   for (int k_groups = 1; k_groups <= wgmma_groups(n); k_groups *= 2)
     for (int cluster = 1; cluster <= 8; ++cluster)
-      each_modelled(w, n, also_n, k_groups, cluster, 1, [&](double us, const WgmmaConfig& c) {
+      each_modelled(w, n, also_n, k_groups, cluster, [&](double us, const WgmmaConfig& c) {
         if (us < least) least = us, best = c;
       });
   return best;
@@ -104,15 +104,14 @@ WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained) {
 
 std::vector<WgmmaConfig> best_wgmma(const Matrix& w, int n) {
   std::vector<std::pair<double, WgmmaConfig>> found;
-  for (int parts = 1; parts <= (n > 32 && n <= kWgmmaMaxN ? 2 : 1); ++parts)
-    for (int k_groups = 1; k_groups * parts <= wgmma_groups(n, parts); k_groups *= 2)
-      for (int cluster = 1; cluster <= 8; ++cluster) {
-        std::pair<double, WgmmaConfig> least = {1e30, {}};
-        each_modelled(w, n, n, k_groups, cluster, parts, [&](double us, const WgmmaConfig& c) {
-          if (us < least.first) least = {us, c};
-        });
-        if (least.second.clusters) found.push_back(least);
-      }
+  for (int k_groups = 1; k_groups <= wgmma_groups(n); k_groups *= 2)
+    for (int cluster = 1; cluster <= 8; ++cluster) {
+      std::pair<double, WgmmaConfig> least = {1e30, {}};
+      each_modelled(w, n, n, k_groups, cluster, [&](double us, const WgmmaConfig& c) {
+        if (us < least.first) least = {us, c};
+      });
+      if (least.second.clusters) found.push_back(least);
+    }
   return by_cost(std::move(found));
 }
 

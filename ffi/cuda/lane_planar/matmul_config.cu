@@ -15,7 +15,7 @@ bool operator==(const MatmulConfig& a, const MatmulConfig& b) {
     return a.direct.tiles_per_warp == b.direct.tiles_per_warp && a.direct.warps == b.direct.warps &&
            a.direct.ctas_per_sm == b.direct.ctas_per_sm && a.direct.cluster == b.direct.cluster && a.direct.clusters == b.direct.clusters;
   return a.wgmma.k_groups == b.wgmma.k_groups && a.wgmma.cluster == b.wgmma.cluster && a.wgmma.clusters == b.wgmma.clusters &&
-         a.wgmma.slots == b.wgmma.slots && a.wgmma.parts == b.wgmma.parts;
+         a.wgmma.slots == b.wgmma.slots;
 }
 
 std::string unusable(const Matrix& w, int n, std::string_view name, bool batch_invariant, bool raw) {
@@ -38,8 +38,7 @@ std::string show(const MatmulConfig& c, int n) {
   if (d.clusters)
     std::snprintf(name, sizeof(name), "direct t%d w%dx%d C%d cl%d", d.tiles_per_warp, d.warps, d.ctas_per_sm, d.cluster, d.clusters);
   else
-    std::snprintf(name, sizeof(name), "wgmma %d/%d%s C%d cl%d", wgmma_groups(n, c.wgmma.parts), c.wgmma.k_groups, c.wgmma.parts > 1 ? "x2" : "",
-                  c.wgmma.cluster, c.wgmma.clusters);
+    std::snprintf(name, sizeof(name), "wgmma %d/%d C%d cl%d", wgmma_groups(n), c.wgmma.k_groups, c.wgmma.cluster, c.wgmma.clusters);
   return name;
 }
 
@@ -52,9 +51,8 @@ std::optional<MatmulConfig> parse_config(std::string_view name, int n) {
   // At most eight digits, so that no number overflows.
   const bool is_direct = std::sscanf(text.c_str(), "direct t%8d w%8dx%8d C%8d cl%8d", &d.tiles_per_warp, &d.warps, &d.ctas_per_sm, &d.cluster,
                                      &d.clusters) == 5;
-  bool is_wgmma = std::sscanf(text.c_str(), "wgmma %8d/%8d C%8d cl%8d", &groups, &c.wgmma.k_groups, &c.wgmma.cluster, &c.wgmma.clusters) == 4;
-  if (!is_wgmma && std::sscanf(text.c_str(), "wgmma %8d/%8dx2 C%8d cl%8d", &groups, &c.wgmma.k_groups, &c.wgmma.cluster, &c.wgmma.clusters) == 4)
-    is_wgmma = true, c.wgmma.parts = 2;
+  const bool is_wgmma =
+      std::sscanf(text.c_str(), "wgmma %8d/%8d C%8d cl%8d", &groups, &c.wgmma.k_groups, &c.wgmma.cluster, &c.wgmma.clusters) == 4;
   if (is_direct == is_wgmma || show(c, n) != text) return std::nullopt;  // nothing before, between or after, and as many groups
   return c;
 }

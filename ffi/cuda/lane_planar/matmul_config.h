@@ -22,8 +22,7 @@ struct MatmulConfig {
 bool operator==(const MatmulConfig& a, const MatmulConfig& b);
 
 // "direct t4 w16x1 C2 cl64": tiles of a warp, warps of a CTA x CTAs of an SM, CTAs that split K, clusters. "wgmma 4/2 C2 cl64": warp
-// groups, which depend on n alone, / those of them that share a row block and split K, "x2" if two such teams share the columns; then as
-// above.
+// groups, which depend on n alone, / those of them that share a row block and split K; then as above.
 std::string show(const MatmulConfig& config, int n);
 
 // The configuration of this name for n rows of x, if it is one: exactly as `show` spells it.

@@ -16,9 +16,7 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   WgmmaPlan p = {};
   p.slices = wgmma_slices(n);
   p.k_groups = c.k_groups;
-  p.parts = c.parts;
-  p.log_parts = c.parts - 1;
-  p.teams = groups / c.k_groups / c.parts;
+  p.teams = groups / c.k_groups;
   while (1 << p.log_k_groups < p.k_groups) ++p.log_k_groups;
   while (1 << p.log_teams < p.teams) ++p.log_teams;
   p.cluster = c.cluster;
@@ -35,10 +33,9 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   else
     p.received_bytes = ((c.k_groups - 1) * p.items + (c.cluster > 1 ? c.cluster * p.owned : 0)) * kItemBytes;
 
-  const int block = w.block_words * 4, slot_x = c.k_groups * chunk_bytes(c.parts * instruction_n);
-  const int slot_blocks = p.teams * c.k_groups * block, slot = slot_x + slot_blocks;
+  const int block = w.block_words * 4, slot_x = c.k_groups * chunk_bytes(instruction_n), slot = slot_x + groups * block;
   const int fixed = groups * 4 * plane_bytes + kWarpAreasBytes + kBarrierBytes;
-  int sum_bytes = p.teams * p.parts * p.received_bytes;
+  int sum_bytes = p.teams * p.received_bytes;
   // Of a single pass sums can use the slots, after the last of them. That costs a wait for all of the cluster, so only where few
   // slots are left otherwise.
   constexpr int kEnoughSlots = 5;
@@ -49,10 +46,10 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   const int fitting = std::min((limit - fixed - sum_bytes) / slot, kMaxSlots);
   p.slots = c.slots ? std::min(c.slots, kMaxSlots) : fitting;
   if (p.slots < kMinSlots || p.slots > fitting) return p;
-  p.early = std::max(1, (instruction_n <= kFewColumns ? kEarlyBytesFew : kEarlyBytes) / slot_blocks);
+  p.early = std::max(1, (instruction_n <= kFewColumns ? kEarlyBytesFew : kEarlyBytes) / (groups * block));
   p.planes = p.slots * slot_x;  // as x's slots, whole kilobytes from the start
   p.blocks = p.planes + groups * 4 * plane_bytes;
-  const int ring = std::max(p.blocks + p.slots * slot_blocks, p.sums_in_slots ? p.teams * p.parts * p.received_bytes : 0);
+  const int ring = std::max(p.blocks + p.slots * groups * block, p.sums_in_slots ? p.teams * p.received_bytes : 0);
   p.received = p.sums_in_slots ? 0 : ring;
   p.barriers = ring + sum_bytes + kWarpAreasBytes;
   p.bytes = p.barriers + kBarrierBytes;
@@ -76,14 +73,14 @@ Variant variant() {
   return {kN, !Weights::kHasEscapes, reinterpret_cast<const void*>(&matmul_wgmma<Weights, kN, wgmma_groups(kN)>)};
 }
 
-const Variant* find_variant(int n, bool raw, int parts) {
+const Variant* find_variant(int n, bool raw) {
   static const Variant variants[] = {
       variant<LanePlanar, 8>(), variant<LanePlanar, 16>(), variant<LanePlanar, 32>(), variant<LanePlanar, 64>(), variant<LanePlanar, 128>(),
       variant<LanePlanar, 256>(), variant<Raw, 8>(), variant<Raw, 16>(), variant<Raw, 32>(), variant<Raw, 64>(), variant<Raw, 128>(),
       variant<Raw, 256>(),
   };
   for (const Variant& v : variants)
-    if (v.raw == raw && wgmma_columns(n, parts) <= v.n) return &v;
+    if (v.raw == raw && std::min(n, kWgmmaMaxN) <= v.n) return &v;
   return nullptr;
 }
 
@@ -104,12 +101,12 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 }
 
 // x[n][k] as [k / 64][n][64], so that one copy brings a slot's, or as one [n][k] where k is ragged. What lies outside reads as zero.
-bool make_x_map(CUtensorMap* map, const __nv_bfloat16* x, int n, int k, int columns, int slot_chunks, bool whole_chunks) {
+bool make_x_map(CUtensorMap* map, const __nv_bfloat16* x, int n, int k, int instruction_n, int slot_chunks, bool whole_chunks) {
   const cuuint64_t row = static_cast<cuuint64_t>(k) * 2;
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(whole_chunks ? kBlock : k), static_cast<cuuint64_t>(n),
                                static_cast<cuuint64_t>(whole_chunks ? k / kBlock : 1)};
   const cuuint64_t strides[2] = {row, whole_chunks ? kBlock * 2 : row * n};
-  const cuuint32_t box[3] = {kBlock, static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(whole_chunks ? slot_chunks : 1)};
+  const cuuint32_t box[3] = {kBlock, static_cast<cuuint32_t>(instruction_n), static_cast<cuuint32_t>(whole_chunks ? slot_chunks : 1)};
   const cuuint32_t steps[3] = {1, 1, 1};
   return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<__nv_bfloat16*>(x), sizes, strides, box, steps,
                               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -143,9 +140,9 @@ namespace {
 
 // With `bytes` 0 if there is none.
 WgmmaPlan any_plan(const Matrix& w, int n, const WgmmaConfig& c, bool raw, bool gated = false) {
-  const Variant* v = n < 1 || wgmma_slices(n) > kWgmmaMaxSlices || c.parts < 1 || c.parts > 2 || (c.parts > 1 && wgmma_slices(n) > 1) ? nullptr : find_variant(n, raw, c.parts);
+  const Variant* v = n < 1 || wgmma_slices(n) > kWgmmaMaxSlices ? nullptr : find_variant(n, raw);
   if (!v || c.cluster < 1 || c.cluster > 8 || c.clusters < 1 || c.clusters > w.m_blocks() >> gated || c.k_groups < 1 ||
-      v->groups() % (c.k_groups * c.parts) || w.k_blocks() / c.cluster < c.k_groups)
+      v->groups() % c.k_groups || w.k_blocks() / c.cluster < c.k_groups)
     return {};
   return plan_for(w, n, *v, c, gated);
 }
@@ -162,7 +159,7 @@ int wgmma_slots(const Matrix& w, int n, const WgmmaConfig& c, bool raw) {
 int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& c) {
   const int bytes = wgmma_shared_bytes(w, n, c);
   if (!bytes) return 0;
-  const Variant& v = *find_variant(n, false, c.parts);
+  const Variant& v = *find_variant(n, false);
   if (cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerSm)) return 0;
   int clusters = 0;
   if (c.cluster == 1) {
@@ -181,12 +178,12 @@ cudaError_t launch_matmul_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, 
                                 cudaStream_t stream, bool raw, bool overlap) {
   const int bytes = wgmma_shared_bytes(w, n, c, raw, epilogue.gated);
   if (!bytes) return cudaErrorInvalidValue;
-  const Variant& v = *find_variant(n, raw, c.parts);
+  const Variant& v = *find_variant(n, raw);
   WgmmaArgs args = {{}, w, x, epilogue, n, overlap, XLoad::kPlain, plan_for(w, n, v, c, epilogue.gated)};
   if (w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
     if (!tensor_map_encoder()) return cudaErrorNotSupported;
     args.x_load = w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk;
-    if (!make_x_map(&args.x_map, x, n, w.k, c.parts * v.n, c.k_groups, args.x_load == XLoad::kSlot)) return cudaErrorInvalidValue;
+    if (!make_x_map(&args.x_map, x, n, w.k, v.n, c.k_groups, args.x_load == XLoad::kSlot)) return cudaErrorInvalidValue;
   }
   // A property of the function on the current device; setting it again costs nothing.
   if (const cudaError_t error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerSm)) return error;

@@ -1,7 +1,7 @@
 // Matmul on Hopper's wgmma from n = 8 on: weights are decoded in registers and multiply x in shared memory.
 //
 // A cluster owns row blocks; its CTAs (ranks) split K. Inside a CTA the warp groups form teams: a team works on one row block at a
-// time, or, where there are parts, on its part of the columns, and its `k_groups` warp groups take the chunks of 64 k in turn. Their partial sums are added in the CTA, in order of warp groups,
+// time, and its `k_groups` warp groups take the chunks of 64 k in turn. Their partial sums are added in the CTA, in order of warp groups,
 // go to the ranks that own them through distributed shared memory and are added there in order of ranks. No atomics, no workspace, the
 // same bits in every run.
 //
@@ -122,8 +122,7 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
   const Matrix& w = args.w;
   const WgmmaPlan& plan = args.plan;
   const int tile = warp & 3, group = warp >> 2;
-  const int k_groups = plan.k_groups, team_and_part = group >> plan.log_k_groups, k_group = group & (k_groups - 1);
-  const int team = team_and_part >> plan.log_parts, part = team_and_part & (plan.parts - 1);
+  const int k_groups = plan.k_groups, team = group >> plan.log_k_groups, k_group = group & (k_groups - 1);
   const int own_passes = work.passes_of(plan, team);
   const int own_slots = (work.chunks - k_group + k_groups - 1) >> plan.log_k_groups;
   ptx::wait_for_previous_grid();  // bias and residual
@@ -137,8 +136,8 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
     patches.fill();
     __syncwarp();
   }
-  const uint32_t first_words = work.shared + plan.blocks + (team * k_groups + k_group) * work.block_bytes;
-  const uint32_t first_b = ptx::wgmma_descriptor(work.shared + ((k_group << plan.log_parts) + part) * kChunkBytes);
+  const uint32_t first_words = work.shared + plan.blocks + group * work.block_bytes;
+  const uint32_t first_b = ptx::wgmma_descriptor(work.shared + k_group * kChunkBytes);
   const uint32_t slot_bytes = plan.teams * k_groups * work.block_bytes;
   struct Slot {
     uint32_t index, phase;
@@ -247,7 +246,7 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __g
       if (i >= early) ptx::barrier_init_only(barriers + kFull, 1);
       ptx::barrier_init_only(barriers + kEmpty, kGroups * 4);
     }
-    if (warp < plan.teams * plan.parts && plan.cluster > 1) {
+    if (warp < plan.teams && plan.cluster > 1) {
       ptx::barrier_init_only(work.barriers + kArrived + 8 * warp, plan.k_groups * 4 + 1);
       ptx::barrier_init_only(work.barriers + kMaySend + 8 * warp, plan.cluster * plan.k_groups * 4);
     }

@@ -18,16 +18,12 @@ struct WgmmaConfig {
   int cluster;    // K is split over so many CTAs, 1..8
   int clusters;   // any number in 1..ceil(m / 64); row blocks are dealt to them in turn
   int slots = 0;  // of the ring, 3..16; 0: as many as fit
-  int parts = 1;  // 1 or 2: so many teams multiply the same row block, each by its part of the columns
 };
 
 constexpr int wgmma_slices(int n) { return (n + kWgmmaMaxN - 1) / kWgmmaMaxN; }
 
-// Columns of a CTA's instructions, at most, where its teams take `parts` of n.
-constexpr int wgmma_columns(int n, int parts) { return ((n < kWgmmaMaxN ? n : kWgmmaMaxN) + parts - 1) / parts; }
-
 // Warp groups of a CTA that multiply, each 64 rows at a time.
-constexpr int wgmma_groups(int n, int parts = 1) { return wgmma_columns(n, parts) <= 128 ? 4 : 2; }
+constexpr int wgmma_groups(int n) { return n <= 128 ? 4 : 2; }
 
 // The configuration for this shape: measured on an H200, else by a model fitted to its 132 SMs. There is one for every m, k >= 1 and
 // n of at most kWgmmaMaxSlices. Asks nothing of the driver. `chained`: for kernels that overlap.

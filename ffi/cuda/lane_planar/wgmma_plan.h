@@ -5,8 +5,7 @@
 namespace jaxzip::lane_planar {
 
 struct WgmmaPlan {
-  int k_groups, teams, log_k_groups, log_teams;  // of row blocks: for each so many teams as there are parts
-  int parts, log_parts;
+  int k_groups, teams, log_k_groups, log_teams;
   int cluster;     // CTAs that share a row block, each with its part of K
   int clusters;
   int slices;      // of the columns; as many clusters, one behind the other, read the same row blocks
@@ -14,7 +13,7 @@ struct WgmmaPlan {
   int gated, half;  // 1: row blocks are dealt in pairs, of a gate's and the one half further down, which is a team's next pass
   int chunks, k_longer;  // chunks of 64 k of a rank; the first k_longer ranks have one more
   int early;       // slots filled before the kernel before has ended
-  int slots;       // of the ring: each has a chunk of x for every k group and an encoded block for every k group of a row block
+  int slots;       // of the ring: each has a chunk of x for every k group and an encoded block for every warp group
   int items;       // 64 x 8 sums of a row block are items of 512 bytes: (8 columns, 16 rows); item i belongs to rank i % cluster
   int owned;       // of the rank with most
   int received_bytes;  // a team's
@@ -37,7 +36,7 @@ constexpr int kArrived = kMaxSlots * kSlotBarriers, kMaySend = kArrived + 8 * kM
 constexpr int kIdle = kMaySend + 8 * kMaxGroups;
 constexpr int kBarrierBytes = kIdle + 16;
 
-__host__ __device__ constexpr int chunk_bytes(int columns) { return columns * kBlock * 2; }
+__host__ __device__ constexpr int chunk_bytes(int instruction_n) { return instruction_n * kBlock * 2; }
 
 // For `groups` warp groups that multiply. `bytes` is 0 if it does not fit into `limit`.
 WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, const WgmmaConfig& config, bool gated, int plane_bytes,

@@ -25,13 +25,12 @@ class Results {
   const WgmmaArgs& args_;
   const WgmmaWork& work_;
   uint8_t* const memory_;
-  const int warp_, lane_, tile_, group_, k_groups_, team_, k_group_, ranks_;  // team_: of all, those of parts one behind the other
-  const int first_n_;
+  const int warp_, lane_, tile_, group_, k_groups_, team_, k_group_, ranks_;
   const uint32_t arrived_, may_send_;
   bool cluster_started_;
 
   __device__ __forceinline__ int team_warp() const { return warp_ - team_ * k_groups_ * 4; }
-  __device__ __forceinline__ int row_block_of(int pass) const { return work_.row_block_of(args_.plan, team_ >> args_.plan.log_parts, pass); }
+  __device__ __forceinline__ int row_block_of(int pass) const { return work_.row_block_of(args_.plan, team_, pass); }
   // Of the rows that this warp stores: of all its items these are the same.
   __device__ __forceinline__ int stored_tile() const { return ranks_ == 1 ? tile_ : (team_warp() * ranks_ + work_.rank) & 3; }
   // Where a team's sums meet: of warp groups, then those that CTAs sent.
@@ -59,7 +58,7 @@ class Results {
     return FourRows(args_.epilogue, args_.w.m, row_block_of(pass) * kBlock + stored_tile() * kTileRows + row, shifts);
   }
   __device__ __forceinline__ void store_item(int column_group, const FourRows& rows, bool fours, float4 sum) const {
-    const int n = first_n_ + 8 * column_group + 2 * (lane_ & 3) + ((lane_ >> 2) & 1);
+    const int n = work_.first_n + 8 * column_group + 2 * (lane_ & 3) + ((lane_ >> 2) & 1);
     sum = transpose_rows(sum, lane_);
     if (n >= args_.n) return;
     if (kN <= kGatedMaxN && args_.epilogue.gated)
@@ -181,8 +180,8 @@ class Results {
     const uint32_t put = lines + column * 128 + (((2 * tile_ + ((lane_ >> 3) & 1)) ^ (lane_ & 7)) << 4);
     const int taken = 4 * tile_ + (lane_ >> 3), piece = lane_ & 7;
     const uint32_t take = lines + taken * 128 + ((piece ^ (taken & 7)) << 4);
-    const int columns = first_row + 8 * piece < args_.w.m ? args_.n - first_n_ : 0;
-    __nv_bfloat16* y = static_cast<__nv_bfloat16*>(e.y) + static_cast<size_t>(first_n_ + taken) * args_.w.m + first_row + 8 * piece;
+    const int columns = first_row + 8 * piece < args_.w.m ? args_.n - work_.first_n : 0;
+    __nv_bfloat16* y = static_cast<__nv_bfloat16*>(e.y) + static_cast<size_t>(work_.first_n + taken) * args_.w.m + first_row + 8 * piece;
 #pragma unroll
     for (int n = 0; n < kN; n += kColumnsAtOnce) {
       sync_group();  // all have read their planes, or the lines before
@@ -213,7 +212,6 @@ class Results {
   __device__ __forceinline__ Results(const WgmmaArgs& args, const WgmmaWork& work, uint8_t* memory, int warp, int lane)
       : args_(args), work_(work), memory_(memory), warp_(warp), lane_(lane), tile_(warp & 3), group_(warp >> 2), k_groups_(args.plan.k_groups),
         team_(group_ >> args.plan.log_k_groups), k_group_(group_ & (k_groups_ - 1)), ranks_(args.plan.cluster),
-        first_n_(work.first_n + (team_ & (args.plan.parts - 1)) * kN),
         arrived_(work.barriers + kArrived + 8 * team_), may_send_(work.barriers + kMaySend + 8 * team_), cluster_started_(ranks_ == 1) {}
 
   // The shared address of what is this warp's own: shifts of the rows that it stores, then a word that nobody reads.

@@ -26,7 +26,7 @@ struct WgmmaWork {
     passes = (row_blocks + plan.teams - 1) >> plan.log_teams << plan.gated;
     barriers = shared + plan.barriers;
     block_bytes = args.w.block_words * 4;
-    x_bytes = plan.k_groups * chunk_bytes(instruction_n) << plan.log_parts;
+    x_bytes = plan.k_groups * chunk_bytes(instruction_n);
   }
   __device__ __forceinline__ int row_block_of(const WgmmaPlan& plan, int team, int pass) const {
     return cluster + (team + (pass >> plan.gated) * plan.teams) * plan.clusters + (pass & plan.gated ? plan.half : 0);

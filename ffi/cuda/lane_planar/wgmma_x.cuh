@@ -30,22 +30,21 @@ __device__ __forceinline__ void copy_x(const WgmmaArgs& args, uint32_t to, uint3
     ptx::tensor_copy(to, &args.x_map, 0, first_n, first, barrier);
   } else {
 #pragma unroll 1
-    for (int i = 0; i < chunks; ++i) ptx::tensor_copy(to + (i * chunk_bytes(kN) << args.plan.log_parts), &args.x_map, (first + i) * kBlock, first_n, 0, barrier);
+    for (int i = 0; i < chunks; ++i) ptx::tensor_copy(to + i * chunk_bytes(kN), &args.x_map, (first + i) * kBlock, first_n, 0, barrier);
   }
 }
 
 // The same by a warp, without a tensor map; x is there when it returns.
 template <int kN>
 __device__ __forceinline__ void load_plain_x(const WgmmaArgs& args, uint32_t to, int first_n, int first, int chunks, int lane) {
-  const int columns = kN * args.plan.parts;
 #pragma unroll 1
-  for (int i = lane; i < chunks * columns * kBlock; i += 32) {
-    const int k = i % kBlock, n = i / kBlock % columns, chunk = i / (kBlock * columns), column = (first + chunk) * kBlock + k;
+  for (int i = lane; i < chunks * kN * kBlock; i += 32) {
+    const int k = i % kBlock, n = i / kBlock % kN, chunk = i / (kBlock * kN), column = (first + chunk) * kBlock + k;
     uint16_t v = 0;
     if (first_n + n < args.n && column < args.w.k)
       v = reinterpret_cast<const uint16_t*>(args.x)[static_cast<size_t>(first_n + n) * args.w.k + column];
     const uint32_t at = n * kBlock * 2 + k * 2;
-    ptx::store_shared_u16(to + chunk * chunk_bytes(columns) + (at ^ ((n & 7) << 4)), v);
+    ptx::store_shared_u16(to + chunk * chunk_bytes(kN) + (at ^ ((n & 7) << 4)), v);
   }
   ptx::fence_async_proxy();
   __syncwarp();
