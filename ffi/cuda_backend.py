@@ -23,8 +23,10 @@ LANE_PLANAR = "lane-planar"
 PRIORITY = 10
 #: The control must not be what a raw tensor gets by itself: XLA's dot on it is faster.
 CONTROL_PRIORITY = 0
-#: Rows of x beyond which decoding the weight once and XLA's dot are faster than the format's fused kernel.
-FUSED_ROWS = {LANE_PLANAR: 256, "raw": 256, TCA_TBE: 32}
+#: Rows of x beyond which decoding the weight once and XLA's dot are as fast as the format's fused kernel, or faster.
+FUSED_ROWS = {LANE_PLANAR: 2048, "raw": 2048, TCA_TBE: 32}
+#: Rows of a decode step beyond which a chain gains nothing.
+CHAIN_ROWS = 256
 #: Where lane-planar's kernels run.
 HOPPER = (9, 0)
 
@@ -42,7 +44,7 @@ def register_cuda_backend() -> None:
     add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY, configurations=_configurations)
     add("take", fn=format_ops.take, check=_check_take, priority=PRIORITY)
     register_ragged_on_cuda(_check_hopper, PRIORITY, CONTROL_PRIORITY)
-    register_decode_chain(_check_hopper, FUSED_ROWS[LANE_PLANAR], PRIORITY)
+    register_decode_chain(_check_hopper, CHAIN_ROWS, PRIORITY)
     for step, fn in ((SHIFTS, cuda_encode.shifts), (COUNTS, cuda_encode.counts), (PAYLOAD, cuda_encode.payload)):
         add(step, fn=fn, check=lambda *_, **__: _check_hopper(), priority=PRIORITY)
     auto.prefer(LANE_PLANAR, platform="cuda", compute_capability=HOPPER)

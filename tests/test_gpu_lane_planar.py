@@ -79,7 +79,7 @@ def test_decompress_of_a_large_matrix_and_of_a_stack(shape):
 
 
 @pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("n", [1, 2, 5, 8, 16, 31, 64, 100, 128, 256])
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 16, 31, 64, 100, 128, 256, 300, 1100])
 def test_every_bit_pattern_as_a_weight(n, out_dtype):
     """NaN and infinities among them: only the control, the same kernel on raw weights, says what is right."""
     w = all_bit_patterns()
@@ -87,7 +87,7 @@ def test_every_bit_pattern_as_a_weight(n, out_dtype):
     assert_same(fused(x, encoded(w), out_dtype=out_dtype), fused(x, raw(w), out_dtype=out_dtype))
 
 
-@pytest.mark.parametrize("n", [8, 130])
+@pytest.mark.parametrize("n", [8, 130, 400])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_equal_to_the_raw_control(name, n):
     w = WEIGHTS[name]
@@ -101,7 +101,7 @@ def test_shapes(shape):
     w = scales(0.02 * jax.random.normal(jax.random.key(m), (k, m), jnp.bfloat16), 5)
     z, control = encoded(w), raw(w)
     assert_same(jaxzip.decompress(z, implementation="ffi"), w)
-    for n in (1, 8, 32, 200) if m * k >= 50e6 else (1, 2, 8, 13, 16, 32, 64, 200):
+    for n in (1, 8, 32, 200, 600) if m * k >= 50e6 else (1, 2, 8, 13, 16, 32, 64, 200, 257, 600):
         x = activations(n, k, seed=n)
         y = fused(x, z, out_dtype=jnp.float32)
         assert_same(y, fused(x, control, out_dtype=jnp.float32))
@@ -112,12 +112,12 @@ def test_shapes(shape):
         assert float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact)) < max(1e-5, 2e-9 * k)
 
 
-@pytest.mark.parametrize("n", [1, 8, 40, 128, 300])
+@pytest.mark.parametrize("n", [1, 8, 40, 128, 300, 2500])
 def test_bias_and_residual(n):
     w = scales(gaussian_weights((512, 1000)), 5)
     x, z = activations(n, 512), encoded(w)
     bias, residual = activations(1, 1000, seed=1)[0], activations(n, 1000, seed=2)
-    options = {"batch_invariant": n > 256}  # which has the fused kernel take any number of rows
+    options = {"batch_invariant": n > 2048}  # which has the fused kernel take any number of rows
     sums = fused(x, z, out_dtype=jnp.float32, **options)
     for b, r in ((bias, None), (None, residual), (bias, residual)):
         want = sums
@@ -174,7 +174,7 @@ def test_auto_takes_this_format_here():
 def test_what_the_kernel_does_not_take_is_decoded_first():
     w = gaussian_weights((256, 320))
     z = encoded(w)
-    for x in (activations(300, 256), activations(4, 256).astype(jnp.float32)):
+    for x in (activations(2049, 256), activations(4, 256).astype(jnp.float32)):
         with pytest.raises(NotImplementedError):
             fused(x, z)
         exact = np.asarray(x, np.float64) @ w.astype(np.float64)

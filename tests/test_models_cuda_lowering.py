@@ -91,13 +91,13 @@ def test_without_the_chain_a_layer_decodes_by_four_products(params):
     assert found == {"jaxzip_lane_planar_gemm": 4 + 1, "jaxzip_lane_planar_take": 1}
 
 
-def test_long_prompts_are_prefilled_from_decoded_weights(params):
-    s = setup_of(params, 400)
+@pytest.mark.parametrize(("prompts", "decoded"), [(1, False), (6, True)])
+def test_long_prompts_are_prefilled_from_decoded_weights(params, prompts, decoded):
+    s = setup_of(params, 400, prompts=prompts)
     found = custom_calls(internals._start.trace(s.static, False, s.weights, s.inputs))
     # The head sees the last token only.
-    assert found == {
-        "jaxzip_lane_planar_decompress": 4, "jaxzip_lane_planar_gemm": 1, "jaxzip_lane_planar_take": 1,
-    }  # fmt: skip
+    products = {"jaxzip_lane_planar_decompress": 4, "jaxzip_lane_planar_gemm": 1}
+    assert found == {**(products if decoded else {"jaxzip_lane_planar_gemm": 5}), "jaxzip_lane_planar_take": 1}
 
 
 def test_batch_invariance_never_leaves_the_fused_kernel(params):

@@ -43,9 +43,9 @@ def test_working_memory_is_near_the_compilers(batch, scratch, temporary):
 
 def test_few_rows_need_no_scratch():
     assert PREFILL_ROWS == cuda_backend.FUSED_ROWS["lane-planar"]
-    with_scratch, without = (memory_plan(LLAMA_8B, 0, 1, 256, 16, scratch=s).working for s in (True, False))
+    with_scratch, without = (memory_plan(LLAMA_8B, 0, 4, 512, 16, scratch=s).working for s in (True, False))
     assert with_scratch == without
-    assert memory_plan(LLAMA_8B, 0, 2, 256, 16, scratch=True).working > without + 2 * 4096 * 2 * 14336
+    assert memory_plan(LLAMA_8B, 0, 5, 512, 16, scratch=True).working > without + 2 * 4096 * 2 * 14336
 
 
 def test_what_fits():
