@@ -138,7 +138,7 @@ def test_heads_norms_and_caps_in_attentions_kernels(batch, length, head_norm, he
     kernel = _kernel_for_one if length == 1 else _kernel_for_each
     out, new_keys, _ = jax.jit(lambda *a: kernel(*a, **each, **options))(*arguments)
     expected, other_keys, _ = jax.jit(lambda *a: _append_and_attend(*a, num_heads=heads, **options))(*arguments)
-    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=0.01, atol=0.05)
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=0.01, atol=0.1)
     # Both round; where norms do before the rotation, its difference of two can be of any relative size.
     np.testing.assert_allclose(
         np.asarray(new_keys, np.float32),
