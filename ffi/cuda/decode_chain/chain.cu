@@ -22,7 +22,10 @@ cudaError_t launch_chain(const Chain& c, const ChainOptions& options, cudaStream
                    : launch_rms_norm(sum, norm, offset, h, c.n, c.o.m, stream, options.overlap);
   };
   // The first starts when all before it has ended: what that writes may be weights. From then on weights are there.
-  if (const cudaError_t error = add_and_norm(c.o, c.attended, c.residual, c.x1, c.mlp_norm, c.h1, c.o_norm, c.o_product, false, options.o))
+  if (c.attention)
+    if (const cudaError_t error = launch_attention(*c.attention, options.batch_invariant, stream, false)) return error;
+  if (const cudaError_t error = add_and_norm(c.o, c.attended, c.residual, c.x1, c.mlp_norm, c.h1, c.o_norm, c.o_product,
+                                             c.attention && options.overlap, options.o))
     return error;
   const Epilogue activated = {gated ? c.act : c.gu, false, nullptr, nullptr, gated, c.activation};
   if (const cudaError_t error = matmul(c.gate_up, c.h1, activated, options.overlap, options.gate_up)) return error;

@@ -4,6 +4,8 @@
 //   attended -- o_proj --+--> x1 -- RMSNorm --> h1 -- gate_up, SwiGLU --> act -- down --+--> x2 -- RMSNorm --> h2 -- tail --> y
 //   residual ------------+     \--------------------------------------------------------+
 //
+// Attention itself may come first, as the kernel that writes `attended`.
+//
 // Gemma's layers have GELU, and norms behind both parts: what is added to the residual is RMSNorm(o), o the product of o_proj, and
 // RMSNorm(d), d that of down. One kernel then computes both norms and the sum between them.
 //
@@ -16,6 +18,7 @@
 
 #include "../lane_planar/layout.h"
 #include "../lane_planar/matmul_config.h"
+#include "attention.h"
 #include "rows.h"
 
 namespace jaxzip::decode_chain {
@@ -37,6 +40,7 @@ struct Chain {
   // Norms behind o and down, and the products that they are of, [n, hidden]: all of these or none.
   Norm o_norm, down_norm;
   __nv_bfloat16 *o_product = nullptr, *down_product = nullptr;
+  const Attention* attention = nullptr;  // writes `attended`, of `n` rows; if there is none, `attended` is given
 };
 
 struct ChainOptions {
