@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxzip.ffi import cuda_configs, cuda_encode, cuda_ops, format_ops
 from jaxzip.ffi.decode_chain import register_decode_chain
+from jaxzip.ffi.decode_layer import register_decode_layer
 from jaxzip.ffi.libraries import compute_capabilities, register_cuda
 from jaxzip.ffi.ragged import register_ragged_on_cuda
 
@@ -44,7 +45,8 @@ def register_cuda_backend() -> None:
     add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY, configurations=_configurations)
     add("take", fn=format_ops.take, check=_check_take, priority=PRIORITY)
     register_ragged_on_cuda(_check_hopper, PRIORITY, CONTROL_PRIORITY)
-    register_decode_chain(_check_hopper, CHAIN_ROWS, PRIORITY)
+    for register_chain in (register_decode_chain, register_decode_layer):
+        register_chain(_check_hopper, CHAIN_ROWS, PRIORITY)
     for step, fn in ((SHIFTS, cuda_encode.shifts), (COUNTS, cuda_encode.counts), (PAYLOAD, cuda_encode.payload)):
         add(step, fn=fn, check=lambda *_, **__: _check_hopper(), priority=PRIORITY)
     auto.prefer(LANE_PLANAR, platform="cuda", compute_capability=HOPPER)

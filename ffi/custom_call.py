@@ -29,12 +29,17 @@ def call_with_results(
     results: Sequence[jax.ShapeDtypeStruct],
     *operands: jax.Array,
     vmap_method: str = "expand_dims",
+    in_place: Mapping[int, int] | None = None,
     **attributes,
 ) -> list[jax.Array]:
-    """All results of the custom call `name`; handlers that take no batch dimensions need another `vmap_method`."""
+    """All results of the custom call `name`; handlers that take no batch dimensions need another `vmap_method`.
+
+    `in_place`: operands that the call updates, and which results they become.
+    """
     register()
     operands, varying = _same_manual_axes(operands)
-    found = jax.ffi.ffi_call(name, list(results), vmap_method=vmap_method)(*operands, **attributes)
+    call = jax.ffi.ffi_call(name, list(results), vmap_method=vmap_method, input_output_aliases=dict(in_place or {}))
+    found = call(*operands, **attributes)
     # ffi_call takes results to be the same on every device, whatever its operands are.
     return [jax.lax.pcast(result, varying, to="varying") if varying else result for result in found]
 

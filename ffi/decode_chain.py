@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,44 @@ PRODUCTS_BEHIND = ("o", "d")
 
 def register_decode_chain(check_device, rows: int, priority: int) -> None:
     """Registers the chain: ``check_device`` refuses GPUs, ``rows`` is the most that one fused matmul is good for."""
-    check = functools.partial(_check, check_device=check_device, rows=rows)
+    check = functools.partial(check_chain, check_device=check_device, rows=rows)
     registry.register(OP, "ffi", _chain, check=check, platforms=("cuda",), priority=priority)
 
 
 def chain_results(
-    attended: jax.Array,
+    attended: jax.Array, residual: jax.Array, weights: ChainWeights, **options: Any
+) -> dict[str, jax.Array]:
+    """All that the kernels write, by name; ``gu`` is empty where the activation is part of its product.
+
+    Arguments are those of :func:`jaxzip.ops.decode_chain.decode_chain`. Raw weights go through the same kernels, after
+    XLA has brought them into fragment order: the control of exactness.
+
+    Raises:
+      jax.errors.JaxRuntimeError: at run time, when shapes do not fit each other.
+    """
+    call = chain_call(residual, weights, **options)
+    found = call_with_results(
+        "jaxzip_decode_chain", call.results, attended, *call.operands, vmap_method="sequential", **call.attributes
+    )
+    return dict(zip(call.names, found, strict=True))
+
+
+class ChainCall(NamedTuple):
+    """What the custom calls of a chain have in common, each behind what is its own.
+
+    Attributes:
+      names, results: of what the kernels write.
+      operands: the residual, the weights and the scales.
+      attributes: by name.
+    """
+
+    names: tuple[str, ...]
+    results: list[jax.ShapeDtypeStruct]
+    operands: list[jax.Array]
+    attributes: dict[str, np.generic | bool]
+
+
+def chain_call(
     residual: jax.Array,
     weights: ChainWeights,
     *,
@@ -44,15 +77,8 @@ def chain_results(
     norm_offset: float = 0.0,
     activation: str = "silu",
     batch_invariant: bool = False,
-) -> dict[str, jax.Array]:
-    """All that the kernels write, by name; ``gu`` is empty where the activation is part of its product.
-
-    Arguments are those of :func:`jaxzip.ops.decode_chain.decode_chain`. Raw weights go through the same kernels, after
-    XLA has brought them into fragment order: the control of exactness.
-
-    Raises:
-      jax.errors.JaxRuntimeError: at run time, when shapes do not fit each other.
-    """
+) -> ChainCall:
+    """See the class; arguments are those of :func:`jaxzip.ops.decode_chain.decode_chain`."""
     (n, hidden), intermediate = residual.shape, weights.down_proj.matrix_shape[1]
     gated = n <= GATED_ROWS and intermediate % GATED_STEP == 0
     products = 0 if gated else 2 * intermediate
@@ -61,26 +87,20 @@ def chain_results(
     results.append(jax.ShapeDtypeStruct((n, weights.tail.matrix_shape[0]), out_dtype))
     behind = weights.o_scale is not None
     results += [jax.ShapeDtypeStruct((n, hidden), jnp.bfloat16) for _ in PRODUCTS_BEHIND if behind]
-    operands = [operand for w in weights.matrices for operand in _operands(w)]
-    found = call_with_results(
-        "jaxzip_decode_chain",
-        results,
-        attended,
-        residual,
-        *operands,
-        *weights.scales,
-        vmap_method="sequential",
-        intermediate=np.int64(intermediate),
-        mlp_eps=np.float32(mlp_eps),
-        tail_eps=np.float32(tail_eps),
-        o_eps=np.float32(o_eps),
-        down_eps=np.float32(down_eps),
-        norm_offset=np.float32(norm_offset),
-        gelu_tanh=activation == "gelu_tanh",
-        batch_invariant=batch_invariant,
-        raw=weights.tail.format == "raw",
-    )
-    return dict(zip(RESULTS + PRODUCTS_BEHIND if behind else RESULTS, found, strict=True))
+    matrices = [operand for w in weights.matrices for operand in _operands(w)]
+    attributes = {
+        "intermediate": np.int64(intermediate),
+        "mlp_eps": np.float32(mlp_eps),
+        "tail_eps": np.float32(tail_eps),
+        "o_eps": np.float32(o_eps),
+        "down_eps": np.float32(down_eps),
+        "norm_offset": np.float32(norm_offset),
+        "gelu_tanh": activation == "gelu_tanh",
+        "batch_invariant": batch_invariant,
+        "raw": weights.tail.format == "raw",
+    }
+    names = RESULTS + PRODUCTS_BEHIND if behind else RESULTS
+    return ChainCall(names, results, [residual, *matrices, *weights.scales], attributes)
 
 
 def _chain(attended, residual, weights, **options):
@@ -95,7 +115,7 @@ def _operands(w: CompressedTensor) -> list[jax.Array]:
     return LANE_PLANAR.operands(w.payload)
 
 
-def _check(
+def check_chain(
     attended, residual, weights, *, out_dtype, batch_invariant, check_device, rows, activation="silu", **_
 ) -> None:
     formats = {w.format for w in weights.matrices}

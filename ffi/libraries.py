@@ -62,6 +62,7 @@ _CUDA_HANDLERS = (
     "jaxzip_lane_planar_counts",
     "jaxzip_lane_planar_encode",
     "jaxzip_decode_chain",
+    "jaxzip_decode_layer",
 )
 
 

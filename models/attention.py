@@ -96,7 +96,7 @@ class Attention(nnx.Module):
         operands = (*rotation, keys, values, start, end)
         has_kernel = decode_attention.supported(config.head_dim, config.dtype) and gpu_is_here()
         if has_kernel and qkv.shape[1] == 1:
-            scales, head_norm = self._head_norm()
+            scales, head_norm = self.head_norm()
             kernel = functools.partial(
                 _kernel_for_one, batch_invariant=execution.batch_invariant, head_norm=head_norm, **scores
             )
@@ -115,7 +115,7 @@ class Attention(nnx.Module):
             )
         return xla(qkv, *operands)
 
-    def _head_norm(self) -> tuple[tuple[jax.Array, ...], decode_attention.HeadNorm | None]:
+    def head_norm(self) -> tuple[tuple[jax.Array, ...], decode_attention.HeadNorm | None]:
         """Scales of queries' and keys' norm, and the norm; in families without none."""
         if not self.config.qk_norm:
             return (), None

@@ -1,11 +1,12 @@
-"""Decoding on a GPU with a layer's kernels in chains: attention, then all up to the next layer's attention in one call.
+"""Decoding on a GPU with a layer's kernels in chains: all from its attention up to the next layer's in one call.
 
-    embed, norm, qkv | attention | chain of layer 0 | attention | chain of layer 1 | ... | attention | last chain
-                                   o, norm, gate_up, SwiGLU, down, norm, next qkv            ..., final norm, head
+    embed, norm, qkv | chain of layer 0                                          | chain of layer 1 | ... | last chain
+                       attention, o, norm, gate_up, SwiGLU, down, norm, next qkv          ..., down, final norm, head
 
 Gemma's layers have GELU in place of SwiGLU, and norms behind o and down, each one kernel with the norm that follows.
 Kernels of one call overlap: each starts while the one before ends, and asks for its weights meanwhile. XLA starts a
-kernel when the one before has ended, which costs some microseconds at every one of them.
+kernel when the one before has ended, which costs some microseconds at every one of them. Where the chain's attention
+does not take a layer's heads, that layer's chain starts behind ``decode_attention``.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxzip.models.attention import Attention
 from jaxzip.models.cache import KVCache
 from jaxzip.models.execution import Execution
 from jaxzip.models.layers import Embedding, Linear, RMSNorm
 from jaxzip.models.mlp import MLP
 from jaxzip.models.rope import rotation
 
+from jaxzip.ops import decode_layer
 from jaxzip.ops.decode_chain import ChainWeights, available, decode_chain
+from jaxzip.ops.decode_layer import AttentionArrays
 from jaxzip.tensor import CompressedTensor
 
 Projection = Linear | Embedding
@@ -140,22 +144,58 @@ def run_link(
     Returns:
       The layer's result ``[B, 1, D]``, its projection ``[B, 1, M]`` and the updated keys and values.
     """
-    out, keys, values = layer.attn.append_and_attend(qkv, rotation, keys, values, start, end, execution=execution)
+    cache = (rotation, keys, values, start, end)
+    options = _options(layer, norm, is_head, execution)
 
-    def chain(layer, norm, projection, out, x):
-        options = _options(layer, norm, is_head, execution)
-        x, y = decode_chain(out[:, 0], x[:, 0], _weights(layer, norm, projection), **options, implementation="ffi")
-        return x[:, None], y[:, None]
+    def attend(layer, qkv, cache):
+        return layer.attn.append_and_attend(qkv, *cache, execution=execution)
 
-    def ordinary(layer, norm, projection, out, x):
+    def behind_attention(layer, norm, projection, out, x):
         x = _rest_of_layer(layer, out, x, execution)
         h = norm(x, execution=execution)
         if isinstance(projection, Embedding):
             return x, projection.attend(h, execution=execution)
         return x, projection(h, out_dtype="float32" if is_head else None, execution=execution)
 
-    x, y = jax.lax.platform_dependent(layer, norm, projection, out, x, cuda=chain, default=ordinary)
-    return x, y, keys, values
+    def chain_behind_attention(layer, norm, projection, out, x):
+        weights = _weights(layer, norm, projection)
+        x, y = decode_chain(out[:, 0], x[:, 0], weights, **options, implementation="ffi")
+        return x[:, None], y[:, None]
+
+    def one_chain(layer, norm, projection, qkv, x, cache):
+        arrays, scores = _attention(layer.attn, qkv, *cache)
+        weights = _weights(layer, norm, projection)
+        x, y, *cache = decode_layer.decode_layer(arrays, x[:, 0], weights, **scores, **options, implementation="ffi")
+        return x[:, None], y[:, None], *cache
+
+    def ordinary(layer, norm, projection, qkv, x, cache):
+        out, *cache = attend(layer, qkv, cache)
+        return *behind_attention(layer, norm, projection, out, x), *cache
+
+    if _attention_is_the_chains(layer, norm, projection, qkv, x, cache, options):
+        operands = (layer, norm, projection, qkv, x, cache)
+        return jax.lax.platform_dependent(*operands, cuda=one_chain, default=ordinary)
+    out, *cache = attend(layer, qkv, cache)
+    operands = (layer, norm, projection, out, x)
+    found = jax.lax.platform_dependent(*operands, cuda=chain_behind_attention, default=behind_attention)
+    return *found, *cache
+
+
+def _attention_is_the_chains(layer, norm, projection, qkv, x, cache, options) -> bool:
+    if type(layer.attn) is not Attention:
+        return False
+    arrays, scores = _attention(layer.attn, qkv, *cache)
+    return decode_layer.available(arrays, x[:, 0], _weights(layer, norm, projection), **scores, **options)
+
+
+def _attention(attn: Attention, qkv, rotation, keys, values, start, end) -> tuple[AttentionArrays, dict[str, Any]]:
+    """What the chain's attention reads, and its options."""
+    scales, head_norm = attn.head_norm()
+    options = {"divisor": attn.config.query_divisor, "window": attn.window, "cap": attn.config.attn_softcap}
+    if head_norm:
+        options |= {"head_norm_eps": head_norm.eps, "head_norm_offset": head_norm.offset}
+    cos, sin = (angles[:, 0] for angles in rotation)
+    return AttentionArrays(qkv[:, 0], cos, sin, keys, values, start, end, *scales), options
 
 
 def _rest_of_layer(layer: nnx.Module, out: jax.Array, x: jax.Array, execution: Execution) -> jax.Array:

@@ -44,6 +44,11 @@ def setup_of(params, length, *, chain=True, prompts=1, config=CONFIG, **options)
     return internals._Setup.of(model, [[7] * length] * prompts, 8, GREEDY, None, None, 0, **options)
 
 
+def with_heads_of_64(config):
+    """The chain's attention takes these, and not those of 32."""
+    return dataclasses.replace(config, head_dim=64)
+
+
 def custom_calls(traced, layer="run_block", times=1) -> dict[str, int]:
     """Of the text, in which layers of the same shapes are one function that was lowered once."""
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -57,13 +62,40 @@ def decode_loop(s):
 
 
 # 300 rows are too many for a fused kernel, unless the order of sums is to be the same for any number.
-@pytest.mark.parametrize(("prompts", "batch_invariant"), [(1, False), (64, True), (300, True)])
-def test_a_layer_decodes_in_one_chain(params, prompts, batch_invariant):
+ROWS = pytest.mark.parametrize(("prompts", "batch_invariant"), [(1, False), (64, True), (300, True)])
+
+
+@ROWS
+def test_a_layer_decodes_in_one_chain_behind_attention(params, prompts, batch_invariant):
     found = custom_calls(
         decode_loop(setup_of(params, 5, prompts=prompts, batch_invariant=batch_invariant)), "run_link", 2
     )
     # The layers', and the last one's with the head; before them the first layer's projection.
     assert found == {"jaxzip_decode_chain": 2, "jaxzip_lane_planar_gemm": 1, "jaxzip_lane_planar_take": 1}
+
+
+@ROWS
+def test_a_layer_decodes_in_one_chain_with_its_attention(prompts, batch_invariant):
+    config = with_heads_of_64(CONFIG)
+    s = setup_of(params_of(config), 5, prompts=prompts, batch_invariant=batch_invariant, config=config)
+    assert custom_calls(decode_loop(s), "run_link", 2) == {
+        "jaxzip_decode_layer": 2, "jaxzip_lane_planar_gemm": 1, "jaxzip_lane_planar_take": 1,
+    }  # fmt: skip
+
+
+def chains_of(traced, name):
+    """Operands, attributes and types of the results of each such call."""
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(rf"custom_call @{name}\((.*?)\) \{{(.*?)\}} : .* -> \((.*?)\)\n", text)
+    return [(operands.split(","), *rest) for operands, *rest in calls]
+
+
+def check_gemma(attributes, results):
+    assert "gelu_tanh = true" in attributes
+    assert ", norm_offset = 1.000000e+00 : f32" in attributes
+    for name in ("mlp_eps", "tail_eps", "o_eps", "down_eps"):
+        assert f"{name} = 9.99999974E-6 : f32" in attributes
+    assert len(re.findall("tensor<3x192xbf16>", results)) == 4 + 2  # between the kernels, and before the norms
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -73,17 +105,45 @@ def test_a_layer_of_gemma_decodes_in_one_chain(tied):
     assert custom_calls(traced, "run_link", 2) == {
         "jaxzip_decode_chain": 2, "jaxzip_lane_planar_gemm": 1, "jaxzip_lane_planar_take": 1,
     }  # fmt: skip
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    calls = re.findall(r"custom_call @jaxzip_decode_chain\((.*?)\) \{(.*?)\} : .* -> \((.*?)\)\n", text)
+    calls = chains_of(traced, "jaxzip_decode_chain")
     assert len(calls) == 2
     for operands, attributes, results in calls:
         # Activations, residual, four weights of three arrays each, four scales.
-        assert len(operands.split(",")) == 2 + 4 * 3 + 4
-        assert "gelu_tanh = true" in attributes
-        assert "norm_offset = 1.000000e+00 : f32" in attributes
-        for name in ("mlp_eps", "tail_eps", "o_eps", "down_eps"):
-            assert f"{name} = 9.99999974E-6 : f32" in attributes
-        assert len(re.findall("tensor<3x192xbf16>", results)) == 4 + 2  # between the kernels, and before the norms
+        assert len(operands) == 2 + 4 * 3 + 4
+        check_gemma(attributes, results)
+
+
+def test_attention_in_the_chain_updates_the_cache_in_place():
+    config = dataclasses.replace(with_heads_of_64(GEMMA), layer_types=("sliding_attention",) * 2 + ("full_attention",))
+    traced = decode_loop(setup_of(params_of(config), 5, prompts=3, config=config))
+    assert custom_calls(traced, "run_link", 2)["jaxzip_decode_layer"] == 2  # the first two are one
+    calls = chains_of(traced, "jaxzip_decode_layer")
+    windows = []
+    for operands, attributes, results in calls:
+        # Attention's arrays and its two scales, then as above.
+        assert len(operands) == 9 + 1 + 4 * 3 + 4
+        check_gemma(attributes, results)
+        assert results.startswith("tensor<3x384xbf16>, tensor<3x3x")  # attention's output, the cache
+        aliases = re.findall(r"output_tuple_indices = \[(\d+)\], operand_index = (\d+)", attributes)
+        assert aliases == [("1", "3"), ("2", "4")]
+        assert "cap = 0.000000e+00 : f32" in attributes and "divisor = 1.600000e+01 : f32" in attributes
+        assert "head_norm_eps = 9.99999974E-6 : f32" in attributes
+        assert "head_norm_offset = 1.000000e+00 : f32" in attributes
+        windows.append(re.search(r"window = (\d+) : i64", attributes)[1])
+    assert sorted(windows) == ["0", "64"]
+    # Nothing of a layer is left to other kernels: neither products nor what would write the cache.
+    assert left_of_layers(traced, 2) == set()
+    behind = decode_loop(setup_of(params_of(GEMMA), 5, prompts=3, config=GEMMA))
+    assert left_of_layers(behind, 2) >= {"stablehlo.dot_general", "stablehlo.dynamic_update_slice"}
+
+
+def left_of_layers(traced, count):
+    """Operations of the functions of layers, other than ours, shapes and the choice of a platform, a constant."""
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    layers = re.findall(r"func\.func private @run_link\w*\(.*?\n  \}\n", text, re.DOTALL)
+    assert len(layers) == count
+    found = set(re.findall(r"^ *%\S+ = (?:call @|\")?([\w.]+)", "".join(layers), re.MULTILINE))
+    return found - {f"stablehlo.{name}" for name in ("custom_call", "reshape", "broadcast_in_dim", "constant", "case")}
 
 
 def test_without_the_chain_a_layer_decodes_by_four_products(params):

@@ -25,7 +25,7 @@ constexpr auto kDecodeLayer = [](cudaStream_t stream, ffi::Buffer<ffi::BF16> qkv
                                  ffi::Buffer<ffi::BF16> keys, ffi::Buffer<ffi::BF16> values, ffi::Buffer<ffi::S32> start,
                                  ffi::Buffer<ffi::S32> own, ffi::Buffer<ffi::BF16> q_scale, ffi::Buffer<ffi::BF16> k_scale,
                                  Bf16Result attended, Bf16Result new_keys, Bf16Result new_values, float divisor, float cap, int64_t window,
-                                 float q_eps, float k_eps, float head_norm_offset, auto... chain) {
+                                 float head_norm_eps, float head_norm_offset, auto... chain) {
   return Guard("jaxzip_decode_layer", [&] {
     const Bf16Operand rows("qkv", qkv, 2), cache("keys", keys, 4);
     const int64_t n = rows.core[0], kv_heads = cache.core[1], slots = cache.core[2], head_dim = cache.core[3];
@@ -57,8 +57,8 @@ constexpr auto kDecodeLayer = [](cudaStream_t stream, ffi::Buffer<ffi::BF16> qkv
         divisor,
         cap,
         static_cast<int>(window),
-        HeadNormOf("q_scale", q_scale, q_eps, head_dim),
-        HeadNormOf("k_scale", k_scale, k_eps, head_dim),
+        HeadNormOf("q_scale", q_scale, head_norm_eps, head_dim),
+        HeadNormOf("k_scale", k_scale, head_norm_eps, head_dim),
         head_norm_offset,
     };
     LaunchChain(stream, &attention, attention.out, n, heads * head_dim, chain...);
@@ -85,8 +85,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_decode_layer, kDecodeLayer,
                                   .Attr<float>("divisor")
                                   .Attr<float>("cap")
                                   .Attr<int64_t>("window")
-                                  .Attr<float>("q_eps")
-                                  .Attr<float>("k_eps")
+                                  .Attr<float>("head_norm_eps")
                                   .Attr<float>("head_norm_offset")
                                   .JAXZIP_CHAIN_BIND,
                               {ffi::Traits::kCmdBufferCompatible});

@@ -86,11 +86,7 @@ def decode_chain(
         :func:`jaxzip.matmul`.
       NotImplementedError: as :func:`jaxzip.matmul`.
     """
-    if len(weights.scales) == 3:
-        there, missing = ("o", "down") if weights.down_scale is None else ("down", "o")
-        raise ValueError(f"decode_chain: there is a {there}_scale and no {missing}_scale; pass both or neither")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"decode_chain: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    check_chain(OP, weights, activation)
     options = {"mlp_eps": mlp_eps, "tail_eps": tail_eps, "o_eps": o_eps, "down_eps": down_eps}
     options |= {"out_dtype": jnp.dtype(out_dtype), "norm_offset": norm_offset, "activation": activation}
     options["batch_invariant"] = bool(batch_invariant)
@@ -103,6 +99,22 @@ def available(attended: jax.Array, residual: jax.Array, weights: ChainWeights, *
     return registry.candidates(OP, "cuda", attended, residual, weights, **options)[0] != registry.XLA
 
 
+def check_chain(op: str, weights: ChainWeights, activation: str) -> None:
+    """What :func:`decode_chain` raises before it runs, for operation ``op``."""
+    if len(weights.scales) == 3:
+        there, missing = ("o", "down") if weights.down_scale is None else ("down", "o")
+        raise ValueError(f"{op}: there is a {there}_scale and no {missing}_scale; pass both or neither")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
+    """``x / rms(x) * (scale + offset)`` along the last axis, in fp32, rounded once to ``x.dtype``."""
+    wide, factor = x.astype(jnp.float32), scale.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * inverse_rms * (factor + offset if offset else factor)).astype(x.dtype)
+
+
 def _one_by_one(
     attended, residual, weights, *, mlp_eps, tail_eps, o_eps, down_eps, out_dtype, norm_offset, activation,
     batch_invariant,
@@ -110,9 +122,7 @@ def _one_by_one(
     """The reference, a product at a time."""
 
     def norm(x, scale, eps):
-        wide, factor = x.astype(jnp.float32), scale.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-        return (wide * inverse_rms * (factor + norm_offset if norm_offset else factor)).astype(x.dtype)
+        return rms_norm(x, scale, eps, norm_offset)
 
     def product(x, w, **options):
         return matmul(x, w, batch_invariant=batch_invariant, **options)
