@@ -74,7 +74,7 @@ def generate(
 
     Raises:
       NotImplementedError: ``batch_invariant`` and a weight is dense or in a format without such a kernel, or attention
-        on a GPU has none (heads of more than 128, capped scores).
+        on a GPU has none (heads of other sizes than 32, 64, 128 and 256).
       PromptError: no prompt, an empty one, an id outside the vocabulary, or a prompt too long for the context.
       ValueError: ``max_new_tokens`` is below 1, or sampling without a key.
     """

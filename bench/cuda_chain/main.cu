@@ -1,15 +1,18 @@
-// Bare CUDA benchmark of a decode step's chain (ffi/cuda/decode_chain): us a layer, all of it but attention, in a CUDA graph with a child
-// graph a layer, as XLA runs custom calls; cold weights with the exponents of real models.
+// Bare CUDA benchmark of a decode step's chain (ffi/cuda/decode_chain): us a layer in a CUDA graph with a child graph a layer, as XLA
+// runs custom calls; cold weights with the exponents of real models.
 //
-//   chain_bench [n=1,8,32,64] [models=llama-3.1-8b,...] [search=12] [steady=300]
+//   chain_bench [n=1,8,32,64] [models=llama-3.1-8b,...] [attention=1024] [search=12] [steady=300]
 //
+// `attention`: the chain starts with the attention of so many tokens a row, the own one included; by default all of a layer but that.
 // `steady` is how many ms each timing has the same chains run before it: what a long generation gets, whose clock the power limit lowers.
 // `search` tries so many configurations of each product in the chain, one product after another, and keeps what is at least 0.5%
 // faster: configurations that are fastest alone need not be so where kernels overlap.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -33,12 +36,17 @@ constexpr float kWorth = 0.995f;
 struct Model {
   const char* name;
   int attention, hidden, intermediate, tail;  // widths; tail: the next layer's queries, keys and values
-  bool gemma = false;                         // GELU, norms behind attention and MLP
+  int head_dim;
+  bool head_norm = false;
+  bool gemma = false;  // GELU, norms behind attention and MLP
+
+  int heads() const { return attention / head_dim; }
+  int kv_heads() const { return (tail / head_dim - heads()) / 2; }
 };
-constexpr Model kModels[] = {{"llama-3.1-8b", 4096, 4096, 14336, 6144},
-                             {"qwen3-14b", 5120, 5120, 17408, 7168},
-                             {"llama-3.1-70b", 8192, 8192, 28672, 10240},
-                             {"gemma-3-12b", 4096, 3840, 15360, 8192, true}};
+constexpr Model kModels[] = {{"llama-3.1-8b", 4096, 4096, 14336, 6144, 128},
+                             {"qwen3-14b", 5120, 5120, 17408, 7168, 128, true},
+                             {"llama-3.1-70b", 8192, 8192, 28672, 10240, 128},
+                             {"gemma-3-12b", 4096, 3840, 15360, 8192, 256, true, true}};
 
 std::vector<std::string> option(int argc, char** argv, const std::string& name, const std::string& otherwise) {
   std::string value = otherwise;
@@ -59,17 +67,55 @@ struct Layer {
                 make_problem(m.hidden, m.intermediate, "real", classes, kColdBytes), make_problem(m.tail, m.hidden, "real", classes, kColdBytes)} {}
 };
 
+template <class T>
+void fill(const DeviceArray<T>& array, T value) {
+  const std::vector<T> values(array.size(), value);
+  CHECK(cudaMemcpy(array.get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+}
+
+// What attention of `tokens` a row reads; layers have caches of their own, as many as stay out of the L2 cache.
+struct Cache {
+  using Array = DeviceArray<__nv_bfloat16>;
+  const Model& model;
+  int n, tokens;
+  size_t layer_size, copies;
+  Array qkv, keys, values, scale;
+  DeviceArray<float> angles;
+  DeviceArray<int32_t> start, own;
+
+  Cache(const Model& m, int n, int tokens)
+      : model(m), n(n), tokens(tokens), layer_size(static_cast<size_t>(n) * m.kv_heads() * tokens * m.head_dim),
+        copies(std::min<size_t>(kLayers, kColdBytes / (2 * sizeof(__nv_bfloat16) * layer_size) + 1)),
+        qkv(static_cast<size_t>(n) * m.tail), keys(copies * layer_size), values(copies * layer_size), scale(m.head_dim),
+        angles(static_cast<size_t>(n) * m.head_dim / 2), start(n), own(1) {
+    for (Array* a : {&qkv, &keys, &values, &scale}) fill_gaussian(reinterpret_cast<uint16_t*>(a->get()), a->size(), 1.0f, 0, 6);
+    fill(angles, 0.7f);
+    fill(start, 0);
+    fill(own, tokens - 1);
+  }
+  Attention attention(int layer, __nv_bfloat16* out) const {
+    const size_t at = layer % copies * layer_size;
+    Attention a = {qkv.get(), angles.get(), angles.get(), keys.get() + at, values.get() + at, start.get(), own.get(), out,
+                   n, model.heads(), model.kv_heads(), model.head_dim, tokens, std::sqrt(static_cast<float>(model.head_dim))};
+    if (model.head_norm) a.q_norm = a.k_norm = {scale.get(), 1e-6f};
+    if (model.gemma) a.norm_offset = 1;
+    return a;
+  }
+};
+
 struct Buffers {
   using Array = DeviceArray<__nv_bfloat16>;
   int n;
   bool gated, gemma;
   Array attended, residual, x1, h1, gu, act, x2, h2, scale, y, o, d;
+  std::optional<Cache> cache;  // if the chain has attention
 
-  Buffers(const Model& m, int n)
+  Buffers(const Model& m, int n, int tokens)
       : n(n), gated(n <= kGatedMaxN), gemma(m.gemma), attended(rows(m.attention)), residual(rows(m.hidden)), x1(rows(m.hidden)),
         h1(rows(m.hidden)), gu(rows(2 * m.intermediate)), act(rows(m.intermediate)), x2(rows(m.hidden)), h2(rows(m.hidden)),
         scale(m.hidden), y(rows(m.tail)), o(rows(m.hidden)), d(rows(m.hidden)) {
     for (Array* a : {&attended, &residual, &scale}) fill_gaussian(reinterpret_cast<uint16_t*>(a->get()), a->size(), 1.0f, 0, 5);
+    if (tokens) cache.emplace(m, n, tokens);
     CHECK(cudaDeviceSynchronize());
   }
   size_t rows(int width) const { return static_cast<size_t>(n) * width; }
@@ -104,7 +150,13 @@ float layer_us(const Layer& layer, Buffers& buffers, const ChainOptions& options
   cudaGraphNode_t last;
   cudaError_t error = cudaSuccess;
   for (int i = 0; i < kLayers && error == cudaSuccess; ++i) {
-    cudaGraph_t child = captured(stream, [&] { return launch_chain(buffers.chain(layer, i), options, stream); }, &error);
+    Chain chain = buffers.chain(layer, i);
+    Attention attention;
+    if (buffers.cache) {
+      attention = buffers.cache->attention(i, buffers.attended.get());
+      chain.attention = &attention;
+    }
+    cudaGraph_t child = captured(stream, [&] { return launch_chain(chain, options, stream); }, &error);
     cudaGraphNode_t node;
     CHECK(cudaGraphAddChildGraphNode(&node, whole, i ? &last : nullptr, i ? 1 : 0, child));
     last = node;
@@ -161,12 +213,13 @@ int main(int argc, char** argv) {
   CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const ExponentClasses classes = read_exponents("bench/cuda/exponents.json");
   const auto names = option(argc, argv, "models", "llama-3.1-8b"), most = option(argc, argv, "search", "0");
+  const int tokens = std::stoi(option(argc, argv, "attention", "0")[0]);
   before_timing.steady_ms = std::stoi(option(argc, argv, "steady", "0")[0]);
   for (const Model& model : kModels) {
     if (std::find(names.begin(), names.end(), model.name) == names.end()) continue;
     const Layer layer(model, classes);
     for (const std::string& n : option(argc, argv, "n", "1,8,32,64")) {
-      Buffers buffers(model, std::stoi(n));
+      Buffers buffers(model, std::stoi(n), tokens);
       ChainOptions apart;
       apart.overlap = false;
       const float us = layer_us(layer, buffers, {}, stream);
