@@ -27,10 +27,19 @@ struct Attention {
   float norm_offset = 0;
 };
 
-// Whether the kernel takes this shape: head_dim of 64, 128 or 256, up to 16 heads to a KV head.
+// Whether the kernel takes this shape: head_dim of 64 or 128 with up to 16 heads to a KV head, or 256 with up to 8.
 bool attention_takes(int heads, int kv_heads, int head_dim);
 
-// `fixed`: a row's result must not depend on n. n up to 65535. Returns the launch's error. `overlap` as in rows.h.
-cudaError_t launch_attention(const Attention& a, bool fixed, cudaStream_t stream, bool overlap);
+// How a row's KV head is shared: CTAs of a cluster, 1..8, that take its slots in turn, and warps of each, 2, 4 or 8. A row's bits depend
+// on it.
+struct AttentionPlan {
+  int warps, splits;
+};
+
+// `fixed`: one for any n, so that a row's result does not depend on n.
+AttentionPlan plan_attention(const Attention& a, bool fixed);
+
+// n up to 65535. Returns the launch's error. `overlap` as in rows.h.
+cudaError_t launch_attention(const Attention& a, const AttentionPlan& plan, cudaStream_t stream, bool overlap);
 
 }  // namespace jaxzip::decode_chain
