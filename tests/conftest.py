@@ -27,6 +27,7 @@ SLOW_MODULES = (
     "test_dtypes",
     "test_encode_device",
     "test_models_attention",
+    "test_models_decode_layer",
     "test_models_docs",
     "test_models_families",
     "test_models_fuse",
