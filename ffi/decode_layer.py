@@ -15,8 +15,8 @@ from jaxzip.ops import registry
 from jaxzip.ops.decode_chain import ChainWeights
 from jaxzip.ops.decode_layer import OP, AttentionArrays
 
-#: Features of a head, heads that may share a KV head, and rows that attention's kernel takes.
-HEAD_DIMS, MAX_GROUP, MAX_ROWS = (64, 128, 256), 16, 65535
+#: What attention's kernel takes: how many heads may share a KV head, by the features of a head; rows.
+MOST_HEADS, MAX_ROWS = {64: 16, 128: 16, 256: 8}, 65535
 #: Its own results, before those of the chain.
 RESULTS = ("attended", "keys", "values")
 
@@ -81,10 +81,10 @@ def _check(
 ) -> None:  # fmt: skip
     a = attention
     n, kv_heads, _, head_dim = a.keys.shape
-    if head_dim not in HEAD_DIMS or a.heads % kv_heads or not 1 <= a.heads // kv_heads <= MAX_GROUP:
+    if a.heads % kv_heads or not 1 <= a.heads // kv_heads <= MOST_HEADS.get(head_dim, 0):
+        most = ", ".join(f"{count} of {features} features" for features, count in MOST_HEADS.items())
         raise NotImplementedError(
-            f"attention takes heads of {HEAD_DIMS} features, up to {MAX_GROUP} for each KV head, not {a.heads} of "
-            f"{head_dim} for {kv_heads}"
+            f"attention takes up to {most} for each KV head, not {a.heads} of {head_dim} for {kv_heads}"
         )
     if n > MAX_ROWS:
         raise NotImplementedError(f"attention takes up to {MAX_ROWS} rows, not {n}")

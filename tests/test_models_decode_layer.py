@@ -121,6 +121,7 @@ def taken(config, **execution):
         ({"head_dim": 96}, False),
         ({"num_heads": 16, "num_kv_heads": 1}, True),
         ({"num_heads": 17, "num_kv_heads": 1}, False),
+        ({"num_heads": 9, "num_kv_heads": 1, "head_dim": 256}, False),
     ],
 )
 def test_heads_that_a_gpu_takes(sizes, expected):

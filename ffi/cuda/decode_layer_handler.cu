@@ -36,7 +36,7 @@ constexpr auto kDecodeLayer = [](cudaStream_t stream, ffi::Buffer<ffi::BF16> qkv
     if (kv_heads < 1 || heads < 1 || all > INT32_MAX || rows.core[1] != all * head_dim ||
         !decode_chain::attention_takes(static_cast<int>(heads), static_cast<int>(kv_heads), static_cast<int>(head_dim)))
       throw InvalidArgument("attention takes no qkv of shape " + Show(rows.core) + " with keys of shape " + Show(cache.core) +
-                            ": heads must have 64, 128 or 256 features, and each KV head up to 16 of queries");
+                            ": up to 16 heads of 64 or 128 features, or 8 of 256, may share a KV head");
     if (window < 0 || window > INT32_MAX) throw InvalidArgument("window is " + std::to_string(window) + ", expected 0 or a number of slots");
     if (q_scale.element_count() != k_scale.element_count())
       throw InvalidArgument("q_scale and k_scale must both be given or both be empty");
