@@ -61,6 +61,7 @@ PARTS = {
         "lane_planar",
         "tca_tbe",
         "decode_chain",
+        "decode_layer",
     ),
     "attention": ("attend", "attention"),
 }
