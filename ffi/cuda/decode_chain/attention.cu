@@ -138,27 +138,30 @@ __global__ void __launch_bounds__(kWarps * 32, kWarpsOfSm / kWarps) attend(const
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, j = lane & 3;
   const int rank = blockIdx.x, kv_head = blockIdx.y, row_index = blockIdx.z;
   const int group = a.heads / a.kv_heads;
-  ptx::wait_for_previous_grid();
 
   const __nv_bfloat16* qkv = a.qkv + static_cast<size_t>(row_index) * (a.heads + 2 * a.kv_heads) * kD;
   const __nv_bfloat16 *new_key = qkv + (a.heads + kv_head) * kD, *new_value = new_key + a.kv_heads * kD;
   const size_t in_cache = (static_cast<size_t>(row_index) * a.kv_heads + kv_head) * a.slots * kD;
   Row<kD> row = {a.start[row_index], *a.own, a.keys + in_cache, a.values + in_cache, new_key, new_value};
-  uint32_t query[kTiles][kD / 32][4];
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {  // on their way before the first use of what is above
-    const int member = 8 * t + g;
-    load_head<kD>(qkv + (kv_head * group + member) * kD, member < group, j, query[t]);
-  }
   row.own = min(row.own, a.slots - 1);
   row.first = max(a.window ? max(row.first, row.own - (a.window - 1)) : row.first, 0);
   const int units = row.own < row.first ? 0 : (row.own - row.first) / kUnit + 1, step = splits * kWarps;
 
   int unit = rank + splits * warp;  // so that few units are spread over CTAs
   uint32_t keys[2][kD / 32][4], values[4][kD / 64][4];
-  if (unit < units) {
+  const auto load_first = [&] {
     row.load_keys(unit, g, j, keys);
     if (kAhead) row.load_values(unit, g, j, values);
+  };
+  // The kernel before writes queries, new keys and new values: all that the last unit needs, and nothing of the others' slots.
+  if (unit + 1 < units) load_first();
+  ptx::wait_for_previous_grid();
+  if (unit + 1 == units) load_first();
+  uint32_t query[kTiles][kD / 32][4];
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    const int member = 8 * t + g;
+    load_head<kD>(qkv + (kv_head * group + member) * kD, member < group, j, query[t]);
   }
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) norm_and_rotate<kD>(a, row_index, a.q_norm, j, query[t]);
