@@ -3,7 +3,7 @@
 weights                    as stored, or dense
 KV cache                   2 x layers x [batch, kv heads, slots, head_dim], slots in buckets as ``generate`` has them
 working memory             of prefill, where it is largest: activations of one layer, scores of one block of queries,
-                           and, from PREFILL_ROWS rows on, the largest weight decoded to bf16, one at a time
+                           and, for more than PREFILL_ROWS rows (FUSED_ROWS an expert), the largest weight decoded to bf16
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxzip.models.attention import QUERY_BLOCK
 from jaxzip.models.batching import bucket
 from jaxzip.models.config import DecoderConfig
 from jaxzip.models.generate import LOOK_EVERY
-from jaxzip.models.layers import PREFILL_ROWS
+from jaxzip.models.layers import FUSED_ROWS, PREFILL_ROWS
 
 #: What CUDA, its libraries and loaded programs take beside JAX's arrays, about.
 RUNTIME_BYTES = 1 << 30
@@ -59,7 +59,8 @@ def memory_plan(
     peaks = [rows * (chosen * (3 * intermediate + 2 * hidden) + 2 * hidden) * itemsize]
     # Of attention: scores and probabilities of one block of queries.
     peaks.append(batch * config.num_heads * min(width, QUERY_BLOCK) * slots * (4 + itemsize))
-    if scratch and rows > PREFILL_ROWS:
+    decoded = rows * chosen > FUSED_ROWS * experts if experts > 1 else rows > PREFILL_ROWS
+    if scratch and decoded:
         # While gate and up are multiplied, their weight is there decoded, that of all experts at once.
         activations = rows * (chosen * (2 * intermediate + hidden) + 4 * hidden)
         peaks.append((activations + 2 * experts * hidden * intermediate) * itemsize)
