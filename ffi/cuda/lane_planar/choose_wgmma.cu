@@ -26,8 +26,9 @@ constexpr Measured kMeasured[] = {
 
 // The same of a decode step's chain, where kernels overlap; m of a gated product is half of its rows (`chain_bench search=12`).
 constexpr Measured kMeasuredChained[] = {
-    {4096, 14336, 8, {4, 2, 64}}, {4096, 14336, 64, {1, 5, 22}}, {14336, 4096, 32, {2, 1, 112}}, {5120, 17408, 32, {1, 4, 27}}, {17408, 5120, 8, {4, 2, 55}},
-    {17408, 5120, 32, {1, 1, 91}}, {28672, 8192, 8, {4, 2, 64}},
+    {4096, 4096, 8, {2, 3, 32}}, {4096, 4096, 32, {2, 3, 32}}, {4096, 14336, 8, {4, 2, 64}}, {4096, 14336, 64, {1, 5, 22}},
+    {14336, 4096, 32, {2, 1, 112}}, {5120, 17408, 32, {1, 4, 27}}, {17408, 5120, 8, {4, 2, 55}}, {17408, 5120, 32, {1, 1, 91}},
+    {28672, 8192, 8, {4, 2, 64}},
 };
 
 // The model, in us, fitted to 15 shapes (on average it takes what is 1.1% slower than the best). A slot of a CTA's ring takes some
