@@ -29,9 +29,9 @@ constexpr auto kDecodeLayer = [](cudaStream_t stream, ffi::Buffer<ffi::BF16> qkv
   return Guard("jaxzip_decode_layer", [&] {
     const Bf16Operand rows("qkv", qkv, 2), cache("keys", keys, 4);
     const int64_t n = rows.core[0], kv_heads = cache.core[1], slots = cache.core[2], head_dim = cache.core[3];
-    if (n > kMaxRows || slots > INT32_MAX)
-      throw InvalidArgument("attention takes up to " + std::to_string(kMaxRows) + " rows and 2^31 - 1 slots, there are " + std::to_string(n) +
-                            " and " + std::to_string(slots));
+    if (n > kMaxRows || slots * head_dim > INT32_MAX)
+      throw InvalidArgument("attention takes up to " + std::to_string(kMaxRows) + " rows and 2^31 - 1 elements of keys of a KV head, there are " +
+                            std::to_string(n) + " and " + std::to_string(slots) + " slots of " + std::to_string(head_dim));
     const int64_t all = head_dim > 0 ? rows.core[1] / head_dim : 0, heads = all - 2 * kv_heads;  // those of keys and values too
     if (kv_heads < 1 || heads < 1 || all > INT32_MAX || rows.core[1] != all * head_dim ||
         !decode_chain::attention_takes(static_cast<int>(heads), static_cast<int>(kv_heads), static_cast<int>(head_dim)))

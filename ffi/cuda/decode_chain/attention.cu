@@ -10,122 +10,12 @@
 
 #include "../lane_planar/resident.h"
 #include "attention.cuh"
-#include "rows.cuh"
 
 namespace jaxzip::decode_chain {
 namespace {
 
-constexpr int kUnit = 16;        // slots
 constexpr int kMaxSplits = 8, kWarpsOfSm = 8;
 constexpr float kLog2e = 1.44269504f;
-
-// A head's words as they are in memory.
-template <int kD>
-__device__ __forceinline__ void load_head(const __nv_bfloat16* from, bool there, int j, uint32_t (&x)[kD / 32][4]) {
-#pragma unroll
-  for (int i = 0; i < kD / 32; ++i) {
-    const uint4 v = there ? __ldcg(reinterpret_cast<const uint4*>(from + 32 * i + 8 * j)) : make_uint4(0, 0, 0, 0);
-    x[i][0] = v.x, x[i][1] = v.y, x[i][2] = v.z, x[i][3] = v.w;
-  }
-}
-
-// Cosines, sines and scales are read where they are used, by all warps: from L1 but for the first time.
-template <int kD>
-__device__ __forceinline__ void norm_and_rotate(const Attention& a, int row, const Norm& norm, int j, uint32_t (&x)[kD / 32][4]) {
-  constexpr int kVectors = kD / 32, kHalf = kVectors / 2;
-  if (norm.scale) {
-    float squares = 0;
-#pragma unroll
-    for (int i = 0; i < 4 * kVectors; ++i) {
-      const float2 v = unpack(x[i / 4][i % 4]);
-      squares = fmaf(v.y, v.y, fmaf(v.x, v.x, squares));
-    }
-    squares += __shfl_xor_sync(~0u, squares, 1);
-    squares += __shfl_xor_sync(~0u, squares, 2);
-    const float factor = rsqrtf(__fdiv_rn(squares, static_cast<float>(kD)) + norm.eps);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const uint4 scales = *reinterpret_cast<const uint4*>(norm.scale + 32 * i + 8 * j);
-      const uint32_t of[4] = {scales.x, scales.y, scales.z, scales.w};
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        const float2 v = unpack(x[i][word]), s = unpack(of[word]);
-        x[i][word] = pack(v.x * factor * (s.x + a.norm_offset), v.y * factor * (s.y + a.norm_offset));
-      }
-    }
-  }
-  const size_t angles = static_cast<size_t>(row) * (kD / 2) + 8 * j;
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i)
-#pragma unroll
-    for (int word = 0; word < 4; word += 2) {
-      const float4 c = *reinterpret_cast<const float4*>(a.cos + angles + 32 * i + 2 * word);
-      const float4 s = *reinterpret_cast<const float4*>(a.sin + angles + 32 * i + 2 * word);
-      const auto rotate = [](uint32_t& low_pair, uint32_t& high_pair, float cx, float cy, float sx, float sy) {
-        const float2 low = unpack(low_pair), high = unpack(high_pair);
-        low_pair = pack(low.x * cx - high.x * sx, low.y * cy - high.y * sy);
-        high_pair = pack(high.x * cx + low.x * sx, high.y * cy + low.y * sy);
-      };
-      rotate(x[i][word], x[i + kHalf][word], c.x, c.y, s.x, s.y);
-      rotate(x[i][word + 1], x[i + kHalf][word + 1], c.z, c.w, s.z, s.w);
-    }
-}
-
-// What a warp, and then a CTA, has found: of each head the largest score, the weights' sum and that of values times weights.
-template <int kD, int kHeads>
-struct Found {
-  float largest[kHeads], total[kHeads];
-  float sums[kHeads][kD];
-};
-
-// How much each of several `Found` counts: exp2(largest - the largest of all), 0 where nothing was seen.
-__device__ __forceinline__ float share_of(float largest, float of_all) { return largest == -INFINITY ? 0.0f : exp2f(largest - of_all); }
-
-// 4 sums of one head over `count` of these, in order; `of(i)` is the i-th.
-template <class Of>
-__device__ __forceinline__ float4 add_up(int count, int head, int d, float& largest, float& total, const Of& of) {
-  largest = -INFINITY;
-  for (int i = 0; i < count; ++i) largest = fmaxf(largest, of(i)->largest[head]);
-  float4 sum = make_float4(0, 0, 0, 0);
-  total = 0;
-  for (int i = 0; i < count; ++i) {
-    const float share = share_of(of(i)->largest[head], largest);
-    const float4 v = *reinterpret_cast<const float4*>(&of(i)->sums[head][d]);
-    total = fmaf(share, of(i)->total[head], total);
-    sum = make_float4(fmaf(share, v.x, sum.x), fmaf(share, v.y, sum.y), fmaf(share, v.z, sum.z), fmaf(share, v.w, sum.w));
-  }
-  return sum;
-}
-
-// The slots of a row and where its keys and values are; `first` is the first that is seen, `own` the last.
-template <int kD>
-struct Row {
-  int first, own;
-  const __nv_bfloat16 *keys, *values, *new_key, *new_value;
-
-  // What a lane has of a unit's keys and values. From the own slot on they are the new ones: slots behind it are masked, but their values
-  // are multiplied by zero, so they must be finite where the own value is.
-  __device__ __forceinline__ void load_keys(int unit, int g, int j, uint32_t (&k)[2][kD / 32][4]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int slot = first + unit * kUnit + g + 8 * half;
-      load_head<kD>(slot < own ? keys + slot * kD : new_key, true, j, k[half]);
-    }
-  }
-  static __device__ __forceinline__ int value_slot(int i, int j) { return 2 * j + (i & 1) + 8 * (i >> 1); }
-  __device__ __forceinline__ void load_values(int unit, int g, int j, uint32_t (&v)[4][kD / 64][4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int slot = first + unit * kUnit + value_slot(i, j);
-      const __nv_bfloat16* from = slot < own ? values + slot * kD : new_value;
-#pragma unroll
-      for (int h = 0; h < kD / 64; ++h) {
-        const uint4 x = __ldcg(reinterpret_cast<const uint4*>(from + 64 * h + 8 * g));
-        v[i][h][0] = x.x, v[i][h][1] = x.y, v[i][h][2] = x.z, v[i][h][3] = x.w;
-      }
-    }
-  }
-};
 
 template <int kD, int kTiles, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, kWarpsOfSm / kWarps) attend(const __grid_constant__ Attention a, int splits) {

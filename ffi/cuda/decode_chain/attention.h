@@ -36,7 +36,7 @@ struct AttentionPlan {
   int warps, splits;
 };
 
-// `fixed`: one for any n, so that a row's result does not depend on n.
+// `fixed`: one for any n, so that a row's result depends on what it sees only, neither on n, nor on start or slots.
 AttentionPlan plan_attention(const Attention& a, bool fixed);
 
 // n up to 65535. Returns the launch's error. `overlap` as in rows.h.
