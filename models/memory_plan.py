@@ -3,7 +3,7 @@
 weights                    as stored, or dense
 KV cache                   2 x layers x [batch, kv heads, slots, head_dim], slots in buckets as ``generate`` has them
 working memory             of prefill, where it is largest: activations of one layer, scores of one block of queries,
-                           and, for more than PREFILL_ROWS rows (FUSED_ROWS an expert), the largest weight decoded to bf16
+                           and, above PREFILL_ROWS rows (FUSED_ROWS an expert), the largest weight decoded to bf16
 """
 
 from __future__ import annotations
