@@ -19,7 +19,7 @@ MOST = 6
 def configurations(rows: int, m: int, k: int) -> tuple[str, ...]:
     """For x ``[rows, K]`` and a weight ``[M, K]``: what is chosen unasked, then the best others by the kernels' models.
 
-    Empty where there is no library, and for more rows than one launch takes (256).
+    Empty where there is no library, and for more rows than a configuration can be given for (256).
     """
     try:
         listed = cuda_library().jaxzip_lane_planar_configs
