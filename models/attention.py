@@ -11,8 +11,9 @@ from flax import nnx
 from jaxzip.models import decode_attention
 from jaxzip.models.config import DecoderConfig
 from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here, with_gradient_of
-from jaxzip.models.layers import Linear, norm, rms_normed, softcap
-from jaxzip.models.rope import rotate
+from jaxzip.models.layers import Linear, norm, softcap
+
+from jaxzip.ops.rows import rms_normed, rotate
 
 #: Queries are taken in blocks of this many, so that scores need [B, H, QUERY_BLOCK, T] and not [B, H, S, T].
 QUERY_BLOCK = 256

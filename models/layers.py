@@ -18,6 +18,7 @@ from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here, with_gradie
 import jaxzip
 from jaxzip import ops
 from jaxzip.ops import registry
+from jaxzip.ops.rows import rms_normed
 from jaxzip.tensor import CompressedTensor
 
 #: Rows of activations beyond which a GPU decodes a compressed weight once and multiplies by XLA's dot.
@@ -187,14 +188,6 @@ class RMSNorm(nnx.Module):
             kernel = with_gradient_of(xla, kernel)
             return jax.lax.platform_dependent(rows, scale, cuda=kernel, default=xla).reshape(x.shape)
         return xla(rows, scale).reshape(x.shape)
-
-
-def rms_normed(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
-    """What :class:`RMSNorm` computes, by XLA."""
-    wide = x.astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    factor = scale.astype(jnp.float32)
-    return (wide * inverse_rms * (factor + offset if offset else factor)).astype(x.dtype)
 
 
 def norm(config: DecoderConfig, features: int | None = None) -> RMSNorm:

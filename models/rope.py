@@ -30,13 +30,3 @@ def rotation(config: DecoderConfig, rope: Rope, positions: jax.Array) -> tuple[j
     """Cosines and sines for int32 ``positions[B, S]``: two fp32 arrays ``[B, S, head_dim // 2]``."""
     angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(config, rope)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates ``x[B, S, heads, head_dim]``, pairing element ``i`` with ``i + head_dim // 2`` (Hugging Face's order).
-
-    Computed in fp32 and rounded once to ``x.dtype``.
-    """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

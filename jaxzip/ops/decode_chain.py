@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxzip.ops import registry
 from jaxzip.ops.activations import ACTIVATIONS, gated
 from jaxzip.ops.matmul import matmul
+from jaxzip.ops.rows import rms_normed
 from jaxzip.tensor import CompressedTensor
 
 OP = "decode_chain"
@@ -108,13 +109,6 @@ def check_chain(op: str, weights: ChainWeights, activation: str) -> None:
         raise ValueError(f"{op}: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
-    """``x / rms(x) * (scale + offset)`` along the last axis, in fp32, rounded once to ``x.dtype``."""
-    wide, factor = x.astype(jnp.float32), scale.astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * inverse_rms * (factor + offset if offset else factor)).astype(x.dtype)
-
-
 def _one_by_one(
     attended, residual, weights, *, mlp_eps, tail_eps, o_eps, down_eps, out_dtype, norm_offset, activation,
     batch_invariant,
@@ -122,7 +116,7 @@ def _one_by_one(
     """The reference, a product at a time."""
 
     def norm(x, scale, eps):
-        return rms_norm(x, scale, eps, norm_offset)
+        return rms_normed(x, scale, eps, norm_offset)
 
     def product(x, w, **options):
         return matmul(x, w, batch_invariant=batch_invariant, **options)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxzip.ops import registry
-from jaxzip.ops.decode_chain import ChainWeights, check_chain, decode_chain, rms_norm
+from jaxzip.ops.decode_chain import ChainWeights, check_chain, decode_chain
+from jaxzip.ops.rows import rms_normed, rotate
 
 OP = "decode_layer"
 
@@ -144,8 +145,8 @@ def _append_and_attend(a: AttentionArrays, divisor, window, cap, norm) -> tuple[
     split = a.qkv.reshape(n, -1, head_dim)
     q, k, v = jnp.split(split, [a.heads, a.heads + kv_heads], axis=1)
     if a.q_scale is not None:
-        q, k = rms_norm(q, a.q_scale, **norm), rms_norm(k, a.k_scale, **norm)
-    q, k = _rotated(q, a.cos, a.sin), _rotated(k, a.cos, a.sin)
+        q, k = rms_normed(q, a.q_scale, **norm), rms_normed(k, a.k_scale, **norm)
+    q, k = rotate(q, a.cos, a.sin), rotate(k, a.cos, a.sin)
     keys = jax.lax.dynamic_update_slice(a.keys, k[:, :, None], (0, 0, a.own, 0))
     values = jax.lax.dynamic_update_slice(a.values, v[:, :, None], (0, 0, a.own, 0))
 
@@ -163,13 +164,6 @@ def _append_and_attend(a: AttentionArrays, divisor, window, cap, norm) -> tuple[
     visible = jnp.where(seen[:, None, :, None], values, 0)
     out = jnp.einsum("bkgt,bktd->bkgd", _wide(shares), _wide(visible)).astype(a.qkv.dtype)
     return out.reshape(n, -1), keys, values
-
-
-def _rotated(x, cos, sin):
-    """``x[N, heads, D]``, element ``i`` paired with ``i + D // 2``."""
-    first, second = jnp.split(_wide(x), 2, axis=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _wide(x):
