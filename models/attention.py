@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxzip.models import decode_attention
+from jaxzip.models import decode_attention, prefill_attention
 from jaxzip.models.config import DecoderConfig
 from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here, with_gradient_of
 from jaxzip.models.layers import Linear, norm, softcap
@@ -49,7 +49,7 @@ class Attention(nnx.Module):
         keys: jax.Array,
         values: jax.Array,
         start: jax.Array,
-        end: jax.Array,
+        end: jax.Array | None,
         *,
         execution: Execution = DEFAULT,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
           residual: ``[B, S, hidden]``, added to the output, or ``None``.
           rotation: cosines and sines of the new tokens, ``[B, S, head_dim // 2]``.
           keys, values: the layer's cache ``[B, num_kv_heads, T, head_dim]``.
-          start, end: as in ``KVCache``, before the new tokens.
+          start, end: as in ``KVCache``, before the new tokens; ``end`` is ``None`` where these are the first.
           execution: of the projections.
 
         Returns:
@@ -94,6 +94,7 @@ class Attention(nnx.Module):
         config = self.config
         scores = {"divisor": config.query_divisor, "window": self.window, "cap": config.attn_softcap}
         xla = functools.partial(_append_and_attend, num_heads=config.num_heads, **scores)
+        first, end = end is None, jnp.int32(0) if end is None else end
         operands = (*rotation, keys, values, start, end)
         has_kernel = decode_attention.supported(config.head_dim, config.dtype) and gpu_is_here()
         if has_kernel and qkv.shape[1] == 1:
@@ -107,14 +108,18 @@ class Attention(nnx.Module):
         qkv = self.norm_heads(qkv, execution=execution)
         if has_kernel and execution.batch_invariant:
             kernel = functools.partial(_kernel_for_each, num_heads=config.num_heads, **scores)
-            kernel = with_gradient_of(xla, kernel)
-            return jax.lax.platform_dependent(qkv, *operands, cuda=kernel, default=xla)
-        if execution.batch_invariant and gpu_is_here():
+        elif execution.batch_invariant and gpu_is_here():
             raise NotImplementedError(
                 f"batch_invariant: the attention kernel lacks head_dim={config.head_dim}, dtype={config.dtype}, and "
                 "XLA's sums depend on the batch's longest sequence"
             )
-        return xla(qkv, *operands)
+        elif first and prefill_attention.supported(config.head_dim, config.dtype, config.attn_softcap):
+            kernel = functools.partial(
+                _kernel_for_prompts, num_heads=config.num_heads, divisor=config.query_divisor, window=self.window
+            )
+        else:
+            return xla(qkv, *operands)
+        return jax.lax.platform_dependent(qkv, *operands, cuda=with_gradient_of(xla, kernel), default=xla)
 
     def head_norm(self) -> tuple[tuple[jax.Array, ...], decode_attention.HeadNorm | None]:
         """Scales of queries' and keys' norm, and the norm; in families without none."""
@@ -168,6 +173,14 @@ def _kernel_for_each(qkv, cos, sin, keys, values, start, end, *, num_heads, inte
         return out.reshape(batch, count, -1)
 
     return _in_blocks(block, qkv[..., : num_heads * keys.shape[-1]]), keys, values
+
+
+def _kernel_for_prompts(qkv, cos, sin, keys, values, start, end, *, num_heads, **options):
+    """The first tokens of all rows, so that nothing is in the cache before them."""
+    q, k, v = _heads(qkv, num_heads, keys)
+    k = rotate(k, cos, sin)
+    out = prefill_attention.prefill_attention(rotate(q, cos, sin), k, v, start, **options)
+    return out.reshape(*qkv.shape[:2], -1), *_append(k, v, keys, values, end)
 
 
 def attend(

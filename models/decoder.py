@@ -82,8 +82,20 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits after every token of unpadded rows: int32 ``tokens[B, S]`` to fp32 ``[B, S, vocab_size]``."""
         batch, length = tokens.shape
-        hidden, _ = self.hidden(tokens, KVCache.empty(self.config, jnp.zeros(batch, jnp.int32), length))
+        hidden, _ = self.prefill(tokens, jnp.zeros(batch, jnp.int32), length)
         return self.logits(hidden)
+
+    def prefill(
+        self, tokens: jax.Array, start: jax.Array, slots: int, *, batch_invariant: bool = False
+    ) -> tuple[jax.Array, KVCache]:
+        """Prompts ``tokens[B, S]``, row ``b`` from ``start[b]`` on, into a new cache of ``slots >= S`` slots a row.
+
+        As :meth:`hidden` on an empty cache; on a GPU faster, since nothing is before these tokens. Before a row's
+        start hidden states are finite nonsense.
+        """
+        execution = Execution(self.implementation, batch_invariant, self.chain)
+        cache = KVCache.empty(self.config, start, slots)
+        return self.run_layers(self.embed(tokens, execution), cache, execution, first=True)
 
     def hidden(self, tokens: jax.Array, cache: KVCache, *, batch_invariant: bool = False) -> tuple[jax.Array, KVCache]:
         """Appends int32 ``tokens[B, S]`` to ``cache`` (which must have room).
@@ -115,8 +127,14 @@ class Decoder(nnx.Module):
             scale = self.config.embedding_scale
             return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
-    def run_layers(self, x: jax.Array, cache: KVCache, execution: Execution) -> tuple[jax.Array, KVCache]:
-        """Embeddings ``[B, S, hidden_size]`` through all layers; returns as :meth:`hidden`."""
+    def run_layers(
+        self, x: jax.Array, cache: KVCache, execution: Execution, *, first: bool = False
+    ) -> tuple[jax.Array, KVCache]:
+        """Embeddings ``[B, S, hidden_size]`` through all layers; returns as :meth:`hidden`.
+
+        ``first``: ``cache`` is empty.
+        """
+        end = None if first else cache.end
         length, positions = x.shape[1], cache.positions(x.shape[1])
         ropes = [self.config.rope(i) for i in range(len(self.layers))]
         angles = {rope: rotation(self.config, rope, positions) for rope in dict.fromkeys(ropes)}
@@ -124,7 +142,7 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layers/{i}"):
                 x, keys, values = run_block(
-                    layer, x, angles[ropes[i]], cache.keys[i], cache.values[i], cache.start, cache.end,
+                    layer, x, angles[ropes[i]], cache.keys[i], cache.values[i], cache.start, end,
                     execution=execution,
                 )  # fmt: skip
             all_keys.append(keys)

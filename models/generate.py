@@ -198,8 +198,9 @@ def _prefill(static: _Static, keep_logits: bool, weights: nnx.State, inputs) -> 
     model = nnx.merge(static.graphdef, weights)
     rows, width = inputs["tokens"].shape
     with jax.named_scope("prefill"):
-        cache = KVCache.empty(model.config, inputs["start"], width + static.capacity)
-        hidden, cache = model.hidden(inputs["tokens"], cache, batch_invariant=static.batch_invariant)
+        hidden, cache = model.prefill(
+            inputs["tokens"], inputs["start"], width + static.capacity, batch_invariant=static.batch_invariant
+        )
         logits = model.logits(hidden[:, -1], batch_invariant=static.batch_invariant)
     run = _Run(
         step=jnp.int32(0),

@@ -2,8 +2,9 @@
 
 weights                    as stored, or dense
 KV cache                   2 x layers x [batch, kv heads, slots, head_dim], slots in buckets as ``generate`` has them
-working memory             of prefill, where it is largest: activations of one layer, scores of one block of queries,
-                           and, above PREFILL_ROWS rows (FUSED_ROWS an expert), the largest weight decoded to bf16
+working memory             of prefill, where it is largest: activations of one layer, scores of one block of queries (if
+                           cuDNN does not attend), and, above PREFILL_ROWS rows (FUSED_ROWS an expert), the largest
+                           weight decoded to bf16
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jaxzip.models.batching import bucket
 from jaxzip.models.config import DecoderConfig
 from jaxzip.models.generate import LOOK_EVERY
 from jaxzip.models.layers import FUSED_ROWS, PREFILL_ROWS
+from jaxzip.models.prefill_attention import MAX_HEAD_DIM_HOPPER
 
 #: What CUDA, its libraries and loaded programs take beside JAX's arrays, about.
 RUNTIME_BYTES = 1 << 30
@@ -57,8 +59,12 @@ def memory_plan(
     hidden, (experts, chosen, intermediate) = config.hidden_size, config.expert_sizes
     # Of the MLP: gate and up, their product, and what is as wide as the model; of each of a token's experts.
     peaks = [rows * (chosen * (3 * intermediate + 2 * hidden) + 2 * hidden) * itemsize]
-    # Of attention: scores and probabilities of one block of queries.
-    peaks.append(batch * config.num_heads * min(width, QUERY_BLOCK) * slots * (4 + itemsize))
+    if config.attn_softcap is None and config.head_dim <= MAX_HEAD_DIM_HOPPER:
+        # Of attention: queries, keys and values as they come, rotated and turned; what cuDNN finds, and that turned.
+        peaks.append(rows * (3 * (config.num_heads * config.head_dim + 2 * heads) + 2 * hidden) * itemsize)
+    else:
+        # Scores and probabilities of one block of queries.
+        peaks.append(batch * config.num_heads * min(width, QUERY_BLOCK) * slots * (4 + itemsize))
     decoded = rows * chosen > FUSED_ROWS * experts if experts > 1 else rows > PREFILL_ROWS
     if scratch and decoded:
         # While gate and up are multiplied, their weight is there decoded, that of all experts at once.

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxzip.models import decode_attention
-from jaxzip.models.attention import QUERY_BLOCK, _append_and_attend, _kernel_for_each, _kernel_for_one
+from jaxzip.models.attention import QUERY_BLOCK, _append_and_attend, _kernel_for_each, _kernel_for_one, attend
 from jaxzip.models.decode_attention import FIXED, GATHER, HeadNorm, supported
 from jaxzip.models.execution import with_gradient_of
 from jaxzip.models.layers import RMSNorm
+from jaxzip.models.prefill_attention import prefill_attention
 from jaxzip.models.rms_norm import rms_norm
 
 from jaxzip.testing import bits
@@ -162,3 +163,19 @@ def test_lowers_for_a_gpu(head_dim):
     with on_an_absent_gpu():
         text = attend.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert "decode_attention" in text and "gather_attention" in text
+
+
+@pytest.mark.parametrize(
+    ("length", "start", "window"), [(48, [0, 47, 5], None), (40, [0, 13, 39], 7), (16, [3, 0, 1], 64)]
+)
+def test_prompts_turned_to_the_left(length, start, window):
+    """What is around cuDNN, around the same function by XLA: rows of different lengths, windows, grouped queries."""
+    rng = np.random.default_rng(length)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, length, heads, 32)), jnp.bfloat16) for heads in (6, 2, 2))
+    first = jnp.array(start, jnp.int32)
+    options = {"divisor": 4.0, "window": window}
+    turned = prefill_attention(q, k, v, first, implementation="xla", **options)
+    expected = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), first, jnp.int32(0), **options)
+    real = np.arange(length) >= np.array(start)[:, None]
+    np.testing.assert_allclose(np.asarray(turned, np.float32)[real], np.asarray(expected, np.float32)[real], atol=0.02)
+    assert not np.asarray(turned, np.float32)[~real].any()
