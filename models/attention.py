@@ -178,9 +178,11 @@ def _kernel_for_each(qkv, cos, sin, keys, values, start, end, *, num_heads, inte
 def _kernel_for_prompts(qkv, cos, sin, keys, values, start, end, *, num_heads, **options):
     """The first tokens of all rows, so that nothing is in the cache before them."""
     q, k, v = _heads(qkv, num_heads, keys)
-    k = rotate(k, cos, sin)
+    # Read from the cache: otherwise XLA may fill it last, and keep ``qkv`` of all layers until then.
+    keys, values = jax.lax.optimization_barrier(_append(rotate(k, cos, sin), v, keys, values, end))
+    k, v = (cached[:, :, : qkv.shape[1]].swapaxes(1, 2) for cached in (keys, values))
     out = prefill_attention.prefill_attention(rotate(q, cos, sin), k, v, start, **options)
-    return out.reshape(*qkv.shape[:2], -1), *_append(k, v, keys, values, end)
+    return out.reshape(*qkv.shape[:2], -1), keys, values
 
 
 def attend(

@@ -13,7 +13,10 @@ from near_ties import assert_same_up_to_ties
 
 from jaxzip.testing import bits
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
 
 CONFIG = LlamaConfig(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=64,
