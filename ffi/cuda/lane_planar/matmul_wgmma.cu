@@ -24,6 +24,7 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   p.gated = gated;
   p.half = w.m_blocks() / 2;
   p.row_blocks = ((w.m_blocks() >> p.gated) + c.clusters - 1) / c.clusters;
+  p.busy = std::min(p.teams, p.row_blocks);
   p.chunks = w.k_blocks() / c.cluster;
   p.k_longer = w.k_blocks() % c.cluster;
   p.items = kTiles * instruction_n / 8;
@@ -33,9 +34,10 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   else
     p.received_bytes = ((c.k_groups - 1) * p.items + (c.cluster > 1 ? c.cluster * p.owned : 0)) * kItemBytes;
 
-  const int block = w.block_words * 4, slot_x = c.k_groups * chunk_bytes(instruction_n), slot = slot_x + groups * block;
-  const int fixed = groups * 4 * plane_bytes + kWarpAreasBytes + kBarrierBytes;
-  int sum_bytes = p.teams * p.received_bytes;
+  const int slot_blocks = p.busy * c.k_groups * w.block_words * 4;
+  const int slot_x = c.k_groups * chunk_bytes(instruction_n), slot = slot_x + slot_blocks;
+  const int planes = p.busy_warps() * plane_bytes, fixed = planes + kWarpAreasBytes + kBarrierBytes;
+  int sum_bytes = p.busy * p.received_bytes;
   // Of a single pass sums can use the slots, after the last of them. That costs a wait for all of the cluster, so only where few
   // slots are left otherwise.
   constexpr int kEnoughSlots = 5;
@@ -46,10 +48,10 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   const int fitting = std::min((limit - fixed - sum_bytes) / slot, kMaxSlots);
   p.slots = c.slots ? std::min(c.slots, kMaxSlots) : fitting;
   if (p.slots < kMinSlots || p.slots > fitting) return p;
-  p.early = std::max(1, (instruction_n <= kFewColumns ? kEarlyBytesFew : kEarlyBytes) / (groups * block));
+  p.early = std::max(1, (instruction_n <= kFewColumns ? kEarlyBytesFew : kEarlyBytes) / slot_blocks);
   p.planes = p.slots * slot_x;  // as x's slots, whole kilobytes from the start
-  p.blocks = p.planes + groups * 4 * plane_bytes;
-  const int ring = std::max(p.blocks + p.slots * groups * block, p.sums_in_slots ? p.teams * p.received_bytes : 0);
+  p.blocks = p.planes + planes;
+  const int ring = std::max(p.blocks + p.slots * slot_blocks, p.sums_in_slots ? p.busy * p.received_bytes : 0);
   p.received = p.sums_in_slots ? 0 : ring;
   p.barriers = ring + sum_bytes + kWarpAreasBytes;
   p.bytes = p.barriers + kBarrierBytes;

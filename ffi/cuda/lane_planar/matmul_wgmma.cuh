@@ -5,7 +5,8 @@
 // go to the ranks that own them through distributed shared memory and are added there in order of ranks. No atomics, no workspace, the
 // same bits in every run.
 //
-// Encoded blocks and chunks of x come through a ring of slots, which one more warp fills by bulk and tensor copies.
+// Encoded blocks and chunks of x come through a ring of slots, which one more warp fills by bulk and tensor copies. Where clusters have
+// fewer row blocks than CTAs have teams, the ring has room for the busy teams only, and so more slots.
 #pragma once
 #include "weights.cuh"
 #include "wgmma_results.cuh"
@@ -39,7 +40,7 @@ template <int kN, int kGroups, class Join>
 __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWork& work, int lane, const Join& join) {
   const WgmmaPlan& plan = args.plan;
   // A team's lane asks for its blocks of a slot: k_groups that lie one behind the other, fewer in a pass's last slot.
-  const int own_passes = lane < plan.teams ? work.passes_of(plan, lane) : 0;
+  const int own_passes = lane < plan.busy ? work.passes_of(plan, lane) : 0;
   const int total = work.passes * work.slots_per_pass;
   const bool plain_x = args.x_load == XLoad::kPlain;
 
@@ -64,7 +65,7 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
     __syncwarp();
     if (exists) {
       const int block = work.row_block_of(plan, lane, c.pass) * args.w.k_blocks() + work.k_begin + first;
-      ptx::bulk_copy(work.shared + plan.blocks + ((at << plan.log_teams) + lane) * plan.k_groups * work.block_bytes,
+      ptx::bulk_copy(work.shared + plan.blocks + (at * plan.busy + lane) * plan.k_groups * work.block_bytes,
                      args.w.blocks + static_cast<size_t>(block) * args.w.block_words, bytes, full, policy);
     }
   };
@@ -138,7 +139,7 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
   }
   const uint32_t first_words = work.shared + plan.blocks + group * work.block_bytes;
   const uint32_t first_b = ptx::wgmma_descriptor(work.shared + k_group * kChunkBytes);
-  const uint32_t slot_bytes = plan.teams * k_groups * work.block_bytes;
+  const uint32_t slot_bytes = plan.busy * k_groups * work.block_bytes;
   struct Slot {
     uint32_t index, phase;
   };
@@ -237,6 +238,7 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __g
     fill_slots<kN, kGroups>(args, work, lane, join);
     return;
   }
+  const int busy_warps = plan.busy_warps();
   // A warp makes few barriers: one after another they cost a microsecond. The filling warp makes those that it uses at once.
   if (warp < kGroups * 4 && ptx::elect_one()) {
     const int early = early_slots(args, work);
@@ -244,17 +246,17 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __g
     for (int i = warp; i < plan.slots; i += kGroups * 4) {
       const uint32_t barriers = work.barriers + i * kSlotBarriers;
       if (i >= early) ptx::barrier_init_only(barriers + kFull, 1);
-      ptx::barrier_init_only(barriers + kEmpty, kGroups * 4);
+      ptx::barrier_init_only(barriers + kEmpty, busy_warps);
     }
-    if (warp < plan.teams && plan.cluster > 1) {
+    if (warp < plan.busy && plan.cluster > 1) {
       ptx::barrier_init_only(work.barriers + kArrived + 8 * warp, plan.k_groups * 4 + 1);
       ptx::barrier_init_only(work.barriers + kMaySend + 8 * warp, plan.cluster * plan.k_groups * 4);
     }
-    if (warp == kGroups * 4 - 1 && plan.sums_in_slots) ptx::barrier_init_only(work.barriers + kIdle, plan.cluster * kGroups * 4);
+    if (warp == kGroups * 4 - 1 && plan.sums_in_slots) ptx::barrier_init_only(work.barriers + kIdle, plan.cluster * busy_warps);
     ptx::barrier_init_done();
   }
   join();
-  if (warp < kGroups * 4) {
+  if (warp < busy_warps) {
     ptx::registers_increase<Registers<kGroups>::kMultiply>();
     multiply<Weights, kN>(args, work, memory, warp, lane);
   } else {

@@ -10,15 +10,18 @@ struct WgmmaPlan {
   int clusters;
   int slices;      // of the columns; as many clusters, one behind the other, read the same row blocks
   int row_blocks;  // of the clusters with most, or pairs of them
+  int busy;        // teams that get one of these; the others end at once and have no room
   int gated, half;  // 1: row blocks are dealt in pairs, of a gate's and the one half further down, which is a team's next pass
   int chunks, k_longer;  // chunks of 64 k of a rank; the first k_longer ranks have one more
   int early;       // slots filled before the kernel before has ended
-  int slots;       // of the ring: each has a chunk of x for every k group and an encoded block for every warp group
+  int slots;       // of the ring: each has a chunk of x for every k group and an encoded block for every busy warp group
   int items;       // 64 x 8 sums of a row block are items of 512 bytes: (8 columns, 16 rows); item i belongs to rank i % cluster
   int owned;       // of the rank with most
   int received_bytes;  // a team's
   bool sums_in_slots;  // they arrive where the slots were, when all warps of the cluster have done with these
   int blocks, planes, received, barriers, bytes;  // offsets in shared memory; x is at 0
+  // These pass through every slot, also where their cluster has fewer row blocks than others.
+  __host__ __device__ int busy_warps() const { return busy * k_groups * 4; }
   // Before the barriers is an area of each warp's own: shifts of 16 rows, and a word that nobody reads, where lanes without an escape store.
 };
 
