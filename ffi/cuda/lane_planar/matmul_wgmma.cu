@@ -48,7 +48,7 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   const int fitting = std::min((limit - fixed - sum_bytes) / slot, kMaxSlots);
   p.slots = c.slots ? std::min(c.slots, kMaxSlots) : fitting;
   if (p.slots < kMinSlots || p.slots > fitting) return p;
-  p.early = std::max(1, (instruction_n <= kFewColumns ? kEarlyBytesFew : kEarlyBytes) / slot_blocks);
+  p.early = std::max(1, (instruction_n <= kFewColumns ? kEarlyBytesFew : kEarlyBytes) / (groups * w.block_words * 4));
   p.planes = p.slots * slot_x;  // as x's slots, whole kilobytes from the start
   p.blocks = p.planes + planes;
   const int ring = std::max(p.blocks + p.slots * slot_blocks, p.sums_in_slots ? p.busy * p.received_bytes : 0);
