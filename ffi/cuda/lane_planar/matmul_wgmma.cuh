@@ -29,10 +29,13 @@ struct Registers<2> {
   static constexpr int kMultiply = 224, kFill = 40;
 };
 
-// So many slots are asked for before anything else, their barriers made by the warp that fills them.
+// So many slots are asked for before anything else, their barriers made by the warp that fills them. The others cannot start before that
+// has been done, so it is little unless the time is the kernel's before.
 __device__ __forceinline__ int early_slots(const WgmmaArgs& args, const WgmmaWork& work) {
+  constexpr int kWithoutOverlap = 2;
+  if (args.x_load == XLoad::kPlain) return 0;  // plain x is there before its slot's blocks
   const int total = work.passes * work.slots_per_pass;
-  return args.x_load == XLoad::kPlain ? 0 : min(min(total, args.plan.slots), args.plan.early);  // plain x is there before its slot's blocks
+  return min(min(total, args.plan.slots), args.overlap ? args.plan.early : kWithoutOverlap);
 }
 
 // The part of the warp that fills the slots.
