@@ -6,7 +6,7 @@
     decoder     what all families share: embedding, the loop over layers, head
     llama, mistral, qwen2, qwen3, gemma2, gemma3, mixtral, qwen3_moe    a family each: configuration, layer, class
     families    which class a configuration is for
-    decode_attention, rms_norm            kernels for few rows on a GPU
+    decode_attention, rms_norm            kernels for few rows on a GPU      prefill_attention  whole prompts, by cuDNN
     decode_chain                          a layer's kernels in one call there, from its attention to the next one's
     fuse        q, k and v, and gate and up, as one weight each
     params      plain nested dicts in and out of a model      init  random weights for tests and benchmarks

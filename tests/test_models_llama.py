@@ -8,7 +8,7 @@ import llama_reference
 import numpy as np
 import pytest
 from flax import nnx
-from jaxzip.models import Llama, Llama3RopeScaling, LlamaConfig, random_params
+from jaxzip.models import KVCache, Llama, Llama3RopeScaling, LlamaConfig, random_params
 from jaxzip.models.attention import QUERY_BLOCK, attend
 from jaxzip.models.rope import inverse_frequencies
 
@@ -110,6 +110,16 @@ def test_attention_in_query_blocks_is_attention():
     tail = attend(q[:, -7:], k, v, start, jnp.int32(length - 7))
     np.testing.assert_allclose(whole[:, -7:], tail, rtol=1e-5, atol=1e-6)
     assert np.isfinite(whole).all()  # rows in the padding as well
+
+
+def test_prefill_is_hidden_on_an_empty_cache():
+    model = Llama.from_params(TINY, random_params(TINY))
+    tokens, start = jnp.array([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]]), jnp.array([2, 0], jnp.int32)
+    found = jax.jit(lambda: model.prefill(tokens, start, 9))()
+    expected = jax.jit(lambda: model.hidden(tokens, KVCache.empty(TINY, start, 9)))()
+    assert int(found[1].end) == 5 and found[1].keys[0].shape[2] == 9
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.array_equal(bits(a), bits(b))
 
 
 def test_building_allocates_nothing():
