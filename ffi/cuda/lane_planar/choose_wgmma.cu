@@ -26,7 +26,7 @@ constexpr Measured kMeasured[] = {
 constexpr Measured kMeasuredChained[] = {
     {4096, 4096, 8, {2, 3, 32}}, {4096, 4096, 32, {2, 3, 32}}, {4096, 14336, 8, {4, 2, 64}}, {4096, 14336, 64, {1, 5, 22}},
     {14336, 4096, 32, {2, 1, 112}}, {5120, 17408, 32, {1, 4, 27}}, {17408, 5120, 8, {4, 2, 55}}, {17408, 5120, 32, {1, 1, 91}},
-    {28672, 8192, 8, {4, 2, 64}},
+    {28672, 8192, 8, {4, 2, 64}}, {28672, 8192, 32, {4, 1, 112}},
 };
 
 // The model, in us, fitted to 15 shapes (on average it takes what is 1.0% slower than the best, also of shapes that were left out). A
