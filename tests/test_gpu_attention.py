@@ -315,7 +315,7 @@ def test_one_call_a_layer_and_no_copies(config, batch):
     program, s = decode_program(model(config, implementation=None), PROMPTS[:batch])
     text = program.as_text()
     assert text.count('custom_call_target="jaxzip_decode_layer"') == config.num_layers
-    # Norms of a few rows share functions with the kernel of that name, whose file debugging information mentions.
+    # Debugging information may name that kernel's file, depending on which tests ran before.
     kernels = text.replace("decode_attention.py", "")
     assert "jaxzip_decode_chain" not in kernels and "decode_attention" not in kernels
     assert made_of_shape(text, weight_shapes(s.weights)) == []
