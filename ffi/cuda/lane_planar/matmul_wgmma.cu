@@ -1,11 +1,10 @@
 // Launch of the wgmma matmul: which kernels are compiled, the plan of a launch, the tensor map of x, and the launch itself.
 #include "matmul_wgmma.h"
 
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 
 #include "matmul_wgmma.cuh"
+#include "x_map.h"
 
 namespace jaxzip::lane_planar {
 
@@ -36,6 +35,7 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
 
   const int slot_blocks = p.busy * c.k_groups * w.block_words * 4;
   const int slot_x = c.k_groups * chunk_bytes(instruction_n), slot = slot_x + slot_blocks;
+  p.slot_bytes = slot_blocks;
   const int planes = p.busy_warps() * plane_bytes, fixed = planes + kWarpAreasBytes + kBarrierBytes;
   int sum_bytes = p.busy * p.received_bytes;
   // Of a single pass sums can use the slots, after the last of them. That costs a wait for all of the cluster, so only where few
@@ -88,31 +88,6 @@ const Variant* find_variant(int n, bool raw) {
 
 WgmmaPlan plan_for(const Matrix& w, int n, const Variant& v, const WgmmaConfig& c, bool gated) {
   return plan_wgmma(w, n, v.n, v.groups(), c, gated, v.raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes, kSharedPerSm);
-}
-
-PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) ||
-        found != cudaDriverEntryPointSuccess)
-      function = nullptr;
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-  }();
-  return encoder;
-}
-
-// x[n][k] as [k / 64][n][64], so that one copy brings a slot's, or as one [n][k] where k is ragged. What lies outside reads as zero.
-bool make_x_map(CUtensorMap* map, const __nv_bfloat16* x, int n, int k, int instruction_n, int slot_chunks, bool whole_chunks) {
-  const cuuint64_t row = static_cast<cuuint64_t>(k) * 2;
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(whole_chunks ? kBlock : k), static_cast<cuuint64_t>(n),
-                               static_cast<cuuint64_t>(whole_chunks ? k / kBlock : 1)};
-  const cuuint64_t strides[2] = {row, whole_chunks ? kBlock * 2 : row * n};
-  const cuuint32_t box[3] = {kBlock, static_cast<cuuint32_t>(instruction_n), static_cast<cuuint32_t>(whole_chunks ? slot_chunks : 1)};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  return tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<__nv_bfloat16*>(x), sizes, strides, box, steps,
-                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 struct Launch {
@@ -183,9 +158,8 @@ cudaError_t launch_matmul_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, 
   const Variant& v = *find_variant(n, raw);
   WgmmaArgs args = {{}, w, x, epilogue, n, overlap, XLoad::kPlain, plan_for(w, n, v, c, epilogue.gated)};
   if (w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
-    if (!tensor_map_encoder()) return cudaErrorNotSupported;
     args.x_load = w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk;
-    if (!make_x_map(&args.x_map, x, n, w.k, v.n, c.k_groups, args.x_load == XLoad::kSlot)) return cudaErrorInvalidValue;
+    if (const cudaError_t error = make_x_map(&args.x_map, x, n, w.k, v.n, c.k_groups, args.x_load == XLoad::kSlot)) return error;
   }
   // A property of the function on the current device; setting it again costs nothing.
   if (const cudaError_t error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerSm)) return error;

@@ -9,8 +9,8 @@
 // fewer row blocks than CTAs have teams, the ring has room for the busy teams only, and so more slots.
 #pragma once
 #include "weights.cuh"
+#include "wgmma_multiplier.cuh"
 #include "wgmma_results.cuh"
-#include "wgmma_units.cuh"
 #include "wgmma_work.cuh"
 #include "wgmma_x.cuh"
 
@@ -68,7 +68,7 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
     __syncwarp();
     if (exists) {
       const int block = work.row_block_of(plan, lane, c.pass) * args.w.k_blocks() + work.k_begin + first;
-      ptx::bulk_copy(work.shared + plan.blocks + (at * plan.busy + lane) * plan.k_groups * work.block_bytes,
+      ptx::bulk_copy(work.shared + plan.blocks + at * plan.slot_bytes + lane * plan.k_groups * work.block_bytes,
                      args.w.blocks + static_cast<size_t>(block) * args.w.block_words, bytes, full, policy);
     }
   };
@@ -122,105 +122,28 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
 // The part of a warp that multiplies.
 template <class Weights, int kN>
 __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork& work, uint8_t* memory, int warp, int lane) {
-  constexpr int kChunkBytes = chunk_bytes(kN);
-  const Matrix& w = args.w;
   const WgmmaPlan& plan = args.plan;
-  const int tile = warp & 3, group = warp >> 2;
-  const int k_groups = plan.k_groups, team = group >> plan.log_k_groups, k_group = group & (k_groups - 1);
-  const int own_passes = work.passes_of(plan, team);
+  const int k_groups = plan.k_groups, team = warp >> 2 >> plan.log_k_groups, k_group = warp >> 2 & (k_groups - 1);
   const int own_slots = (work.chunks - k_group + k_groups - 1) >> plan.log_k_groups;
+  const int own_passes = work.passes_of(plan, team);
   ptx::wait_for_previous_grid();  // bias and residual
 
   float sums[kN / 2];
   Results<Weights, kN> results(args, work, memory, warp, lane);
-  const TileWords<Weights> tile_words(tile, lane);
-  constexpr uint32_t kPlane = Weights::kPlaneBytes;
-  const Patches patches(work.shared + plan.planes + warp * kPlane, results.warp_area() + kShiftBytes, tile, lane);
-  if constexpr (Weights::kHasEscapes) {
-    patches.fill();
-    __syncwarp();
-  }
-  const uint32_t first_words = work.shared + plan.blocks + group * work.block_bytes;
-  const uint32_t first_b = ptx::wgmma_descriptor(work.shared + k_group * kChunkBytes);
-  const uint32_t slot_bytes = plan.busy * k_groups * work.block_bytes;
-  struct Slot {
-    uint32_t index, phase;
-  };
-  const auto words_of = [&](const Slot& s) { return first_words + s.index * slot_bytes; };
-  const auto barriers_of = [&](const Slot& s) { return work.barriers + s.index * kSlotBarriers; };
-  const auto following = [&](const Slot& s) {
-    const bool wraps = s.index + 1 == plan.slots;
-    return Slot{wraps ? 0 : s.index + 1, s.phase ^ wraps};
-  };
-  const auto wait_full = [&](const Slot& s) { ptx::barrier_wait(barriers_of(s) + kFull, s.phase); };
-  Slot slot = {0, 0};
-  const auto skip_slot = [&] {
-    wait_full(slot);
-    __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(barriers_of(slot) + kEmpty);
-    slot = following(slot);
-  };
-
+  const Multiplier<Weights, kN> multiplier(args, work, results.warp_area(), warp, lane);
+  multiplier.fill_plane();
+  RingPlace place = {0, 0};
 #pragma unroll 1
   for (int pass = 0; pass < own_passes; ++pass) {
-#pragma unroll
-    for (int i = 0; i < kN / 2; ++i) sums[i] = 0;
     results.begin(pass);
-    int left = own_slots;  // with the running one
-    const auto block = [&] { return work.row_block_of(plan, team, pass) * w.k_blocks() + work.k_begin + k_group + (own_slots - left) * k_groups; };
-    uint32_t a[4][4] = {};
-    Patch patch = {};
-    wait_full(slot);
-    if constexpr (Weights::kHasEscapes) patch = patches.put(words_of(slot), w, block);
-#pragma unroll 1
-    for (;;) {
-      uint32_t words[Weights::kRegisters], high[2][4];
-      const uint32_t b = first_b + slot.index * (work.x_bytes >> 4);
-      __syncwarp();
-      tile_words.read(words, words_of(slot));
-      if constexpr (Weights::kHasEscapes) {
-#pragma unroll
-        for (int v = 0; v < 2; ++v) ptx::load_shared(high[v], patches.plane + lane * 16 + v * (kTileElements / 2));
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) Weights::decode(a[j], words, high[j >> 1], j);
-      ptx::wgmma_ready(a);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int j = 0; j < 4; ++j) ptx::wgmma(sums, a[j], b + 2 * j);
-      ptx::wgmma_commit();
-      // While this chunk multiplies, the escapes of the next go to the plane.
-      if constexpr (Weights::kHasEscapes) {
-        __syncwarp();
-        patches.take_back(patch);
-      }
-      const uint32_t empty = barriers_of(slot) + kEmpty;
-      slot = following(slot);
-      if (--left > 0) {
-        wait_full(slot);
-        if constexpr (Weights::kHasEscapes) {
-          __syncwarp();
-          patch = patches.put(words_of(slot), w, block);
-        }
-      }
-      ptx::wgmma_wait();
-      ptx::wgmma_ready(a);  // its registers are nobody else's before: what is loaded into others' would be multiplied
-      if (lane == 0) ptx::barrier_arrive(empty);
-      if (left == 0) break;
-    }
-    ptx::wgmma_done(sums);
-    if (own_slots < work.slots_per_pass) skip_slot();
+    const auto block = [&](int i) { return work.row_block_of(plan, team, pass) * args.w.k_blocks() + work.k_begin + k_group + i * k_groups; };
+    multiplier.row_block(args, work, work.slots_per_pass, own_slots, block, place, sums);
     if (plan.sums_in_slots) results.announce_idle();
     results.store(pass, own_passes, sums);
-    if constexpr (Weights::kHasEscapes) {
-      if (results.used_planes()) {
-        patches.fill();
-        __syncwarp();
-      }
-    }
+    if (results.used_planes()) multiplier.fill_plane();
   }
 #pragma unroll 1
-  for (int i = (work.passes - own_passes) * work.slots_per_pass; i > 0; --i) skip_slot();
+  for (int i = (work.passes - own_passes) * work.slots_per_pass; i > 0; --i) multiplier.skip_slot(args, work, place);
   if (plan.sums_in_slots && own_passes == 0) results.announce_idle();
 }
 

@@ -15,6 +15,7 @@ struct WgmmaPlan {
   int chunks, k_longer;  // chunks of 64 k of a rank; the first k_longer ranks have one more
   int early;       // slots filled before the kernel before has ended
   int slots;       // of the ring: each has a chunk of x for every k group and an encoded block for every busy warp group
+  int slot_bytes;  // of its encoded blocks
   int items;       // 64 x 8 sums of a row block are items of 512 bytes: (8 columns, 16 rows); item i belongs to rank i % cluster
   int owned;       // of the rank with most
   int received_bytes;  // a team's

@@ -1,0 +1,39 @@
+// The driver's encoder of tensor maps, looked up once: the library is not linked with the driver.
+#include "x_map.h"
+
+#include <cudaTypedefs.h>
+
+#include "layout.h"
+
+namespace jaxzip::lane_planar {
+namespace {
+
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) ||
+        found != cudaDriverEntryPointSuccess)
+      function = nullptr;
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  return encoder;
+}
+
+}  // namespace
+
+cudaError_t make_x_map(CUtensorMap* map, const __nv_bfloat16* x, int n, int k, int instruction_n, int slot_chunks, bool whole_chunks) {
+  if (!tensor_map_encoder()) return cudaErrorNotSupported;
+  const cuuint64_t row = static_cast<cuuint64_t>(k) * 2;
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(whole_chunks ? kBlock : k), static_cast<cuuint64_t>(n),
+                               static_cast<cuuint64_t>(whole_chunks ? k / kBlock : 1)};
+  const cuuint64_t strides[2] = {row, whole_chunks ? kBlock * 2 : row * n};
+  const cuuint32_t box[3] = {kBlock, static_cast<cuuint32_t>(instruction_n), static_cast<cuuint32_t>(whole_chunks ? slot_chunks : 1)};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const CUresult made = tensor_map_encoder()(
+      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<__nv_bfloat16*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace jaxzip::lane_planar
