@@ -51,7 +51,7 @@ def test_measures_and_records_every_implementation(weight):
     assert (one.rows, many.rows) == (1, 64) == tuple(seen)
     assert set(one.us) >= {"ffi", "decompress"} and min(one.us.values()) > 0
     assert "xla" not in one.us and "pallas" not in one.us  # the same as decompress; interpreted
-    assert one.fastest == min(one.us, key=one.us.get)
+    assert 0.98 * one.us[one.fastest] <= min(one.us.values())
     recorded = json.loads(tuning.cache_file().read_text())["devices"][kind()]
     assert recorded[measured.key(weight.format, M, K, 1)] == {name: round(us, 3) for name, us in one.us.items()}
 
@@ -69,6 +69,14 @@ def test_the_fastest_measured_runs(weight, fastest):
     named = jaxzip.matmul(x, weight, implementation=fastest)
     assert np.array_equal(after.view(jnp.uint16), named.view(jnp.uint16))
     np.testing.assert_allclose(after.astype(np.float32), before.astype(np.float32), rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("share, runs", [(0.99, "ffi"), (0.97, "decompress")])
+def test_a_tie_leaves_the_preferred_one(weight, share, runs):
+    us = {"ffi": 10.0, "decompress": 10.0 * share}
+    measured.record(kind(), weight.format, M, K, 5, us)
+    assert implementation_of(weight, 5) == runs
+    assert tuning.Measurement(kind(), weight.format, M, K, 5, us).fastest == runs
 
 
 def test_what_is_asked_for_goes_before_what_was_measured(weight):
