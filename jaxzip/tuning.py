@@ -85,9 +85,9 @@ def tune(
 
     Each is timed as it is, then those that are not far behind in their best configurations by their own models. What is
     recorded is what :func:`jaxzip.matmul` takes from then on for this format, shape and kind of device, in programs
-    that are traced later: the fastest implementation, and of each, also one asked for by ``implementation=``, the
-    fastest configuration. These differ in the order of accumulation, so results may differ in their last bits from
-    those before; ``config=`` and ``batch_invariant=`` are not touched.
+    that are traced later: the fastest implementation (a tie leaves the preferred one), and of each, also one asked for
+    by ``implementation=``, the fastest configuration. These differ in the order of accumulation, so results may differ
+    in their last bits from those before; ``config=`` and ``batch_invariant=`` are not touched.
 
     Args:
       w: one compressed matrix; its values matter little, its format and shape do.

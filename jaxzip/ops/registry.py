@@ -22,8 +22,8 @@ from jaxzip.ops.unavailable import unavailable
 ENTRY_POINT_GROUP = "jaxzip.backends"
 XLA = "xla"
 _PLATFORMS = ("cpu", "cuda")
-#: What is preferred by priority gives way to what costs at most so much of it. Times of one program differ by up to 3% on
-#: an H200 under load, and another implementation adds in another order: a tie should not change a result's last bits.
+#: What priorities prefer gives way to what costs at most so much of it. Times of one program differ by up to 3% on an
+#: H200 under load, and another implementation adds in another order: a tie should not change a result's last bits.
 WORTH = 0.98
 
 
@@ -69,7 +69,7 @@ def register(
 
 
 def choose_by(op: str, costs: CostTable) -> None:
-    """``costs(platform, *args, **options)`` decides before priorities do, if the caller named nothing."""
+    """``costs(platform, *args, **options)`` decides if the caller named nothing, and priorities where that is a tie."""
     _costs[op] = costs
 
 
