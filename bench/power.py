@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import statistics
 import subprocess
 import threading
@@ -40,11 +41,11 @@ class Sample:
 
 @contextlib.contextmanager
 def sampled() -> Iterator[list[Sample]]:
-    """Samples of the first GPU while the block runs."""
+    """Samples of the GPU that JAX uses first while the block runs."""
     command = [
         "nvidia-smi",
         "-i",
-        "0",
+        os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
         f"--query-gpu={','.join(QUERY)}",
         "--format=csv,noheader,nounits",
         f"-lms={SAMPLE_MS}",

@@ -112,12 +112,12 @@ def test_shapes(shape):
         assert float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact)) < max(1e-5, 2e-9 * k)
 
 
-@pytest.mark.parametrize("n", [1, 8, 40, 128, 300, 2500])
+@pytest.mark.parametrize("n", [1, 8, 40, 128, 300, 2500, 4200])
 def test_bias_and_residual(n):
     w = scales(gaussian_weights((512, 1000)), 5)
     x, z = activations(n, 512), encoded(w)
     bias, residual = activations(1, 1000, seed=1)[0], activations(n, 1000, seed=2)
-    options = {"batch_invariant": n > 2048}  # which has the fused kernel take any number of rows
+    options = {"batch_invariant": n > 4096}  # which has the fused kernel take any number of rows
     sums = fused(x, z, out_dtype=jnp.float32, **options)
     for b, r in ((bias, None), (None, residual), (bias, residual)):
         want = sums
@@ -126,6 +126,32 @@ def test_bias_and_residual(n):
         assert_same(fused(x, z, bias=b, residual=r, out_dtype=jnp.float32, **options), want)
         assert_same(fused(x, z, bias=b, residual=r, **options), want.astype(jnp.bfloat16))
         assert_same(fused(x, raw(w), bias=b, residual=r, out_dtype=jnp.float32, **options), want)
+
+
+# Rows and outputs for which clusters of two CTAs share x, the last with teams that have no outputs; K with a cut chunk, and
+# one without tensor maps.
+@pytest.mark.parametrize(("n", "m"), [(400, 8448), (1024, 4096), (2048, 4096), (700, 11000), (400, 8336)])
+@pytest.mark.parametrize("k", [512, 1032, 131])
+def test_many_rows(n, m, k):
+    w = scales(gaussian_weights((k, m)), 5)
+    x, z, control = activations(n, k), encoded(w), raw(w)
+    bias, residual = activations(1, m, seed=1)[0], activations(n, m, seed=2)
+    sums = fused(x, z, out_dtype=jnp.float32)
+    exact = jnp.dot(x, w, precision="highest", preferred_element_type=jnp.float32)
+    assert float(jnp.linalg.norm(sums - exact) / jnp.linalg.norm(exact)) < 1e-5
+    assert_same(sums, fused(x, control, out_dtype=jnp.float32))
+    for b, r in ((None, None), (bias, None), (None, residual), (bias, residual)):
+        want = sums
+        for addend in (b, r):
+            want = want if addend is None else want + addend.astype(jnp.float32)
+        assert_same(fused(x, z, bias=b, residual=r), want.astype(jnp.bfloat16))
+        assert_same(fused(x, control, bias=b, residual=r), want.astype(jnp.bfloat16))
+
+
+def test_every_bit_pattern_by_many_rows():
+    w = jnp.concatenate([all_bit_patterns()] * (4096 // all_bit_patterns().shape[1]), axis=1)
+    x = activations(1024, w.shape[0])
+    assert_same(fused(x, encoded(w)), fused(x, raw(w)))
 
 
 @pytest.mark.parametrize("shape", [(1024, 4096), (4096, 4096), (1000, 3000), (4096, 14336)], ids=str)
@@ -174,7 +200,7 @@ def test_auto_takes_this_format_here():
 def test_what_the_kernel_does_not_take_is_decoded_first():
     w = gaussian_weights((256, 320))
     z = encoded(w)
-    for x in (activations(2049, 256), activations(4, 256).astype(jnp.float32)):
+    for x in (activations(4097, 256), activations(4, 256).astype(jnp.float32)):
         with pytest.raises(NotImplementedError):
             fused(x, z)
         exact = np.asarray(x, np.float64) @ w.astype(np.float64)

@@ -43,7 +43,7 @@ int check_streams(const ExponentClasses& classes) {
   cudaStream_t streams[2];
   for (cudaStream_t& s : streams) CHECK(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
   int failures = 0;
-  for (const int n : {1, 8, 32, 64, 128}) {
+  for (const int n : {1, 8, 32, 64, 128, 1024}) {
     Job jobs[2] = {{4096, 4096, n, classes}, {6144, 4096, n, classes}};
     for (Job& job : jobs) {
       job.launch(streams[0]);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "matmul_direct.h"
+#include "matmul_wide.h"
 #include "matmul_wgmma.h"
 
 struct Candidate {
@@ -14,6 +15,7 @@ struct Candidate {
   bool is_wgmma;
   jaxzip::lane_planar::DirectConfig direct;
   jaxzip::lane_planar::WgmmaConfig wgmma;
+  bool is_wide = false;  // instead of both: it has no configurations
 };
 
 inline bool is_same(const Candidate& a, const Candidate& b) {
@@ -21,7 +23,7 @@ inline bool is_same(const Candidate& a, const Candidate& b) {
     return c.is_wgmma ? std::array{1, c.wgmma.k_groups, c.wgmma.cluster, c.wgmma.clusters, 0}
                       : std::array{c.direct.tiles_per_warp, c.direct.warps, c.direct.ctas_per_sm, c.direct.cluster, c.direct.clusters};
   };
-  return a.is_wgmma == b.is_wgmma && key(a) == key(b);
+  return a.is_wgmma == b.is_wgmma && a.is_wide == b.is_wide && key(a) == key(b);
 }
 
 inline Candidate candidate(const std::string& name, const jaxzip::lane_planar::DirectConfig& c) { return {name, false, c, {}}; }
@@ -30,13 +32,14 @@ inline Candidate candidate(const std::string& name, const jaxzip::lane_planar::W
 inline cudaError_t run_candidate(const Candidate& c, const jaxzip::lane_planar::Matrix& w, const __nv_bfloat16* x, void* y,
                                  int n, bool fp32, cudaStream_t stream, bool raw, bool overlap) {
   const jaxzip::Epilogue epilogue = {y, fp32, nullptr, nullptr};
+  if (c.is_wide) return launch_matmul_wide(w, x, n, epilogue, stream, raw, overlap);
   return c.is_wgmma ? launch_matmul_wgmma(w, x, n, epilogue, c.wgmma, stream, raw, overlap)
                     : launch_matmul_direct(w, x, n, epilogue, c.direct, stream, raw, overlap);
 }
 
 // Whether the candidate also runs on raw weights.
 inline bool has_control(const Candidate& c, const jaxzip::lane_planar::Matrix& raw, int n) {
-  return (c.is_wgmma ? wgmma_shared_bytes(raw, n, c.wgmma, true) : direct_shared_bytes(raw, n, c.direct, true)) > 0;
+  return c.is_wide || (c.is_wgmma ? wgmma_shared_bytes(raw, n, c.wgmma, true) : direct_shared_bytes(raw, n, c.direct, true)) > 0;
 }
 
 inline void add_direct_candidates(const jaxzip::lane_planar::Matrix& w, int n, std::vector<Candidate>& found) {
@@ -92,6 +95,7 @@ inline std::vector<Candidate> candidates(const jaxzip::lane_planar::Matrix& w, i
   std::vector<Candidate> found;
   add_direct_candidates(w, n, found);
   add_wgmma_candidates(w, n, found);
+  if (n > jaxzip::lane_planar::kWgmmaMaxN && w.k % 8 == 0) found.push_back({"wide", false, {}, {}, true});
   return found;
 }
 

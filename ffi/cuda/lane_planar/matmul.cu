@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "matmul_wide.h"
+
 namespace jaxzip::lane_planar {
 namespace {
 
@@ -84,6 +86,10 @@ cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const 
     const __nv_bfloat16* from = x + static_cast<size_t>(first) * w.k;
     const Epilogue to = from_row(epilogue, w.m, first);
     const bool given = options.config && !options.batch_invariant;
+    if (!given && !options.batch_invariant && wide_is_faster(shape, rows) && wide_fits(w, from)) {
+      if (const cudaError_t error = launch_matmul_wide(w, from, rows, to, stream, options.raw, options.overlap)) return error;
+      continue;
+    }
     const MatmulConfig choice = given ? *options.config : choose(shape, rows, epilogue.gated, options);
     const cudaError_t error =
         choice.direct.clusters ? launch_matmul_direct(w, from, rows, to, choice.direct, stream, options.raw, options.overlap)

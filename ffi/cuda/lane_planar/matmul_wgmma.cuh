@@ -8,8 +8,11 @@
 // Encoded blocks and chunks of x come through a ring of slots, which one more warp fills by bulk and tensor copies. Where clusters have
 // fewer row blocks than CTAs have teams, the ring has room for the busy teams only, and so more slots.
 #pragma once
+#include <type_traits>
+
 #include "weights.cuh"
 #include "wgmma_multiplier.cuh"
+#include "wgmma_pipelined.cuh"
 #include "wgmma_results.cuh"
 #include "wgmma_work.cuh"
 #include "wgmma_x.cuh"
@@ -120,7 +123,7 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
 }
 
 // The part of a warp that multiplies.
-template <class Weights, int kN>
+template <class Weights, int kN, int kGroups>
 __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork& work, uint8_t* memory, int warp, int lane) {
   const WgmmaPlan& plan = args.plan;
   const int k_groups = plan.k_groups, team = warp >> 2 >> plan.log_k_groups, k_group = warp >> 2 & (k_groups - 1);
@@ -130,7 +133,8 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
 
   float sums[kN / 2];
   Results<Weights, kN> results(args, work, memory, warp, lane);
-  const Multiplier<Weights, kN> multiplier(args, work, results.warp_area(), warp, lane);
+  using Multiplies = std::conditional_t<kGroups == 2, PipelinedMultiplier<Weights, kN>, Multiplier<Weights, kN>>;
+  const Multiplies multiplier(args, work, results.warp_area(), warp, lane);
   multiplier.fill_plane();
   RingPlace place = {0, 0};
 #pragma unroll 1
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __g
   join();
   if (warp < busy_warps) {
     ptx::registers_increase<Registers<kGroups>::kMultiply>();
-    multiply<Weights, kN>(args, work, memory, warp, lane);
+    multiply<Weights, kN, kGroups>(args, work, memory, warp, lane);
   } else {
     ptx::registers_decrease<Registers<kGroups>::kFill>();
   }

@@ -148,6 +148,13 @@ __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map,
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0],[%1,{%2,%3,%4}],[%5];" ::"r"(to),
       "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier) : "memory");
 }
+// The same to one place of every CTA of a cluster of `kCtas`, and each one's barrier there.
+template <int kCtas>
+__device__ __forceinline__ void tensor_copy_to_all(uint32_t to, const CUtensorMap* map, int c0, int c1, int c2, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0],[%1,{%2,%3,%4}],[%5],%6;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(static_cast<uint16_t>((1 << kCtas) - 1)) : "memory");
+}
 // Without the fences of barrier_init: one barrier_init_done serves many.
 __device__ __forceinline__ void barrier_init_only(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(barrier), "r"(arrivals) : "memory");

@@ -18,12 +18,12 @@ __device__ __forceinline__ float4 transpose_rows(float4 v, int lane) {
 
 // Sums of a row block are items of 8 columns and 16 rows, a register quadruple of each lane. Where K is split, they are added in two steps,
 // each in a fixed order: warp groups of a team, among which the items are dealt; then CTAs, each of which owns some of the items.
-template <class Weights, int kN>
+template <class Weights, int kN, class Work = WgmmaWork>
 class Results {
   static constexpr int kColumnGroups = kN / 8;
   static constexpr bool kFew = kN <= kFewColumns;
   const WgmmaArgs& args_;
-  const WgmmaWork& work_;
+  const Work& work_;
   uint8_t* const memory_;
   const int warp_, lane_, tile_, group_, k_groups_, team_, k_group_, ranks_;
   const uint32_t arrived_, may_send_;
@@ -57,8 +57,8 @@ class Results {
     ptx::load_shared_words<1>(&shifts, warp_area() + row);
     return FourRows(args_.epilogue, args_.w.m, row_block_of(pass) * kBlock + stored_tile() * kTileRows + row, shifts);
   }
-  __device__ __forceinline__ void store_item(int column_group, const FourRows& rows, bool fours, float4 sum) const {
-    const int n = work_.first_n + 8 * column_group + 2 * (lane_ & 3) + ((lane_ >> 2) & 1);
+  __device__ __forceinline__ void store_item(int first_n, int column_group, const FourRows& rows, bool fours, float4 sum) const {
+    const int n = first_n + 8 * column_group + 2 * (lane_ & 3) + ((lane_ >> 2) & 1);
     sum = transpose_rows(sum, lane_);
     if (n >= args_.n) return;
     if (kN <= kGatedMaxN && args_.epilogue.gated)
@@ -129,7 +129,7 @@ class Results {
     const FourRows rows = four_rows(pass);
     const bool fours = in_fours(args_.epilogue, args_.w.m);
 #pragma unroll
-    for (int g = kOwn; g < kColumnGroups; g += kGroups) store_item(g, rows, fours, item(sums, g));
+    for (int g = kOwn; g < kColumnGroups; g += kGroups) store_item(work_.first_column(pass), g, rows, fours, item(sums, g));
   }
   __device__ __forceinline__ int owned() const { return (args_.plan.items - work_.rank + ranks_ - 1) / ranks_; }
   __device__ __forceinline__ void add_ranks_and_store(int pass, bool more) const {
@@ -148,7 +148,7 @@ class Results {
       float4 sum = of_cta(0);
 #pragma unroll 2
       for (int r = 1; r < ranks_; ++r) sum = add(sum, of_cta(r));
-      store_item((i * ranks_ + work_.rank) >> 2, rows, fours, sum);
+      store_item(work_.first_column(pass), (i * ranks_ + work_.rank) >> 2, rows, fours, sum);
     }
     if (more) {  // there is a next send, which waits for this
       __syncwarp();
@@ -156,17 +156,21 @@ class Results {
     }
   }
 
-  // A plain bf16 result, by whole lines of 64 rows: these wait in the warp group's planes, 32 columns at a time.
-  static constexpr int kColumnsAtOnce = kN < 32 ? kN : 32;
+  // A bf16 result by whole lines of 64 rows: these wait in the warp group's planes, 32 columns at a time. So does the residual that is
+  // added, where there are columns enough for that to be worth its code.
+  static constexpr int kColumnsAtOnce = kN < 32 ? kN : 32, kLoads = (kColumnsAtOnce + 15) / 16;
+  static constexpr bool kResidualLines = kN == kWgmmaMaxN;
   __device__ __forceinline__ bool stores_lines() const {
     const Epilogue& e = args_.epilogue;
-    return kN >= 16 && Weights::kHasEscapes && ranks_ * k_groups_ == 1 && !e.residual && !e.fp32_out && !e.gated && args_.w.m % 8 == 0 &&
-           (reinterpret_cast<uintptr_t>(e.y) & 15) == 0;
+    const uintptr_t addresses = reinterpret_cast<uintptr_t>(e.y) | reinterpret_cast<uintptr_t>(e.residual);
+    return kN >= 16 && Weights::kHasEscapes && ranks_ * k_groups_ == 1 && (kResidualLines || !e.residual) && !e.fp32_out && !e.gated &&
+           args_.w.m % 8 == 0 && (addresses & 15) == 0;
   }
   __device__ __forceinline__ void sync_group() const { ptx::sync_threads(1 + group_, 128); }
+  template <bool kResidual>
   __device__ __forceinline__ void store_lines(int pass, const float (&sums)[kN / 2]) const {
     const Epilogue& e = args_.epilogue;
-    const int first_row = row_block_of(pass) * kBlock;
+    const int first_row = row_block_of(pass) * kBlock, first_n = work_.first_column(pass);
     float scale[2], bias[2];
     wait_for_shifts();
     for (int i = 0; i < 2; ++i) {
@@ -180,24 +184,45 @@ class Results {
     const uint32_t put = lines + column * 128 + (((2 * tile_ + ((lane_ >> 3) & 1)) ^ (lane_ & 7)) << 4);
     const int taken = 4 * tile_ + (lane_ >> 3), piece = lane_ & 7;
     const uint32_t take = lines + taken * 128 + ((piece ^ (taken & 7)) << 4);
-    const int columns = first_row + 8 * piece < args_.w.m ? args_.n - work_.first_n : 0;
-    __nv_bfloat16* y = static_cast<__nv_bfloat16*>(e.y) + static_cast<size_t>(work_.first_n + taken) * args_.w.m + first_row + 8 * piece;
+    const int columns = first_row + 8 * piece < args_.w.m ? args_.n - first_n : 0;
+    const size_t at = static_cast<size_t>(first_n + taken) * args_.w.m + first_row + 8 * piece;
+    __nv_bfloat16* y = static_cast<__nv_bfloat16*>(e.y) + at;
+    uint4 residual[kLoads] = {};
+    const auto load_residual = [&](int n) {
+#pragma unroll
+      for (int s = 0; s < kLoads; ++s)
+        if (taken + n + 16 * s < columns)
+          residual[s] = *reinterpret_cast<const uint4*>(e.residual + at + static_cast<size_t>(n + 16 * s) * args_.w.m);
+    };
+    if (kResidual) load_residual(0);
 #pragma unroll
     for (int n = 0; n < kN; n += kColumnsAtOnce) {
       sync_group();  // all have read their planes, or the lines before
+      if (kResidual) {
 #pragma unroll
-      for (int s = 0; s < kColumnsAtOnce / 16; ++s) {
-        uint32_t pairs[4];
+        for (int s = 0; s < kLoads; ++s) ptx::store_shared(take + s * (16 * 128), residual[s].x, residual[s].y, residual[s].z, residual[s].w);
+        sync_group();
+        if (n + kColumnsAtOnce < kN) load_residual(n + kColumnsAtOnce);
+      }
+#pragma unroll
+      for (int s = 0; s < kLoads; ++s) {
+        uint32_t pairs[4], added[4];
+        if (kResidual) ptx::load_matrices_transposed(added, put + s * (16 * 128));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* two = sums + (n + 16 * s) / 2 + 2 * i;
-          pairs[i] = pack(fmaf(two[0], scale[i & 1], bias[i & 1]), fmaf(two[1], scale[i & 1], bias[i & 1]));
+          float2 sum = make_float2(fmaf(two[0], scale[i & 1], bias[i & 1]), fmaf(two[1], scale[i & 1], bias[i & 1]));
+          if (kResidual) {
+            const float2 more = unpack(added[i]);
+            sum = make_float2(sum.x + more.x, sum.y + more.y);
+          }
+          pairs[i] = pack(sum.x, sum.y);
         }
         ptx::store_matrices<true>(put + s * (16 * 128), pairs);
       }
       sync_group();
 #pragma unroll
-      for (int s = 0; s < kColumnsAtOnce / 16; ++s) {
+      for (int s = 0; s < kLoads; ++s) {
         uint32_t v[4];
         ptx::load_shared(v, take + s * (16 * 128));
         const int first = n + 16 * s;
@@ -209,7 +234,7 @@ class Results {
   }
 
  public:
-  __device__ __forceinline__ Results(const WgmmaArgs& args, const WgmmaWork& work, uint8_t* memory, int warp, int lane)
+  __device__ __forceinline__ Results(const WgmmaArgs& args, const Work& work, uint8_t* memory, int warp, int lane)
       : args_(args), work_(work), memory_(memory), warp_(warp), lane_(lane), tile_(warp & 3), group_(warp >> 2), k_groups_(args.plan.k_groups),
         team_(group_ >> args.plan.log_k_groups), k_group_(group_ & (k_groups_ - 1)), ranks_(args.plan.cluster),
         arrived_(work.barriers + kArrived + 8 * team_), may_send_(work.barriers + kMaySend + 8 * team_), cluster_started_(ranks_ == 1) {}
@@ -232,7 +257,10 @@ class Results {
   __device__ __forceinline__ bool used_planes() const { return stores_lines(); }
   __device__ __forceinline__ void store(int pass, int passes, float (&sums)[kN / 2]) {
     if (stores_lines()) {
-      store_lines(pass, sums);
+      if (kResidualLines && args_.epilogue.residual)
+        store_lines<kResidualLines>(pass, sums);
+      else
+        store_lines<false>(pass, sums);
       return;
     }
     if (ranks_ > 1) wait_for_cluster();

@@ -28,6 +28,12 @@ struct WgmmaWork {
     block_bytes = args.w.block_words * 4;
     x_bytes = plan.k_groups * chunk_bytes(instruction_n);
   }
+  // The first of a pass's columns.
+  __device__ __forceinline__ int first_column(int) const { return first_n; }
+  // By a whole warp, of which no lane needs the slot of this barrier any more.
+  __device__ __forceinline__ void release(uint32_t empty, int lane) const {
+    if (lane == 0) ptx::barrier_arrive(empty);
+  }
   __device__ __forceinline__ int row_block_of(const WgmmaPlan& plan, int team, int pass) const {
     return cluster + (team + (pass >> plan.gated) * plan.teams) * plan.clusters + (pass & plan.gated ? plan.half : 0);
   }

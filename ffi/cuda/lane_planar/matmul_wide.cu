@@ -1,0 +1,77 @@
+// Launch of the matmul of many columns: its plan, the tensor map of x, and the launch itself.
+#include "matmul_wide.h"
+
+#include <algorithm>
+
+#include "matmul_wide.cuh"
+#include "resident.h"
+#include "x_map.h"
+
+namespace jaxzip::lane_planar {
+namespace {
+
+constexpr int kSharedPerSm = 227 * 1024;
+
+int units_of_slice(const Matrix& w) { return (w.m_blocks() + kWideShare * kWideTeams - 1) / (kWideShare * kWideTeams); }
+
+// `bytes` is 0 if it does not fit.
+WgmmaPlan plan_wide(const Matrix& w, int n, int plane_bytes) {
+  WgmmaPlan p = {};
+  p.k_groups = 1;
+  p.teams = p.busy = kWideTeams;
+  p.log_teams = 1;
+  p.cluster = 1;  // K is not split
+  p.slices = wgmma_slices(n);
+  p.row_blocks = units_of_slice(w);
+  p.clusters = std::min(kResident[0][kWideShare - 1], p.row_blocks * p.slices);
+  p.chunks = w.k_blocks();
+  p.items = kTiles * kWgmmaMaxN / 8;
+  p.owned = p.items;
+  p.slot_bytes = kWideTeams * w.block_words * 4;
+  const int slot_x = chunk_bytes(kWgmmaMaxN), planes = kWideTeams * 4 * plane_bytes;
+  p.slots = std::min((kSharedPerSm - planes - kWarpAreasBytes - kBarrierBytes) / (slot_x + p.slot_bytes), kMaxSlots);
+  if (p.slots < kMinSlots) return p;
+  p.planes = p.slots * slot_x;
+  p.blocks = p.planes + planes;
+  p.received = p.blocks + p.slots * p.slot_bytes;
+  p.barriers = p.received + kWarpAreasBytes;
+  p.bytes = p.barriers + kBarrierBytes;
+  return p;
+}
+
+}  // namespace
+
+bool wide_fits(const Matrix& w, const __nv_bfloat16* x) { return w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0; }
+
+bool wide_is_faster(const Matrix& w, int n) {
+  if (n <= kWgmmaMaxN) return false;
+  const int units = units_of_slice(w) * wgmma_slices(n), at_once = kResident[0][kWideShare - 1];
+  return units * 10 >= (units + at_once - 1) / at_once * at_once * 9;
+}
+
+cudaError_t launch_matmul_wide(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue, cudaStream_t stream, bool raw,
+                               bool overlap) {
+  if (n < 1 || !wide_fits(w, x) || epilogue.gated) return cudaErrorInvalidValue;
+  const auto kernel = raw ? matmul_wide<Raw> : matmul_wide<LanePlanar>;
+  WgmmaArgs args = {{}, w, x, epilogue, n, overlap, w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk,
+                    plan_wide(w, n, raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes)};
+  if (!args.plan.bytes) return cudaErrorInvalidValue;
+  if (const cudaError_t error = make_x_map(&args.x_map, x, n, w.k, kWgmmaMaxN / kWideShare, 1, args.x_load == XLoad::kSlot)) return error;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerSm)) return error;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {kWideShare, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(args.plan.clusters * kWideShare);
+  config.blockDim = dim3((kWideTeams + 1) * 128);
+  config.dynamicSmemBytes = args.plan.bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = overlap ? 2 : 1;
+  void* parameters[] = {&args};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
+}
+
+}  // namespace jaxzip::lane_planar

@@ -1,0 +1,58 @@
+// What a warp that multiplies knows of the ring: its place in it, where its tile's words and its patch plane are, whom it tells that it has
+// used a slot.
+#pragma once
+#include "weights.cuh"
+#include "wgmma_units.cuh"
+#include "wgmma_work.cuh"
+
+namespace jaxzip::lane_planar {
+
+// Where a warp is in the ring, and the parity by which it waits there.
+struct RingPlace {
+  uint32_t index, phase;
+};
+
+// `Work` says where barriers and slots are, and to whom a used slot is announced.
+template <class Weights, int kN, class Work>
+class RingReader {
+ protected:
+  const TileWords<Weights> tile_words_;
+  const Patches patches_;
+  const uint32_t first_words_, first_b_;
+  const int lane_;
+
+  static __device__ __forceinline__ uint32_t barriers_of(const Work& work, const RingPlace& p) { return work.barriers + p.index * kSlotBarriers; }
+  static __device__ __forceinline__ void wait_full(const Work& work, const RingPlace& p) {
+    ptx::barrier_wait(barriers_of(work, p) + kFull, p.phase);
+  }
+  static __device__ __forceinline__ RingPlace following(const WgmmaPlan& plan, const RingPlace& p) {
+    const bool wraps = p.index + 1 == plan.slots;
+    return {wraps ? 0 : p.index + 1, p.phase ^ wraps};
+  }
+  __device__ __forceinline__ uint32_t words_of(const WgmmaArgs& args, const RingPlace& p) const { return first_words_ + p.index * args.plan.slot_bytes; }
+  __device__ __forceinline__ uint32_t b_of(const Work& work, const RingPlace& p) const { return first_b_ + p.index * (work.x_bytes >> 4); }
+
+ public:
+  __device__ __forceinline__ RingReader(const WgmmaArgs& args, const Work& work, uint32_t warp_area, int warp, int lane)
+      : tile_words_(warp & 3, lane),
+        patches_(work.shared + args.plan.planes + warp * static_cast<uint32_t>(Weights::kPlaneBytes), warp_area + kShiftBytes, warp & 3, lane),
+        first_words_(work.shared + args.plan.blocks + (warp >> 2) * work.block_bytes),
+        first_b_(ptx::wgmma_descriptor(work.shared + (warp >> 2 & (args.plan.k_groups - 1)) * chunk_bytes(kN))), lane_(lane) {}
+
+  __device__ __forceinline__ void fill_plane() const {
+    if constexpr (Weights::kHasEscapes) {
+      patches_.fill();
+      __syncwarp();
+    }
+  }
+
+  // A slot in which this warp has no chunk.
+  __device__ __forceinline__ void skip_slot(const WgmmaArgs& args, const Work& work, RingPlace& place) const {
+    wait_full(work, place);
+    __syncwarp();
+    work.release(barriers_of(work, place) + kEmpty, lane_);
+    place = following(args.plan, place);
+  }
+};
+
+}  // namespace jaxzip::lane_planar

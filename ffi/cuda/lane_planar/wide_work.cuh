@@ -1,0 +1,45 @@
+// How the matmul of many columns is split, as every warp of a CTA knows it.
+#pragma once
+#include "matmul_wide.h"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+#include "wgmma_x.cuh"
+
+namespace jaxzip::lane_planar {
+
+constexpr int kWideBand = 8;  // slices; their x is 2 KB a column of W
+
+// A unit of work is a row block for each warp group of a cluster, times a slice of the columns. Clusters take units in turn: those that run
+// at once share slices and row blocks, which so come from the L2.
+struct WideWork {
+  int rank, cluster, clusters, groups, slices, chunks, passes;
+  uint32_t shared, barriers, block_bytes, x_bytes;  // x_bytes of a slot
+
+  __device__ __forceinline__ WideWork(const WgmmaArgs& args, uint32_t shared)
+      : rank(ptx::cluster_rank()), cluster(ptx::cluster_index()), clusters(args.plan.clusters), groups(args.plan.row_blocks), slices(args.plan.slices), chunks(args.plan.chunks),
+        shared(shared) {
+    passes = (groups * slices - cluster + clusters - 1) / clusters;
+    barriers = shared + args.plan.barriers;
+    block_bytes = args.w.block_words * 4;
+    x_bytes = chunk_bytes(kWgmmaMaxN);
+  }
+  __device__ __forceinline__ int unit(int pass) const { return cluster + pass * clusters; }
+  // Units go through all row blocks for a band of slices, whose x stays in the L2, then for the next.
+  __device__ __forceinline__ int first_slice(int unit) const { return unit / (kWideBand * groups) * kWideBand; }
+  __device__ __forceinline__ int first_column(int pass) const {
+    const int first = first_slice(unit(pass));
+    return (first + (unit(pass) - first * groups) % min(kWideBand, slices - first)) * kWgmmaMaxN;
+  }
+  // May be past the last one.
+  __device__ __forceinline__ int row_block_of(const WgmmaPlan&, int team, int pass) const {
+    const int first = first_slice(unit(pass));
+    const int group = (unit(pass) - first * groups) / min(kWideBand, slices - first);
+    return (group * kWideShare + rank) * kWideTeams + team;
+  }
+  // Every CTA of the cluster writes into the slot.
+  __device__ __forceinline__ void release(uint32_t empty, int lane) const {
+    if (lane < kWideShare) ptx::barrier_arrive_cluster(empty, lane);
+  }
+};
+
+}  // namespace jaxzip::lane_planar
