@@ -28,13 +28,13 @@ WgmmaPlan plan_wide(const Matrix& w, int n, int plane_bytes) {
   p.items = kTiles * kWgmmaMaxN / 8;
   p.owned = p.items;
   p.slot_bytes = kWideTeams * w.block_words * 4;
-  const int slot_x = chunk_bytes(kWgmmaMaxN), planes = kWideTeams * 4 * plane_bytes;
-  p.slots = std::min((kSharedPerSm - planes - kWarpAreasBytes - kBarrierBytes) / (slot_x + p.slot_bytes), kMaxSlots);
+  const int slot_x = chunk_bytes(kWgmmaMaxN), planes = kWideTeams * 4 * plane_bytes, lines = kWideTeams * kWideLineColumns * kBlock * 2;
+  p.slots = std::min((kSharedPerSm - planes - lines - kWarpAreasBytes - kBarrierBytes) / (slot_x + p.slot_bytes), kMaxSlots);
   if (p.slots < kMinSlots) return p;
   p.planes = p.slots * slot_x;
   p.blocks = p.planes + planes;
   p.received = p.blocks + p.slots * p.slot_bytes;
-  p.barriers = p.received + kWarpAreasBytes;
+  p.barriers = p.received + lines + kWarpAreasBytes;
   p.bytes = p.barriers + kBarrierBytes;
   return p;
 }

@@ -121,6 +121,10 @@ __device__ __forceinline__ void load_shared_words(uint32_t* v, uint32_t address)
   else
     asm volatile("ld.shared.u32 %0,[%1];" : "=r"(v[0]) : "r"(address));
 }
+// The compiler makes four stores of one of an uint4 now and then.
+__device__ __forceinline__ void store_global(void* to, const uint32_t (&v)[4]) {
+  asm volatile("st.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
 __device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0,[%1];" : "=h"(v) : "r"(address));

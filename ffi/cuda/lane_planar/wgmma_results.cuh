@@ -156,14 +156,15 @@ class Results {
     }
   }
 
-  // A bf16 result by whole lines of 64 rows: these wait in the warp group's planes, 32 columns at a time. So does the residual that is
-  // added, where there are columns enough for that to be worth its code.
-  static constexpr int kColumnsAtOnce = kN < 32 ? kN : 32, kLoads = (kColumnsAtOnce + 15) / 16;
+  // A bf16 result by whole lines of 64 rows: these wait in the warp group's planes, 32 columns at a time, or in an area of their own, more
+  // at a time. So does the residual that is added, where there are columns enough for that to be worth its code.
+  static constexpr bool kOwnLines = Work::kLineColumns > 0;
+  static constexpr int kColumnsAtOnce = kOwnLines ? Work::kLineColumns : kN < 32 ? kN : 32, kLoads = (kColumnsAtOnce + 15) / 16;
   static constexpr bool kResidualLines = kN == kWgmmaMaxN;
   __device__ __forceinline__ bool stores_lines() const {
     const Epilogue& e = args_.epilogue;
     const uintptr_t addresses = reinterpret_cast<uintptr_t>(e.y) | reinterpret_cast<uintptr_t>(e.residual);
-    return kN >= 16 && Weights::kHasEscapes && ranks_ * k_groups_ == 1 && (kResidualLines || !e.residual) && !e.fp32_out && !e.gated &&
+    return kN >= 16 && (kOwnLines || Weights::kHasEscapes) && ranks_ * k_groups_ == 1 && (kResidualLines || !e.residual) && !e.fp32_out && !e.gated &&
            args_.w.m % 8 == 0 && (addresses & 15) == 0;
   }
   __device__ __forceinline__ void sync_group() const { ptx::sync_threads(1 + group_, 128); }
@@ -179,7 +180,7 @@ class Results {
       bias[i] = e.bias && of < args_.w.m ? __bfloat162float(e.bias[of]) : -0.0f;
     }
     // A column takes 128 bytes; its 16-byte pieces are permuted so that eight columns' lie in different banks.
-    const uint32_t lines = work_.shared + args_.plan.planes + group_ * (kTiles * kTileElements);
+    const uint32_t lines = work_.shared + (kOwnLines ? args_.plan.received + group_ * kColumnsAtOnce * kBlock * 2 : args_.plan.planes + group_ * kTiles * kTileElements);
     const int column = 8 * (lane_ >> 4) + (lane_ & 7);
     const uint32_t put = lines + column * 128 + (((2 * tile_ + ((lane_ >> 3) & 1)) ^ (lane_ & 7)) << 4);
     const int taken = 4 * tile_ + (lane_ >> 3), piece = lane_ & 7;
@@ -226,17 +227,16 @@ class Results {
         uint32_t v[4];
         ptx::load_shared(v, take + s * (16 * 128));
         const int first = n + 16 * s;
-        if (taken + first < columns)
-          *reinterpret_cast<uint4*>(y + static_cast<size_t>(first) * args_.w.m) = make_uint4(v[0], v[1], v[2], v[3]);
+        if (taken + first < columns) ptx::store_global(y + static_cast<size_t>(first) * args_.w.m, v);
       }
     }
-    sync_group();  // before the planes are filled again
+    if (!kOwnLines) sync_group();  // before the planes are filled again
   }
 
  public:
   __device__ __forceinline__ Results(const WgmmaArgs& args, const Work& work, uint8_t* memory, int warp, int lane)
-      : args_(args), work_(work), memory_(memory), warp_(warp), lane_(lane), tile_(warp & 3), group_(warp >> 2), k_groups_(args.plan.k_groups),
-        team_(group_ >> args.plan.log_k_groups), k_group_(group_ & (k_groups_ - 1)), ranks_(args.plan.cluster),
+      : args_(args), work_(work), memory_(memory), warp_(warp), lane_(lane), tile_(warp & 3), group_(warp >> 2), k_groups_(Work::kSplitsK ? args.plan.k_groups : 1),
+        team_(group_ >> args.plan.log_k_groups), k_group_(group_ & (k_groups_ - 1)), ranks_(Work::kSplitsK ? args.plan.cluster : 1),
         arrived_(work.barriers + kArrived + 8 * team_), may_send_(work.barriers + kMaySend + 8 * team_), cluster_started_(ranks_ == 1) {}
 
   // The shared address of what is this warp's own: shifts of the rows that it stores, then a word that nobody reads.
@@ -254,13 +254,17 @@ class Results {
     if (ranks_ == 1 && lane_ == 0) ptx::barrier_arrive(work_.barriers + kIdle);
     if (ranks_ > 1 && lane_ < ranks_) ptx::barrier_arrive_cluster(work_.barriers + kIdle, lane_);
   }
-  __device__ __forceinline__ bool used_planes() const { return stores_lines(); }
+  __device__ __forceinline__ bool used_planes() const { return !kOwnLines && stores_lines(); }
   __device__ __forceinline__ void store(int pass, int passes, float (&sums)[kN / 2]) {
     if (stores_lines()) {
       if (kResidualLines && args_.epilogue.residual)
         store_lines<kResidualLines>(pass, sums);
       else
         store_lines<false>(pass, sums);
+      return;
+    }
+    if constexpr (!Work::kSplitsK) {
+      add_and_store<1, 0>(pass, sums);
       return;
     }
     if (ranks_ > 1) wait_for_cluster();

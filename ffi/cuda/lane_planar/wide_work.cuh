@@ -7,11 +7,14 @@
 
 namespace jaxzip::lane_planar {
 
+constexpr int kWideLineColumns = 128;  // of a warp group's results that wait for their lines at once
 constexpr int kWideBand = 8;  // slices; their x is 2 KB a column of W
 
 // A unit of work is a row block for each warp group of a cluster, times a slice of the columns. Clusters take units in turn: those that run
 // at once share slices and row blocks, which so come from the L2.
 struct WideWork {
+  static constexpr bool kSplitsK = false;
+  static constexpr int kLineColumns = kWideLineColumns;
   int rank, cluster, clusters, groups, slices, chunks, passes;
   uint32_t shared, barriers, block_bytes, x_bytes;  // x_bytes of a slot
 
