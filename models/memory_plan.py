@@ -57,15 +57,17 @@ def memory_plan(
     cache = 2 * config.num_layers * batch * heads * slots * itemsize
     rows = batch * width
     hidden, (experts, chosen, intermediate) = config.hidden_size, config.expert_sizes
-    # Of the MLP: gate and up, their product, and what is as wide as the model; of each of a token's experts.
-    peaks = [rows * (chosen * (3 * intermediate + 2 * hidden) + 2 * hidden) * itemsize]
+    decoded = rows * chosen > FUSED_ROWS * experts if experts > 1 else rows > PREFILL_ROWS
+    # Of the MLP: gate and up, their product, and what is as wide as the model; of each of a token's experts. Beside fused
+    # products only the residual is left of the latter.
+    wide = hidden if scratch and not decoded and experts == 1 else (2 * chosen + 2) * hidden
+    peaks = [rows * (chosen * 3 * intermediate + wide) * itemsize]
     if config.attn_softcap is None and config.head_dim <= MAX_HEAD_DIM_HOPPER:
         # Of attention: queries, keys and values as they come, rotated and turned; what cuDNN finds, and that turned.
         peaks.append(rows * (3 * (config.num_heads * config.head_dim + 2 * heads) + 2 * hidden) * itemsize)
     else:
         # Scores and probabilities of one block of queries.
         peaks.append(batch * config.num_heads * min(width, QUERY_BLOCK) * slots * (4 + itemsize))
-    decoded = rows * chosen > FUSED_ROWS * experts if experts > 1 else rows > PREFILL_ROWS
     if scratch and decoded:
         # While gate and up are multiplied, their weight is there decoded, that of all experts at once.
         activations = rows * (chosen * (2 * intermediate + hidden) + 4 * hidden)

@@ -128,8 +128,8 @@ def test_bias_and_residual(n):
         assert_same(fused(x, raw(w), bias=b, residual=r, out_dtype=jnp.float32, **options), want)
 
 
-# Rows and outputs for which clusters of two CTAs share x, the last with teams that have no outputs; K with a cut chunk, and
-# one without tensor maps.
+# Rows and outputs for which clusters of two CTAs share x, the last with teams that have no outputs; K with a cut chunk,
+# and one without tensor maps.
 @pytest.mark.parametrize(("n", "m"), [(400, 8448), (1024, 4096), (2048, 4096), (700, 11000), (400, 8336)])
 @pytest.mark.parametrize("k", [512, 1032, 131])
 def test_many_rows(n, m, k):

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import math
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -84,15 +85,23 @@ def report_missing(name: str, reason: str) -> None:
     _missing[name] = f"{_missing[name]}; {reason}" if name in _missing else reason
 
 
-@functools.cache
+_loading = threading.RLock()
+
+
 def load_backends() -> None:
-    """Imports the backends, once; one that cannot be imported is reported and left out."""
+    """Imports the backends, once; one that cannot be imported is reported and left out. Threads wait for the first."""
+    with _loading:
+        _load_once()
+
+
+@functools.cache
+def _load_once() -> None:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
             entry.load()()
         except ImportError as error:
             report_missing(entry.name, f"{type(error).__name__}: {error}")
-            warnings.warn(f"jaxzip: backend {entry.name!r} is not available: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"jaxzip: backend {entry.name!r} is not available: {error}", RuntimeWarning, stacklevel=3)
 
 
 def implementations(op: str) -> tuple[str, ...]:
