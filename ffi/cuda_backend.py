@@ -26,7 +26,7 @@ PRIORITY = 10
 #: The control must not be what a raw tensor gets by itself: XLA's dot on it is faster.
 CONTROL_PRIORITY = 0
 #: Rows of x beyond which decoding the weight once and XLA's dot are as fast as the format's fused kernel, or faster.
-FUSED_ROWS = {LANE_PLANAR: 8192, "raw": 8192, TCA_TBE: 32}
+FUSED_ROWS = {LANE_PLANAR: 4096, "raw": 4096, TCA_TBE: 32}
 #: Rows of a decode step beyond which a chain gains nothing.
 CHAIN_ROWS = 256
 #: Where lane-planar's kernels run.
