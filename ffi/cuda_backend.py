@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxzip.ffi import cuda_configs, cuda_encode, cuda_ops, format_ops
 from jaxzip.ffi.decode_chain import register_decode_chain
 from jaxzip.ffi.decode_layer import register_decode_layer
-from jaxzip.ffi.gated_matmul import register_gated_matmul
 from jaxzip.ffi.libraries import compute_capabilities, register_cuda
 from jaxzip.ffi.ragged import register_ragged_on_cuda
 
@@ -46,7 +45,6 @@ def register_cuda_backend() -> None:
     add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY, configurations=_configurations)
     add("take", fn=format_ops.take, check=_check_take, priority=PRIORITY)
     register_ragged_on_cuda(_check_hopper, PRIORITY, CONTROL_PRIORITY)
-    register_gated_matmul(_check_hopper, FUSED_ROWS[LANE_PLANAR], PRIORITY, CONTROL_PRIORITY)
     for register_chain in (register_decode_chain, register_decode_layer):
         register_chain(_check_hopper, CHAIN_ROWS, PRIORITY)
     for step, fn in ((SHIFTS, cuda_encode.shifts), (COUNTS, cuda_encode.counts), (PAYLOAD, cuda_encode.payload)):

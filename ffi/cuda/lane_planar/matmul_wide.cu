@@ -13,17 +13,14 @@ namespace {
 constexpr int kSharedPerSm = 227 * 1024;
 
 int units_of_slice(const Matrix& w) { return (w.m_blocks() + kWideShare * kWideTeams - 1) / (kWideShare * kWideTeams); }
-static_assert(kWideTeams == 2, "a gate's row block and the one that it is for are a CTA's");
 
 // `bytes` is 0 if it does not fit.
-WgmmaPlan plan_wide(const Matrix& w, int n, bool gated, int plane_bytes) {
+WgmmaPlan plan_wide(const Matrix& w, int n, int plane_bytes) {
   WgmmaPlan p = {};
   p.k_groups = 1;
   p.teams = p.busy = kWideTeams;
   p.log_teams = 1;
   p.cluster = 1;  // K is not split
-  p.gated = gated;
-  p.half = w.m_blocks() / 2;
   p.slices = wgmma_slices(n);
   p.row_blocks = units_of_slice(w);
   p.clusters = std::min(kResident[0][kWideShare - 1], p.row_blocks * p.slices);
@@ -54,10 +51,10 @@ bool wide_is_faster(const Matrix& w, int n) {
 
 cudaError_t launch_matmul_wide(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue, cudaStream_t stream, bool raw,
                                bool overlap) {
-  if (n < 1 || !wide_fits(w, x)) return cudaErrorInvalidValue;
+  if (n < 1 || !wide_fits(w, x) || epilogue.gated) return cudaErrorInvalidValue;
   const auto kernel = raw ? matmul_wide<Raw> : matmul_wide<LanePlanar>;
   WgmmaArgs args = {{}, w, x, epilogue, n, overlap, w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk,
-                    plan_wide(w, n, epilogue.gated, raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes)};
+                    plan_wide(w, n, raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes)};
   if (!args.plan.bytes) return cudaErrorInvalidValue;
   if (const cudaError_t error = make_x_map(&args.x_map, x, n, w.k, kWgmmaMaxN / kWideShare, 1, args.x_load == XLoad::kSlot)) return error;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerSm)) return error;

@@ -2,8 +2,7 @@
 //
 // A CTA multiplies two row blocks, decoded in registers, by 256 columns at a time. The CTAs of a cluster work on the same columns: each
 // brings its part of a chunk of x to all of them, so that x leaves the L2 once a cluster. CTAs stay and take one unit of work after
-// another, so the ring fills for the next one while results are stored. Of a gated product (see Epilogue) a CTA has a gate's row block
-// and the one that it is for.
+// another, so the ring fills for the next one while results are stored.
 #pragma once
 #include "weights.cuh"
 #include "wgmma_pipelined.cuh"
@@ -78,10 +77,7 @@ __device__ __forceinline__ void multiply_wide(const WgmmaArgs& args, const WideW
     }
     results.begin(pass);
     multiplier.row_block(args, work, work.chunks, work.chunks, [&](int i) { return row_block * work.chunks + i; }, place, sums);
-    if (args.plan.gated)
-      results.store_gated_lines(pass, sums);
-    else
-      results.store(pass, work.passes, sums);
+    results.store(pass, work.passes, sums);
     if (results.used_planes()) multiplier.fill_plane();
   }
 }

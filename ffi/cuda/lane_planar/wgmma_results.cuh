@@ -247,46 +247,6 @@ class Results {
     __syncwarp();
     if (lane_ == 0) ptx::async_copy_16(warp_area(), args_.w.shift + row_block_of(pass) * kBlock + stored_tile() * kTileRows);
   }
-  // A gated product's bf16 result: the teams of a CTA have the gate's sums and those that it is for, rounded in their lines they meet, and
-  // each team finishes half of the columns.
-  __device__ __forceinline__ void store_gated_lines(int pass, const float (&sums)[kN / 2]) const {
-    constexpr int kBarrier = 3, kThreads = 256, kLineBytes = kBlock * 2;  // not a barrier of a warp group's
-    const Epilogue& e = args_.epilogue;
-    const int first_n = work_.first_column(pass), first_row = (row_block_of(pass) - team_ * args_.plan.half) * kBlock, rows = args_.w.m / 2;
-    float scale[2];
-    wait_for_shifts();
-    for (int i = 0; i < 2; ++i) scale[i] = unscale(static_cast<int8_t>(ptx::load_shared_u8(warp_area() + (lane_ >> 2) + 8 * i)));
-    const uint32_t gates = work_.shared + args_.plan.received, ups = gates + kColumnsAtOnce * kLineBytes;
-    const uint32_t put = (team_ ? ups : gates) + (8 * (lane_ >> 4) + (lane_ & 7)) * kLineBytes + (((2 * tile_ + ((lane_ >> 3) & 1)) ^ (lane_ & 7)) << 4);
-    const int taken = team_ * (kColumnsAtOnce / 2) + 4 * tile_ + (lane_ >> 3), piece = lane_ & 7;
-    const uint32_t take = taken * kLineBytes + ((piece ^ (taken & 7)) << 4);
-    __nv_bfloat16* y = static_cast<__nv_bfloat16*>(e.y) + static_cast<size_t>(first_n + taken) * rows + first_row + 8 * piece;
-#pragma unroll
-    for (int n = 0; n < kN; n += kColumnsAtOnce) {
-      ptx::sync_threads(kBarrier, kThreads);  // the lines before were read
-#pragma unroll
-      for (int s = 0; s < kLoads; ++s) {
-        uint32_t pairs[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* two = sums + (n + 16 * s) / 2 + 2 * i;
-          pairs[i] = pack(fmaf(two[0], scale[i & 1], -0.0f), fmaf(two[1], scale[i & 1], -0.0f));
-        }
-        ptx::store_matrices<true>(put + s * 16 * kLineBytes, pairs);
-      }
-      ptx::sync_threads(kBarrier, kThreads);
-#pragma unroll 1
-      for (int s = 0; s < kLoads / 2; ++s) {
-        uint32_t gate[4], up[4];
-        ptx::load_shared(gate, gates + take + s * 16 * kLineBytes);
-        ptx::load_shared(up, ups + take + s * 16 * kLineBytes);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) gate[i] = gated_activation(e.activation, gate[i], up[i]);
-        if (first_n + n + taken + 16 * s < args_.n) ptx::store_global(y + static_cast<size_t>(n + 16 * s) * rows, gate);
-      }
-      __syncwarp();
-    }
-  }
   // Where sums arrive in the slots: this warp needs them no more.
   __device__ __forceinline__ void announce_idle() {
     wait_for_cluster();

@@ -33,12 +33,11 @@ struct WideWork {
     const int first = first_slice(unit(pass));
     return (first + (unit(pass) - first * groups) % min(kWideBand, slices - first)) * kWgmmaMaxN;
   }
-  // Past the last one where this team has none. Of a gated product the teams have a gate's and the one that it is for.
-  __device__ __forceinline__ int row_block_of(const WgmmaPlan& plan, int team, int pass) const {
+  // May be past the last one.
+  __device__ __forceinline__ int row_block_of(const WgmmaPlan&, int team, int pass) const {
     const int first = first_slice(unit(pass));
-    const int group = (unit(pass) - first * groups) / min(kWideBand, slices - first), own = group * kWideShare + rank;
-    if (plan.gated) return own < plan.half ? own + team * plan.half : 2 * plan.half;
-    return own * kWideTeams + team;
+    const int group = (unit(pass) - first * groups) / min(kWideBand, slices - first);
+    return (group * kWideShare + rank) * kWideTeams + team;
   }
   // Every CTA of the cluster writes into the slot.
   __device__ __forceinline__ void release(uint32_t empty, int lane) const {
