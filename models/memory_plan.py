@@ -58,8 +58,8 @@ def memory_plan(
     rows = batch * width
     hidden, (experts, chosen, intermediate) = config.hidden_size, config.expert_sizes
     decoded = rows * chosen > FUSED_ROWS * experts if experts > 1 else rows > PREFILL_ROWS
-    # Of the MLP: gate and up, their product, and what is as wide as the model; of each of a token's experts. Beside fused
-    # products only the residual is left of the latter.
+    # Of the MLP: gate and up, their product, and what is as wide as the model; of each of a token's experts. Beside
+    # fused products only the residual is left of the latter.
     wide = hidden if scratch and not decoded and experts == 1 else (2 * chosen + 2) * hidden
     peaks = [rows * (chosen * 3 * intermediate + wide) * itemsize]
     if config.attn_softcap is None and config.head_dim <= MAX_HEAD_DIM_HOPPER:

@@ -73,7 +73,7 @@ def test_tca_tbe_has_a_workspace():
     ]
 
 
-@pytest.mark.parametrize(("format", "n"), [("tca-tbe", 33), ("lane-planar", 2049)])
+@pytest.mark.parametrize(("format", "n"), [("tca-tbe", 33), ("lane-planar", 4097)])
 def test_many_rows_are_multiplied_by_xla(format, n):
     name = format.replace("-", "_")
     assert custom_calls(jaxzip.matmul, rows(n), encoded(format)) == [

@@ -151,7 +151,7 @@ def test_without_the_chain_a_layer_decodes_by_four_products(params):
     assert found == {"jaxzip_lane_planar_gemm": 4 + 1, "jaxzip_lane_planar_take": 1}
 
 
-@pytest.mark.parametrize(("prompts", "decoded"), [(1, False), (6, True)])
+@pytest.mark.parametrize(("prompts", "decoded"), [(1, False), (12, True)])
 def test_long_prompts_are_prefilled_from_decoded_weights(params, prompts, decoded):
     s = setup_of(params, 400, prompts=prompts)
     found = custom_calls(internals._start.trace(s.static, False, s.weights, s.inputs))
