@@ -180,7 +180,8 @@ class Results {
       bias[i] = e.bias && of < args_.w.m ? __bfloat162float(e.bias[of]) : -0.0f;
     }
     // A column takes 128 bytes; its 16-byte pieces are permuted so that eight columns' lie in different banks.
-    const uint32_t lines = work_.shared + (kOwnLines ? args_.plan.received + group_ * kColumnsAtOnce * kBlock * 2 : args_.plan.planes + group_ * kTiles * kTileElements);
+    const uint32_t lines = work_.shared + (kOwnLines ? args_.plan.received + group_ * kColumnsAtOnce * kBlock * 2
+                                                     : args_.plan.planes + group_ * kTiles * kTileElements);
     const int column = 8 * (lane_ >> 4) + (lane_ & 7);
     const uint32_t put = lines + column * 128 + (((2 * tile_ + ((lane_ >> 3) & 1)) ^ (lane_ & 7)) << 4);
     const int taken = 4 * tile_ + (lane_ >> 3), piece = lane_ & 7;
@@ -235,7 +236,8 @@ class Results {
 
  public:
   __device__ __forceinline__ Results(const WgmmaArgs& args, const Work& work, uint8_t* memory, int warp, int lane)
-      : args_(args), work_(work), memory_(memory), warp_(warp), lane_(lane), tile_(warp & 3), group_(warp >> 2), k_groups_(Work::kSplitsK ? args.plan.k_groups : 1),
+      : args_(args), work_(work), memory_(memory), warp_(warp), lane_(lane), tile_(warp & 3), group_(warp >> 2),
+        k_groups_(Work::kSplitsK ? args.plan.k_groups : 1),
         team_(group_ >> args.plan.log_k_groups), k_group_(group_ & (k_groups_ - 1)), ranks_(Work::kSplitsK ? args.plan.cluster : 1),
         arrived_(work.barriers + kArrived + 8 * team_), may_send_(work.barriers + kMaySend + 8 * team_), cluster_started_(ranks_ == 1) {}
 

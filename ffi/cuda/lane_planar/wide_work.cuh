@@ -8,7 +8,7 @@
 namespace jaxzip::lane_planar {
 
 constexpr int kWideLineColumns = 128;  // of a warp group's results that wait for their lines at once
-constexpr int kWideBand = 8;  // slices; their x is 2 KB a column of W
+constexpr int kWideBand = 8;  // slices; their x is 4 KB for each k
 
 // A unit of work is a row block for each warp group of a cluster, times a slice of the columns. Clusters take units in turn: those that run
 // at once share slices and row blocks, which so come from the L2.
@@ -19,8 +19,8 @@ struct WideWork {
   uint32_t shared, barriers, block_bytes, x_bytes;  // x_bytes of a slot
 
   __device__ __forceinline__ WideWork(const WgmmaArgs& args, uint32_t shared)
-      : rank(ptx::cluster_rank()), cluster(ptx::cluster_index()), clusters(args.plan.clusters), groups(args.plan.row_blocks), slices(args.plan.slices), chunks(args.plan.chunks),
-        shared(shared) {
+      : rank(ptx::cluster_rank()), cluster(ptx::cluster_index()), clusters(args.plan.clusters), groups(args.plan.row_blocks),
+        slices(args.plan.slices), chunks(args.plan.chunks), shared(shared) {
     passes = (groups * slices - cluster + clusters - 1) / clusters;
     barriers = shared + args.plan.barriers;
     block_bytes = args.w.block_words * 4;
