@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxzip.models import decode_attention
-from jaxzip.models.attention import QUERY_BLOCK, _append_and_attend, _kernel_for_each, _kernel_for_one, attend
+from jaxzip.models import attention, decode_attention
+from jaxzip.models.attention import _append_and_attend, _kernel_for_each, _kernel_for_one, attend
 from jaxzip.models.decode_attention import FIXED, GATHER, HeadNorm, supported
 from jaxzip.models.execution import with_gradient_of
 from jaxzip.models.layers import RMSNorm
@@ -78,12 +78,13 @@ def test_large_heads_their_norms_and_capped_scores(cap, offset):
     assert (options["cap"] or head_norm) is None or np.abs(wide[1] - np.asarray(without[0], np.float32)).max() > 0.1
 
 
-def test_every_query_for_itself():
-    length, heads, slots = 2 * QUERY_BLOCK, 2, 2 * QUERY_BLOCK + 40
-    arguments = (*case(2, heads, 1, 32, slots, length), jnp.array([0, 300], jnp.int32), jnp.int32(17))
+def test_every_query_for_itself(monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 64)  # two blocks of fewer kernels than of 256 queries
+    length, heads, slots, end = 128, 2, 552, 400
+    arguments = (*case(2, heads, 1, 32, slots, length), jnp.array([0, end + 75], jnp.int32), jnp.int32(end))
     out, keys, values = _kernel_for_each(*arguments, num_heads=heads, interpret=True)
     expected, *cache = _append_and_attend(*arguments, num_heads=heads)
-    seen = np.arange(length) + 17 >= np.array([[0], [300]])
+    seen = np.arange(length) + end >= np.array([[0], [end + 75]])
     np.testing.assert_allclose(np.asarray(out, np.float32)[seen], np.asarray(expected, np.float32)[seen], atol=0.02)
     assert not np.asarray(out, np.float32)[~seen].any()
     assert np.array_equal(bits(keys), bits(cache[0])) and np.array_equal(bits(values), bits(cache[1]))
