@@ -1,5 +1,5 @@
 // The same where a CTA has two warp groups, whose warps have registers for the operands of two chunks: the next chunk is decoded while
-// wgmma multiplies this one. Otherwise both warp groups come to decode at the same time, and nothing multiplies.
+// wgmma multiplies this one, so that two of them keep the Tensor Cores busy.
 #pragma once
 #include "wgmma_ring.cuh"
 
