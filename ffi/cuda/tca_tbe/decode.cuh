@@ -15,16 +15,19 @@ namespace jaxzip::tca_tbe {
 
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 constexpr int kBands = layout::kBandsPerBlock;
-constexpr int kFullStaged = 528;  // fallbacks of a block in shared memory, 13%; a block with more fetches them a band at a time
+constexpr int kFullStaged = 512;  // fallbacks of a block in shared memory, 12.5%; a block with more fetches them a band at a time
 constexpr int kStages = 2;
 constexpr int kEarly = 2;  // fallbacks of a half-FragTile whose loads go out first
-constexpr int kStageBytes = layout::kBlockSize + 2 * kFullStaged;
+// A stage has sign_mantissa in whole lines of memory, since other copies take longer and more energy, then fallbacks.
+constexpr uint32_t kLine = 128;
+constexpr int kFullStart = layout::kBlockSize + kLine, kStageBytes = kFullStart + 2 * kFullStaged;
 // The plane: row `r` of FragTile `f` at 144 f + 16 r, free of bank conflicts for all who write and read it.
 constexpr int kRowBytes = 16, kFragBytes = 8 * kRowBytes + 16;
 constexpr int kPlaneBytes = layout::kFragsPerBand * kFragBytes;
 constexpr int kBitmapBytes = layout::kBlockSize / 8;  // one of three
 constexpr int kScratchBytes = 3 * kBitmapBytes + kPlaneBytes + 16;  // and a barrier for each of two stages
-static_assert(kStages == 2);
+static_assert(kStages == 2 && kStageBytes % kLine == 0);
+constexpr int whole_lines(int bytes) { return (bytes + kLine - 1) / kLine * kLine; }  // so that the next warp's stages begin with one
 
 // A payload that was checked when it was built; offsets are clamped all the same, so that nothing is read out of bounds.
 struct Source {
@@ -83,11 +86,13 @@ struct Ring {
 #endif
   }
   __device__ __forceinline__ uint32_t stage(uint32_t turn) const { return stages + turn % kStages * kStageBytes; }
+  static __device__ __forceinline__ uint32_t before_run(const Runs& runs) { return runs.low % kLine; }  // in its first line
 
   // Starts the copies of a block; its bitmaps' place must be free.
   __device__ __forceinline__ void copy(const Source& s, uint32_t turn, int block, const Runs& runs, int lane) const {
-    const uint32_t low_bytes = runs.low_bytes(), full_bytes = runs.full_bytes();
-    const uint32_t low_to = stage(turn), full_to = low_to + layout::kBlockSize;
+    const uint32_t full_bytes = runs.full_bytes(), low_to = stage(turn), full_to = low_to + kFullStart;
+    const uint32_t low = runs.low - before_run(runs);
+    const uint32_t low_bytes = runs.low_bytes() ? min(before_run(runs) + runs.low_bytes() + kLine - 1 & ~(kLine - 1), (s.sign_mantissa_len & ~15u) - low) : 0;
     const int64_t word = int64_t{block} * (kBitmapBytes / 4);
 #ifdef JAXZIP_BULK_COPIES
     const uint32_t barrier = barriers + turn % kStages * 8;
@@ -95,15 +100,15 @@ struct Ring {
       barrier_expect(barrier, 3 * kBitmapBytes + low_bytes + full_bytes);
 #pragma unroll
       for (int i = 0; i < 3; ++i) bulk_copy(bitmaps + i * kBitmapBytes, s.bitmap[i] + word, kBitmapBytes, barrier);
-      if (low_bytes) bulk_copy(low_to, s.sign_mantissa + runs.low, low_bytes, barrier);
+      if (low_bytes) bulk_copy(low_to, s.sign_mantissa + low, low_bytes, barrier);
       if (full_bytes) bulk_copy(full_to, s.full + runs.full, full_bytes, barrier);
     }
 #else
 #pragma unroll
     for (int i = 0; i < 3; ++i) copy_async_16(bitmaps + i * kBitmapBytes + lane * 16, s.bitmap[i] + word + lane * 4);
 #pragma unroll
-    for (int i = lane * 16; i < layout::kBlockSize; i += 512)
-      if (i < low_bytes) copy_async_16(low_to + i, s.sign_mantissa + runs.low + i);
+    for (int i = lane * 16; i < kFullStart; i += 512)
+      if (i < low_bytes) copy_async_16(low_to + i, s.sign_mantissa + low + i);
 #pragma unroll
     for (int i = lane * 16; i < 2 * kFullStaged; i += 512)
       if (i < full_bytes) copy_async_16(full_to + i, reinterpret_cast<const uint8_t*>(s.full + runs.full) + i);
@@ -232,7 +237,8 @@ __device__ __forceinline__ void decode_rows(const uint32_t (&b)[3], uint32_t any
 struct Decoder {
   uint32_t half;  // where this lane's half-FragTile is in the plane
   Exponents exponents;
-  uint32_t stage, fallbacks;  // of the block; as if all positions of the block were fallbacks before this lane's first
+  uint32_t stage, run;        // of the block; where its sign_mantissa begins
+  uint32_t fallbacks;         // as if all positions of the block were fallbacks before this lane's first
   const uint16_t* unstaged;   // the block's fallbacks in global memory, where they are not all staged
   uint32_t unstaged_count;
   uint32_t free;              // shared memory for a band's fallbacks in that case, behind the block's sign_mantissa
@@ -242,12 +248,13 @@ struct Decoder {
   __device__ __forceinline__ void begin_block(const Source& s, int block, uint32_t stage_of_block, const Runs& runs, const Ranks& ranks,
                                               int lane) {
     stage = stage_of_block;
-    fallbacks = stage + layout::kBlockSize + lane * 64;
+    run = stage + Ring::before_run(runs);
+    fallbacks = stage + kFullStart + lane * 64;
     unstaged = nullptr;
     if (runs.has_more()) {
       const uint32_t start = min(s.tile_offsets[block].y, s.full_len);
       unstaged = s.full + start, unstaged_count = min(s.full_len - start, layout::kBlockSize - ranks.inside);
-      free = stage + (ranks.inside + 31 & ~15u);
+      free = run + (ranks.inside + 15 & ~15u);
     }
   }
 
@@ -266,7 +273,7 @@ struct Decoder {
       early[i].next(left);
       if (early[i].found) value[i] = load_half(value_at + 2 * i);
     }
-    decode_rows(b, any, stage + before, exponents, half, meanwhile);
+    decode_rows(b, any, run + before, exponents, half, meanwhile);
 #pragma unroll
     for (int i = 0; i < kEarly; ++i)
       if (early[i].found) store_half(half + 2 * early[i].shift, value[i]);
@@ -281,7 +288,7 @@ struct Decoder {
   // A band's fallbacks, to where `free` has room for the most there can be.
   __device__ __forceinline__ void stage_band(uint32_t position, uint32_t before, int lane) {
     constexpr uint32_t kMost = layout::kBandRows * layout::kBlock;
-    static_assert(layout::kBlockSize - kMost + 31 + 2 * kMost <= kStageBytes, "n fallbacks fit behind 4096 - n sign_mantissa");
+    static_assert(kLine - 16 + layout::kBlockSize - kMost + 2 * kMost <= kStageBytes, "n fallbacks fit behind 4096 - n sign_mantissa");
     const uint32_t first = position - __shfl_sync(kAllLanes, before, 0);
 #pragma unroll 1
     for (uint32_t i = lane; i < kMost && first + i < unstaged_count; i += 32) store_half(free + 2 * i, unstaged[first + i]);

@@ -15,7 +15,7 @@ constexpr int kManyRounds = 6;
 // Transposed: what is arranged, 64 rows of 4 16-byte pieces, padded so that they are free of bank conflicts.
 constexpr int kBandsArranged = 2, kPieces = 2 * kBandsArranged, kPitch = kPieces * 16 + 16;
 template <bool kTransposed>
-constexpr int kWarpBytes = kStages * kStageBytes + kScratchBytes + (kTransposed ? layout::kBlock * kPitch : 0);
+constexpr int kWarpBytes = whole_lines(kStages * kStageBytes + kScratchBytes + (kTransposed ? layout::kBlock * kPitch : 0));
 
 struct Arguments {
   Source source;

@@ -22,7 +22,7 @@ struct Shape {
   static constexpr int tiles = Columns<kColumns>::tiles, halves = Columns<kColumns>::halves;
   static constexpr int pairs = kFragRows * tiles * halves;  // float2 a lane and row block
   static constexpr int part_bytes = pairs * 32 * 8;
-  static constexpr int warp_bytes = kStages * kStageBytes + kScratchBytes + Columns<kColumns>::shared_bytes;
+  static constexpr int warp_bytes = whole_lines(kStages * kStageBytes + kScratchBytes + Columns<kColumns>::shared_bytes);
   static constexpr int max_warps = kColumns == 32 ? 12 : kMaxWarps;  // registers: 168 and 128 a thread
   static_assert(part_bytes <= warp_bytes, "parts take the place of the ring");
 };
