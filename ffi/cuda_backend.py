@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxzip.ffi import cuda_configs, cuda_encode, cuda_ops, format_ops
 from jaxzip.ffi.decode_chain import register_decode_chain
 from jaxzip.ffi.decode_layer import register_decode_layer
+from jaxzip.ffi.gated_matmul import register_gated_matmul
 from jaxzip.ffi.libraries import compute_capabilities, register_cuda
 from jaxzip.ffi.ragged import register_ragged_on_cuda
 
@@ -25,7 +26,7 @@ PRIORITY = 10
 #: The control must not be what a raw tensor gets by itself: XLA's dot on it is faster.
 CONTROL_PRIORITY = 0
 #: Rows of x beyond which decoding the weight once and XLA's dot are as fast as the format's fused kernel, or faster.
-FUSED_ROWS = {LANE_PLANAR: 4096, "raw": 4096, TCA_TBE: 32}
+FUSED_ROWS = {LANE_PLANAR: 16384, "raw": 16384, TCA_TBE: 32}
 #: Rows of a decode step beyond which a chain gains nothing.
 CHAIN_ROWS = 256
 #: Where lane-planar's kernels run.
@@ -45,6 +46,7 @@ def register_cuda_backend() -> None:
     add("matmul", fn=_raw_matmul, check=_check_raw_matmul, priority=CONTROL_PRIORITY, configurations=_configurations)
     add("take", fn=format_ops.take, check=_check_take, priority=PRIORITY)
     register_ragged_on_cuda(_check_hopper, PRIORITY, CONTROL_PRIORITY)
+    register_gated_matmul(_check_hopper, FUSED_ROWS[LANE_PLANAR], PRIORITY, CONTROL_PRIORITY)
     for register_chain in (register_decode_chain, register_decode_layer):
         register_chain(_check_hopper, CHAIN_ROWS, PRIORITY)
     for step, fn in ((SHIFTS, cuda_encode.shifts), (COUNTS, cuda_encode.counts), (PAYLOAD, cuda_encode.payload)):

@@ -24,6 +24,7 @@ def lane_planar_matmul(
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
     out_dtype: jnp.dtype = jnp.bfloat16,
+    activation: str | None = None,
     batch_invariant: bool = False,
     config: str = "",
     config_asked_for: bool = False,
@@ -38,15 +39,18 @@ def lane_planar_matmul(
       bias: bfloat16 [M].
       residual: bfloat16 [N, M].
       out_dtype: bfloat16 or float32.
+      activation: "silu" or "gelu_tanh": the first half of the result is a gate for the second, see
+        :mod:`jaxzip.ops.gated_matmul`.
       batch_invariant: a row of the result does not depend on N.
       config: which kernel, and how it splits its work, see :mod:`jaxzip.ffi.cuda_configs`; "": the library chooses.
       config_asked_for: one that does not fit is an error, rather than passed over.
 
     Returns:
-      [N, M] of `out_dtype`.
+      [N, M] of `out_dtype`, [N, M / 2] of a gated product.
     """
     operands = LANE_PLANAR.operands(payload)
-    options = {"batch_invariant": batch_invariant, "config": config, "config_asked_for": config_asked_for}
+    options = {"activation": activation, "batch_invariant": batch_invariant}
+    options |= {"config": config, "config_asked_for": config_asked_for}
     return _matmul(x, operands, m, k, bias, residual, out_dtype, **options, raw=False)
 
 
@@ -71,10 +75,11 @@ def fragment_blocks(w: jax.Array) -> list[jax.Array]:
     return [jnp.zeros(rows * _BLOCK, jnp.int8), blocks, jnp.zeros(0, jnp.uint32)]
 
 
-def _matmul(x, weight, m, k, bias=None, residual=None, out_dtype=jnp.bfloat16, *, raw, **options):
+def _matmul(x, weight, m, k, bias=None, residual=None, out_dtype=jnp.bfloat16, *, raw, activation=None, **options):
     addends, given = _addends(bias, residual)
     attributes = {"batch_invariant": False, "config": "", "config_asked_for": False} | options | given
-    shape = (x.shape[0], m)
+    attributes |= {"gated": activation is not None, "gelu_tanh": activation == "gelu_tanh"}
+    shape = (x.shape[0], m if activation is None else m // 2)
     return call("jaxzip_lane_planar_gemm", shape, out_dtype, x, *weight, *addends, **sizes(m, k), raw=raw, **attributes)
 
 

@@ -22,7 +22,7 @@ from jaxzip.ops.rows import rms_normed
 from jaxzip.tensor import CompressedTensor
 
 #: Rows of activations beyond which a GPU decodes a compressed weight once and multiplies by XLA's dot.
-PREFILL_ROWS = 4096
+PREFILL_ROWS = 16384
 #: Rows for each expert that the grouped kernel takes at a time.
 FUSED_ROWS = 64
 #: Rows up to which a norm is a kernel of its own on a GPU; XLA's is as fast for more, and may join with what follows.

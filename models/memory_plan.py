@@ -20,6 +20,8 @@ from jaxzip.models.generate import LOOK_EVERY
 from jaxzip.models.layers import FUSED_ROWS, PREFILL_ROWS
 from jaxzip.models.prefill_attention import MAX_HEAD_DIM_HOPPER
 
+from jaxzip.ops.gated_matmul import fills_gpu
+
 #: What CUDA, its libraries and loaded programs take beside JAX's arrays, about.
 RUNTIME_BYTES = 1 << 30
 
@@ -58,13 +60,15 @@ def memory_plan(
     rows = batch * width
     hidden, (experts, chosen, intermediate) = config.hidden_size, config.expert_sizes
     decoded = rows * chosen > FUSED_ROWS * experts if experts > 1 else rows > PREFILL_ROWS
-    # Of the MLP: gate and up, their product, and what is as wide as the model; of each of a token's experts. Beside
-    # fused products only the residual is left of the latter.
-    wide = hidden if scratch and not decoded and experts == 1 else (2 * chosen + 2) * hidden
-    peaks = [rows * (chosen * 3 * intermediate + wide) * itemsize]
+    # Of the MLP: gate and up, their product, and what is as wide as the model; of each of a token's experts.
+    mlp = chosen * 3 * intermediate + (2 * chosen + 2) * hidden
+    if scratch and not decoded and experts == 1:
+        # Fused products leave the residual of the latter; one with its gate has neither gate nor up.
+        mlp = intermediate + 2 * hidden if fills_gpu(rows, 2 * intermediate) else 3 * intermediate + hidden
+    peaks = [rows * mlp * itemsize]
     if config.attn_softcap is None and config.head_dim <= MAX_HEAD_DIM_HOPPER:
-        # Of attention: queries, keys and values as they come, rotated and turned; what cuDNN finds, and that turned.
-        peaks.append(rows * (3 * (config.num_heads * config.head_dim + 2 * heads) + 2 * hidden) * itemsize)
+        # Of attention: queries, keys and values as they come, queries or what cuDNN finds as it has them, the residual.
+        peaks.append(rows * (2 * config.num_heads * config.head_dim + 2 * heads + hidden) * itemsize)
     else:
         # Scores and probabilities of one block of queries.
         peaks.append(batch * config.num_heads * min(width, QUERY_BLOCK) * slots * (4 + itemsize))

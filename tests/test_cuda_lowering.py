@@ -13,6 +13,7 @@ from jaxzip.compress import encode_as
 from jaxzip.formats import auto
 from jaxzip.ops import registry
 from jaxzip.ops.encode import COUNTS, PAYLOAD, SHIFTS
+from jaxzip.ops.gated_matmul import gated_matmul
 from jaxzip.testing import gaussian_weights
 
 # Shapes that no other test uses: JAX keeps traces, and with them the choice of implementation, for the process.
@@ -73,12 +74,32 @@ def test_tca_tbe_has_a_workspace():
     ]
 
 
-@pytest.mark.parametrize(("format", "n"), [("tca-tbe", 33), ("lane-planar", 4097)])
+@pytest.mark.parametrize(("format", "n"), [("tca-tbe", 33), ("lane-planar", 16385)])
 def test_many_rows_are_multiplied_by_xla(format, n):
     name = format.replace("-", "_")
     assert custom_calls(jaxzip.matmul, rows(n), encoded(format)) == [
         (f"jaxzip_{name}_decompress", f"tensor<{K}x{M}xbf16>")
     ]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_a_gated_product_of_many_rows_is_one_call(activation):
+    k, m = 72, 7936
+    w = jax.tree.map(jnp.asarray, encode_as(gaussian_weights((k, m)), "lane-planar", -1))
+    run = functools.partial(gated_matmul, activation=activation)
+    x = jnp.ones((512, k), jnp.bfloat16)
+    text = jax.jit(run).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    (attributes, result) = re.findall(r"custom_call @jaxzip_lane_planar_gemm\(.*?\{(.*?)\} :.*?-> (.*)", text)[0]
+    assert "gated = true" in attributes and result == "tensor<512x3968xbf16>"
+    assert f"gelu_tanh = {str(activation == 'gelu_tanh').lower()}" in attributes
+    raw = jaxzip.compress(gaussian_weights((k, m)), format="raw")
+    asked = functools.partial(run, implementation="ffi")
+    assert [result for _, result in custom_calls(asked, x, raw)] == ["tensor<512x3968xbf16>"]
+    # A slice that is mostly empty, too few columns, raw weights: the product and the gate by themselves.
+    assert custom_calls(run, jnp.ones((513, k), jnp.bfloat16), w)[0][1] == f"tensor<513x{m}xbf16>"
+    narrow = jax.tree.map(jnp.asarray, encode_as(gaussian_weights((k, 256)), "lane-planar", -1))
+    assert custom_calls(run, x, narrow)[0][1] == "tensor<512x256xbf16>"
+    assert custom_calls(run, x, raw) == []
 
 
 def test_raw_weights_are_multiplied_by_xla_unless_the_control_is_asked_for():

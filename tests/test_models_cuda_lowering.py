@@ -151,13 +151,21 @@ def test_without_the_chain_a_layer_decodes_by_four_products(params):
     assert found == {"jaxzip_lane_planar_gemm": 4 + 1, "jaxzip_lane_planar_take": 1}
 
 
-@pytest.mark.parametrize(("prompts", "decoded"), [(1, False), (12, True)])
+@pytest.mark.parametrize(("prompts", "decoded"), [(1, False), (42, True)])
 def test_long_prompts_are_prefilled_from_decoded_weights(params, prompts, decoded):
     s = setup_of(params, 400, prompts=prompts)
     found = custom_calls(internals._start.trace(s.static, False, s.weights, s.inputs))
     # The head sees the last token only.
     products = {"jaxzip_lane_planar_decompress": 4, "jaxzip_lane_planar_gemm": 1}
     assert found == {**(products if decoded else {"jaxzip_lane_planar_gemm": 5}), "jaxzip_lane_planar_take": 1}
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_prompts_have_the_gate_in_its_product(batch_invariant):
+    config = dataclasses.replace(CONFIG, intermediate_size=3968)
+    s = setup_of(params_of(config), 512, batch_invariant=batch_invariant, config=config)
+    text = internals._start.trace(s.static, False, s.weights, s.inputs).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall("gated = true", text)) == (not batch_invariant)
 
 
 def test_batch_invariance_never_leaves_the_fused_kernel(params):

@@ -4,7 +4,7 @@
 
 namespace jaxzip {
 
-constexpr int kGatedMaxN = 64;  // more are no decode step
+constexpr int kGatedMaxN = 64;  // of decode steps; more are a prompt's, which one kernel for many columns takes
 
 // Of a gate: gate / (1 + exp(-gate)), or GELU as its tanh approximation has it.
 enum class Activation : bool { silu, gelu_tanh };
@@ -16,7 +16,7 @@ struct Epilogue {
   const __nv_bfloat16* bias;
   const __nv_bfloat16* residual;
   // The first half of the m rows is a gate for the second: y[n, m / 2] is activation(gate) * up of both rounded to bf16. For bf16 results
-  // without bias and residual, m / 2 whole row blocks, and n up to kGatedMaxN.
+  // without bias and residual, m / 2 whole row blocks, and, above kGatedMaxN columns, for what the wide matmul takes.
   bool gated = false;
   Activation activation = Activation::silu;
 };

@@ -35,8 +35,8 @@ std::optional<lp::MatmulConfig> ConfigOf(const lp::Matrix& w, int64_t n, std::st
 
 ffi::Error LanePlanarGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_LANE_PLANAR_PARAMS,
                           ffi::Buffer<ffi::BF16> bias, ffi::Buffer<ffi::BF16> residual, ffi::Result<ffi::AnyBuffer> out,
-                          int64_t m, int64_t k, bool has_bias, bool has_residual, bool batch_invariant, bool raw,
-                          std::string_view config_name, bool config_asked_for) {
+                          int64_t m, int64_t k, bool has_bias, bool has_residual, bool gated, bool gelu_tanh, bool batch_invariant,
+                          bool raw, std::string_view config_name, bool config_asked_for) {
   return Guard("jaxzip_lane_planar_gemm", [&] {
     const LanePlanarOperands payload(m, k, JAXZIP_LANE_PLANAR_ARGS, raw);
     const Bf16Operand rows("x", x, 2);
@@ -44,7 +44,10 @@ ffi::Error LanePlanarGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_
     const bool fp32 = IsFp32(*out);
     int64_t n = rows.core[0];
     rows.ExpectCore("x", {n, k});
-    result.ExpectCore("result", {n, m});
+    if (gated && (m % (2 * lp::kBlock) || k % 8 || fp32 || has_bias || has_residual || batch_invariant))
+      throw InvalidArgument("a gated product is bfloat16, without bias and residual, of M a multiple of 128 and K of 8, and not batch "
+                            "invariant; found M=" + std::to_string(m) + ", K=" + std::to_string(k));
+    result.ExpectCore("result", {n, gated ? m / 2 : m});
     payload.ExpectBatch(result.batch);
     rows.ExpectBatch("x", result.batch);
     const auto added_bias = OptionalOperand("bias", bias, has_bias, {m}, result.batch);
@@ -62,7 +65,8 @@ ffi::Error LanePlanarGemm(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, JAXZIP_
     for (int64_t i = 0; i < calls; ++i) {
       const Epilogue epilogue = {
           static_cast<char*>(result.data) + result.BatchIndex(i, result.batch) * result.core_size * (fp32 ? 4 : 2), fp32,
-          added_bias ? added_bias->At(i, result.batch) : nullptr, added ? added->At(i, result.batch) : nullptr};
+          added_bias ? added_bias->At(i, result.batch) : nullptr, added ? added->At(i, result.batch) : nullptr, gated,
+          gelu_tanh ? Activation::gelu_tanh : Activation::silu};
       Check(lp::launch_matmul(ToMatrix(payload.At(i, result.batch)), rows.At(i, result.batch), static_cast<int>(n), epilogue,
                               options, stream));
     }
@@ -103,6 +107,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxzip_lane_planar_gemm, LanePlanarGemm,
                                   .Attr<int64_t>("k")
                                   .Attr<bool>("has_bias")
                                   .Attr<bool>("has_residual")
+                                  .Attr<bool>("gated")
+                                  .Attr<bool>("gelu_tanh")
                                   .Attr<bool>("batch_invariant")
                                   .Attr<bool>("raw")
                                   .Attr<std::string_view>("config")

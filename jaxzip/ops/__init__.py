@@ -2,6 +2,7 @@
 
 matmul, take, ragged_matmul ──► registry ──► xla (here: decompress, then XLA's own operation)
 decompress                  ──►            └► ffi, pallas (backends; they register themselves, see ``registry``)
+gated_matmul: a product and its gate, which a backend may run as one
 decode_chain: the rest of a layer and the next one's first product, which a backend may run as one
 decode_layer: the same with the attention before it
 other_dtypes: split tensors (fp16, fp32) decode their bf16 head by ``decompress`` and join the low bits to it

@@ -78,8 +78,9 @@ cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const 
   // Encoded and raw blocks must get one configuration, and so must every width of a block.
   Matrix shape = w;
   shape.block_words = kMaxBlockWords;
-  if (epilogue.gated && (n > kGatedMaxN || w.m % (2 * kBlock) || epilogue.fp32_out || epilogue.bias || epilogue.residual))
-    return cudaErrorInvalidValue;
+  if (epilogue.gated && (w.m % (2 * kBlock) || epilogue.fp32_out || epilogue.bias || epilogue.residual)) return cudaErrorInvalidValue;
+  if (epilogue.gated && n > kGatedMaxN)
+    return options.batch_invariant ? cudaErrorInvalidValue : launch_matmul_wide(w, x, n, epilogue, stream, options.raw, options.overlap);
   int rows;
   for (int first = 0; first < n; first += rows) {
     rows = options.batch_invariant ? std::min(n - first, kInvariantMaxN) : rows_of_launch(n - first);

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "matmul_wgmma.cuh"
-#include "x_map.h"
+#include "tensor_maps.h"
 
 namespace jaxzip::lane_planar {
 

@@ -5,7 +5,7 @@
 
 #include "matmul_wide.cuh"
 #include "resident.h"
-#include "x_map.h"
+#include "tensor_maps.h"
 
 namespace jaxzip::lane_planar {
 namespace {
@@ -13,14 +13,17 @@ namespace {
 constexpr int kSharedPerSm = 227 * 1024;
 
 int units_of_slice(const Matrix& w) { return (w.m_blocks() + kWideShare * kWideTeams - 1) / (kWideShare * kWideTeams); }
+static_assert(kWideTeams == 2, "a gate's row block and the one that it is for are a CTA's");
 
 // `bytes` is 0 if it does not fit.
-WgmmaPlan plan_wide(const Matrix& w, int n, int plane_bytes) {
+WgmmaPlan plan_wide(const Matrix& w, int n, bool gated, int plane_bytes) {
   WgmmaPlan p = {};
   p.k_groups = 1;
   p.teams = p.busy = kWideTeams;
   p.log_teams = 1;
   p.cluster = 1;  // K is not split
+  p.gated = gated;
+  p.half = w.m_blocks() / 2;
   p.slices = wgmma_slices(n);
   p.row_blocks = units_of_slice(w);
   p.clusters = std::min(kResident[0][kWideShare - 1], p.row_blocks * p.slices);
@@ -28,13 +31,13 @@ WgmmaPlan plan_wide(const Matrix& w, int n, int plane_bytes) {
   p.items = kTiles * kWgmmaMaxN / 8;
   p.owned = p.items;
   p.slot_bytes = kWideTeams * w.block_words * 4;
-  const int slot_x = chunk_bytes(kWgmmaMaxN), planes = kWideTeams * 4 * plane_bytes, lines = kWideTeams * kWideLineColumns * kBlock * 2;
+  const int slot_x = chunk_bytes(kWgmmaMaxN), planes = kWideTeams * 4 * plane_bytes, lines = kWideTeams * kWideAreas * kWideLineColumns * kBlock * 2;
   p.slots = std::min((kSharedPerSm - planes - lines - kWarpAreasBytes - kBarrierBytes) / (slot_x + p.slot_bytes), kMaxSlots);
   if (p.slots < kMinSlots) return p;
-  p.planes = p.slots * slot_x;
+  p.received = p.slots * slot_x;  // lines: their swizzle needs an address as of x
+  p.planes = p.received + lines;
   p.blocks = p.planes + planes;
-  p.received = p.blocks + p.slots * p.slot_bytes;
-  p.barriers = p.received + lines + kWarpAreasBytes;
+  p.barriers = p.blocks + p.slots * p.slot_bytes + kWarpAreasBytes;
   p.bytes = p.barriers + kBarrierBytes;
   return p;
 }
@@ -51,12 +54,19 @@ bool wide_is_faster(const Matrix& w, int n) {
 
 cudaError_t launch_matmul_wide(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue, cudaStream_t stream, bool raw,
                                bool overlap) {
-  if (n < 1 || !wide_fits(w, x) || epilogue.gated) return cudaErrorInvalidValue;
+  if (n < 1 || !wide_fits(w, x)) return cudaErrorInvalidValue;
+  const int rows = epilogue.gated ? w.m / 2 : w.m;  // of the result
+  WideOutput output = {};
+  output.by_lines = !epilogue.fp32_out && rows % 8 == 0 &&
+                    ((reinterpret_cast<uintptr_t>(epilogue.y) | reinterpret_cast<uintptr_t>(epilogue.residual)) & 15) == 0;
+  if (epilogue.gated && !output.by_lines) return cudaErrorInvalidValue;
   const auto kernel = raw ? matmul_wide<Raw> : matmul_wide<LanePlanar>;
   WgmmaArgs args = {{}, w, x, epilogue, n, overlap, w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk,
-                    plan_wide(w, n, raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes)};
+                    plan_wide(w, n, epilogue.gated, raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes)};
   if (!args.plan.bytes) return cudaErrorInvalidValue;
   if (const cudaError_t error = make_x_map(&args.x_map, x, n, w.k, kWgmmaMaxN / kWideShare, 1, args.x_load == XLoad::kSlot)) return error;
+  if (output.by_lines)
+    if (const cudaError_t error = make_y_map(&output.map, static_cast<__nv_bfloat16*>(epilogue.y), n, rows, kWideLineColumns)) return error;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerSm)) return error;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -70,7 +80,7 @@ cudaError_t launch_matmul_wide(const Matrix& w, const __nv_bfloat16* x, int n, c
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = overlap ? 2 : 1;
-  void* parameters[] = {&args};
+  void* parameters[] = {&args, &output};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
 }
 

@@ -2,11 +2,12 @@
 //
 // A CTA multiplies two row blocks, decoded in registers, by 256 columns at a time. The CTAs of a cluster work on the same columns: each
 // brings its part of a chunk of x to all of them, so that x leaves the L2 once a cluster. CTAs stay and take one unit of work after
-// another, so the ring fills for the next one while results are stored.
+// another, so the ring fills for the next one while results are stored. Of a gated product (see Epilogue) a CTA has a gate's row block
+// and the one that it is for.
 #pragma once
 #include "weights.cuh"
 #include "wgmma_pipelined.cuh"
-#include "wgmma_results.cuh"
+#include "wide_results.cuh"
 #include "wide_work.cuh"
 
 namespace jaxzip::lane_planar {
@@ -59,11 +60,11 @@ __device__ __forceinline__ void fill_wide(const WgmmaArgs& args, const WideWork&
 }
 
 template <class Weights>
-__device__ __forceinline__ void multiply_wide(const WgmmaArgs& args, const WideWork& work, uint8_t* memory, int warp, int lane) {
+__device__ __forceinline__ void multiply_wide(const WgmmaArgs& args, const WideOutput& output, const WideWork& work, uint8_t* memory, int warp, int lane) {
   const int team = warp >> 2;
   ptx::wait_for_previous_grid();  // bias and residual
   float sums[kWgmmaMaxN / 2];
-  Results<Weights, kWgmmaMaxN, WideWork> results(args, work, memory, warp, lane);
+  WideResults<Weights> results(args, output, work, memory, warp, lane);
   const PipelinedMultiplier<Weights, kWgmmaMaxN, WideWork> multiplier(args, work, results.warp_area(), warp, lane);
   multiplier.fill_plane();
   RingPlace place = {0, 0};
@@ -77,13 +78,14 @@ __device__ __forceinline__ void multiply_wide(const WgmmaArgs& args, const WideW
     }
     results.begin(pass);
     multiplier.row_block(args, work, work.chunks, work.chunks, [&](int i) { return row_block * work.chunks + i; }, place, sums);
-    results.store(pass, work.passes, sums);
-    if (results.used_planes()) multiplier.fill_plane();
+    results.store(pass, sums);
   }
+  results.end();
 }
 
 template <class Weights>
-__global__ void __launch_bounds__((kWideTeams + 1) * 128, 1) matmul_wide(const __grid_constant__ WgmmaArgs args) {
+__global__ void __launch_bounds__((kWideTeams + 1) * 128, 1) matmul_wide(const __grid_constant__ WgmmaArgs args,
+                                                                                 const __grid_constant__ WideOutput output) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const int warp = __reduce_max_sync(~0u, threadIdx.x >> 5), lane = threadIdx.x & 31;
   const WideWork work(args, ptx::shared_address(memory));
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__((kWideTeams + 1) * 128, 1) matmul_wide(const _
   ptx::cluster_wait();
   if (warp < kWideTeams * 4) {
     ptx::registers_increase<kWideMultiply>();
-    multiply_wide<Weights>(args, work, memory, warp, lane);
+    multiply_wide<Weights>(args, output, work, memory, warp, lane);
   } else {
     ptx::registers_decrease<kWideFill>();
     if (warp == kWideTeams * 4) fill_wide(args, work, lane);

@@ -159,6 +159,16 @@ __device__ __forceinline__ void tensor_copy_to_all(uint32_t to, const CUtensorMa
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0],[%1,{%2,%3,%4}],[%5],%6;" ::"r"(to),
       "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(static_cast<uint16_t>((1 << kCtas) - 1)) : "memory");
 }
+// A box of shared memory to where the map says; what is outside of it is left out. `bulk_store_commit` ends a group of such copies of this
+// thread, `bulk_store_wait_read` waits until all its groups but the last `kGroups` have read shared memory.
+__device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t from, int c0, int c1) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0,{%2,%3}],[%1];" ::"l"(map), "r"(from), "r"(c0), "r"(c1) : "memory");
+}
+__device__ __forceinline__ void bulk_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ __forceinline__ void bulk_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroups) : "memory");
+}
 // Without the fences of barrier_init: one barrier_init_done serves many.
 __device__ __forceinline__ void barrier_init_only(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(barrier), "r"(arrivals) : "memory");

@@ -20,6 +20,7 @@ __device__ __forceinline__ float4 transpose_rows(float4 v, int lane) {
 // each in a fixed order: warp groups of a team, among which the items are dealt; then CTAs, each of which owns some of the items.
 template <class Weights, int kN, class Work = WgmmaWork>
 class Results {
+ protected:
   static constexpr int kColumnGroups = kN / 8;
   static constexpr bool kFew = kN <= kFewColumns;
   const WgmmaArgs& args_;
@@ -156,15 +157,14 @@ class Results {
     }
   }
 
-  // A bf16 result by whole lines of 64 rows: these wait in the warp group's planes, 32 columns at a time, or in an area of their own, more
-  // at a time. So does the residual that is added, where there are columns enough for that to be worth its code.
-  static constexpr bool kOwnLines = Work::kLineColumns > 0;
-  static constexpr int kColumnsAtOnce = kOwnLines ? Work::kLineColumns : kN < 32 ? kN : 32, kLoads = (kColumnsAtOnce + 15) / 16;
+  // A bf16 result by whole lines of 64 rows: these wait in the warp group's planes, 32 columns at a time. So does the residual that is
+  // added, where there are columns enough for that to be worth its code.
+  static constexpr int kColumnsAtOnce = kN < 32 ? kN : 32, kLoads = (kColumnsAtOnce + 15) / 16;
   static constexpr bool kResidualLines = kN == kWgmmaMaxN;
   __device__ __forceinline__ bool stores_lines() const {
     const Epilogue& e = args_.epilogue;
     const uintptr_t addresses = reinterpret_cast<uintptr_t>(e.y) | reinterpret_cast<uintptr_t>(e.residual);
-    return kN >= 16 && (kOwnLines || Weights::kHasEscapes) && ranks_ * k_groups_ == 1 && (kResidualLines || !e.residual) && !e.fp32_out && !e.gated &&
+    return kN >= 16 && Weights::kHasEscapes && ranks_ * k_groups_ == 1 && (kResidualLines || !e.residual) && !e.fp32_out && !e.gated &&
            args_.w.m % 8 == 0 && (addresses & 15) == 0;
   }
   __device__ __forceinline__ void sync_group() const { ptx::sync_threads(1 + group_, 128); }
@@ -180,8 +180,7 @@ class Results {
       bias[i] = e.bias && of < args_.w.m ? __bfloat162float(e.bias[of]) : -0.0f;
     }
     // A column takes 128 bytes; its 16-byte pieces are permuted so that eight columns' lie in different banks.
-    const uint32_t lines = work_.shared + (kOwnLines ? args_.plan.received + group_ * kColumnsAtOnce * kBlock * 2
-                                                     : args_.plan.planes + group_ * kTiles * kTileElements);
+    const uint32_t lines = work_.shared + args_.plan.planes + group_ * kTiles * kTileElements;
     const int column = 8 * (lane_ >> 4) + (lane_ & 7);
     const uint32_t put = lines + column * 128 + (((2 * tile_ + ((lane_ >> 3) & 1)) ^ (lane_ & 7)) << 4);
     const int taken = 4 * tile_ + (lane_ >> 3), piece = lane_ & 7;
@@ -231,7 +230,7 @@ class Results {
         if (taken + first < columns) ptx::store_global(y + static_cast<size_t>(first) * args_.w.m, v);
       }
     }
-    if (!kOwnLines) sync_group();  // before the planes are filled again
+    sync_group();  // before the planes are filled again
   }
 
  public:
@@ -256,17 +255,13 @@ class Results {
     if (ranks_ == 1 && lane_ == 0) ptx::barrier_arrive(work_.barriers + kIdle);
     if (ranks_ > 1 && lane_ < ranks_) ptx::barrier_arrive_cluster(work_.barriers + kIdle, lane_);
   }
-  __device__ __forceinline__ bool used_planes() const { return !kOwnLines && stores_lines(); }
+  __device__ __forceinline__ bool used_planes() const { return stores_lines(); }
   __device__ __forceinline__ void store(int pass, int passes, float (&sums)[kN / 2]) {
     if (stores_lines()) {
       if (kResidualLines && args_.epilogue.residual)
         store_lines<kResidualLines>(pass, sums);
       else
         store_lines<false>(pass, sums);
-      return;
-    }
-    if constexpr (!Work::kSplitsK) {
-      add_and_store<1, 0>(pass, sums);
       return;
     }
     if (ranks_ > 1) wait_for_cluster();

@@ -9,7 +9,6 @@ namespace jaxzip::lane_planar {
 // What all warps of a CTA know of their work.
 struct WgmmaWork {
   static constexpr bool kSplitsK = true;
-  static constexpr int kLineColumns = 0;  // results wait for their lines in patch planes
   int rank, cluster, k_begin, chunks, row_blocks, slots_per_pass, passes;  // row_blocks of a gated product are pairs
   int first_n = 0;                                                         // of its columns
   uint32_t shared, barriers, block_bytes, x_bytes;  // x_bytes of a slot

@@ -7,14 +7,19 @@
 
 namespace jaxzip::lane_planar {
 
-constexpr int kWideLineColumns = 128;  // of a warp group's results that wait for their lines at once
+constexpr int kWideLineColumns = 64, kWideAreas = 2;  // of a warp group's results, which wait in so many areas for their copies
 constexpr int kWideBand = 8;  // slices; their x is 4 KB for each k
+
+// Where results go by whole lines: y[n, rows] in boxes of kWideLineColumns by 64 rows.
+struct WideOutput {
+  CUtensorMap map;
+  bool by_lines;
+};
 
 // A unit of work is a row block for each warp group of a cluster, times a slice of the columns. Clusters take units in turn: those that run
 // at once share slices and row blocks, which so come from the L2.
 struct WideWork {
   static constexpr bool kSplitsK = false;
-  static constexpr int kLineColumns = kWideLineColumns;
   int rank, cluster, clusters, groups, slices, chunks, passes;
   uint32_t shared, barriers, block_bytes, x_bytes;  // x_bytes of a slot
 
@@ -33,11 +38,12 @@ struct WideWork {
     const int first = first_slice(unit(pass));
     return (first + (unit(pass) - first * groups) % min(kWideBand, slices - first)) * kWgmmaMaxN;
   }
-  // May be past the last one.
-  __device__ __forceinline__ int row_block_of(const WgmmaPlan&, int team, int pass) const {
+  // Past the last one where this team has none. Of a gated product the teams have a gate's and the one that it is for.
+  __device__ __forceinline__ int row_block_of(const WgmmaPlan& plan, int team, int pass) const {
     const int first = first_slice(unit(pass));
-    const int group = (unit(pass) - first * groups) / min(kWideBand, slices - first);
-    return (group * kWideShare + rank) * kWideTeams + team;
+    const int group = (unit(pass) - first * groups) / min(kWideBand, slices - first), own = group * kWideShare + rank;
+    if (plan.gated) return own < plan.half ? own + team * plan.half : 2 * plan.half;
+    return own * kWideTeams + team;
   }
   // Every CTA of the cluster writes into the slot.
   __device__ __forceinline__ void release(uint32_t empty, int lane) const {

@@ -1,5 +1,5 @@
 // The driver's encoder of tensor maps, looked up once: the library is not linked with the driver.
-#include "x_map.h"
+#include "tensor_maps.h"
 
 #include <cudaTypedefs.h>
 
@@ -33,6 +33,15 @@ cudaError_t make_x_map(CUtensorMap* map, const __nv_bfloat16* x, int n, int k, i
   const CUresult made = tensor_map_encoder()(
       map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<__nv_bfloat16*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t make_y_map(CUtensorMap* map, __nv_bfloat16* y, int n, int rows, int columns_at_once) {
+  if (!tensor_map_encoder()) return cudaErrorNotSupported;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(n)}, stride = static_cast<cuuint64_t>(rows) * 2;
+  const cuuint32_t box[2] = {kBlock, static_cast<cuuint32_t>(columns_at_once)}, steps[2] = {1, 1};
+  const CUresult made = tensor_map_encoder()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, y, sizes, &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
