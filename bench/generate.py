@@ -29,7 +29,7 @@ from generate_models import (
     NOTES,
     dense_layer,
     encode,
-    is_compressed,
+    format_of,
     layers_that_fit,
     weight_bytes,
     whole_model,
@@ -196,7 +196,6 @@ def measure_prefill(model: Decoder, batch: int, prompt: int, repeats: int) -> di
         start = time.perf_counter()
         jax.block_until_ready(prefill(setup.weights, setup.inputs))
         seconds.append(time.perf_counter() - start)
-    compressed = is_compressed(model)
     return {
         "batch": batch,
         "prompt": prompt,
@@ -205,7 +204,7 @@ def measure_prefill(model: Decoder, batch: int, prompt: int, repeats: int) -> di
         "temporary bytes": prefill.memory_analysis().temp_size_in_bytes,
         "peak bytes so far": peak_bytes(),
         "planned bytes": memory_plan(
-            model.config, weight_bytes(model)[0], batch, prompt, FEW, scratch=compressed
+            model.config, weight_bytes(model)[0], batch, prompt, FEW, format=format_of(model)
         ).total,
         "seconds to compile": compiling,
     }

@@ -97,9 +97,10 @@ def weight_bytes(model: Decoder) -> tuple[int, int]:
     return size(params), size(params) - unread
 
 
-def is_compressed(model: Decoder) -> bool:
+def format_of(model: Decoder) -> str | None:
+    """Of its compressed weights, if it has any."""
     leaves = jax.tree.leaves(model.to_params(), is_leaf=lambda leaf: isinstance(leaf, CompressedTensor))
-    return any(isinstance(leaf, CompressedTensor) for leaf in leaves)
+    return next((leaf.format for leaf in leaves if isinstance(leaf, CompressedTensor)), None)
 
 
 def layers_that_fit(config: DecoderConfig, batch: int, prompt: int, new: int, memory: int) -> int:
@@ -108,6 +109,6 @@ def layers_that_fit(config: DecoderConfig, batch: int, prompt: int, new: int, me
         smaller = with_layers(config, layers)
         leaves = jax.tree.leaves(family_of(config)(smaller).to_params())
         weights = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-        if memory_plan(smaller, weights, batch, prompt, new, scratch=False).total <= ROOM * memory:
+        if memory_plan(smaller, weights, batch, prompt, new, format=None).total <= ROOM * memory:
             return layers
     raise SystemExit("not one layer fits")

@@ -3,8 +3,8 @@
 weights                    as stored, or dense
 KV cache                   2 x layers x [batch, kv heads, slots, head_dim], slots in buckets as ``generate`` has them
 working memory             of prefill, where it is largest: activations of one layer, scores of one block of queries (if
-                           cuDNN does not attend), and, above PREFILL_ROWS rows (FUSED_ROWS an expert), the largest
-                           weight decoded to bf16
+                           cuDNN does not attend), and the largest weight decoded to bf16, where prompts do not
+                           multiply by encoded weights: lane-planar's do up to PREFILL_ROWS rows (FUSED_ROWS an expert)
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class MemoryPlan:
 
 
 def memory_plan(
-    config: DecoderConfig, weight_bytes: int, batch: int, prompt: int, new_tokens: int, *, scratch: bool
+    config: DecoderConfig, weight_bytes: int, batch: int, prompt: int, new_tokens: int, *, format: str | None
 ) -> MemoryPlan:
     """What ``generate`` needs for ``batch`` prompts of ``prompt`` tokens and ``new_tokens`` more each.
 
     Args:
       weight_bytes: of all parameters, in the format in which they are on the device.
-      scratch: weights are compressed: prefill decodes them one at a time.
+      format: of compressed weights, ``None`` of dense ones.
     """
     itemsize = jnp.dtype(config.dtype).itemsize
     width, slots = cache_slots(prompt, new_tokens)
@@ -59,10 +59,11 @@ def memory_plan(
     cache = 2 * config.num_layers * batch * heads * slots * itemsize
     rows = batch * width
     hidden, (experts, chosen, intermediate) = config.hidden_size, config.expert_sizes
-    decoded = rows * chosen > FUSED_ROWS * experts if experts > 1 else rows > PREFILL_ROWS
+    few = rows * chosen <= FUSED_ROWS * experts if experts > 1 else rows <= PREFILL_ROWS
+    fused = format == "lane-planar" and few
     # Of the MLP: gate and up, their product, and what is as wide as the model; of each of a token's experts.
     mlp = chosen * 3 * intermediate + (2 * chosen + 2) * hidden
-    if scratch and not decoded and experts == 1:
+    if fused and experts == 1:
         # Fused products leave the residual of the latter; one with its gate has neither gate nor up.
         mlp = intermediate + 2 * hidden if fills_gpu(rows, 2 * intermediate) else 3 * intermediate + hidden
     peaks = [rows * mlp * itemsize]
@@ -72,7 +73,7 @@ def memory_plan(
     else:
         # Scores and probabilities of one block of queries.
         peaks.append(batch * config.num_heads * min(width, QUERY_BLOCK) * slots * (4 + itemsize))
-    if scratch and decoded:
+    if format is not None and not fused:
         # While gate and up are multiplied, their weight is there decoded, that of all experts at once.
         activations = rows * (chosen * (2 * intermediate + hidden) + 4 * hidden)
         peaks.append((activations + 2 * experts * hidden * intermediate) * itemsize)

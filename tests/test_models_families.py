@@ -288,6 +288,6 @@ def test_fused_parts_give_the_tokens_of_separate_ones():
 def test_memory_plan_of_experts():
     """Activations of those that a token has; where weights are decoded for prefill, those of all."""
     config = config_from_hf(MIXTRAL)
-    small, large = (memory_plan(config, 0, 1, 512, 256, scratch=scratch).working for scratch in (False, True))
+    small, large = (memory_plan(config, 0, 1, 512, 256, format=of).working for of in (None, "lane-planar"))
     assert small >= 512 * 2 * 3 * 14336 * 2
     assert large - small >= 8 * 2 * 4096 * 14336 * 2 - 512 * 2 * 14336 * 2

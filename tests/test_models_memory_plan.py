@@ -28,21 +28,21 @@ def test_the_cache_is_the_programs(dtype):
     _, slots = cache_slots(500, 200)
     cache = jax.eval_shape(lambda: KVCache.empty(config, jax.numpy.zeros(6, "int32"), slots))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (*cache.keys, *cache.values))
-    assert memory_plan(config, 0, 6, 500, 200, scratch=False).cache == size
+    assert memory_plan(config, 0, 6, 500, 200, format=None).cache == size
 
 
 # Bytes of temporaries that XLA 0.11.2 gave prefill, compiled for an H200, without cuBLAS' workspace. Compressed weights
 # are decoded from 16385 rows on. 10 MB are 0.1% of the weights.
 @pytest.mark.parametrize(
-    ("batch", "prompt", "scratch", "temporary"),
+    ("batch", "prompt", "compressed", "temporary"),
     [
         (1, 512, False, 61e6), (8, 512, False, 488e6), (64, 512, False, 3901e6),
         (1, 512, True, 49e6), (1, 1024, True, 47e6), (1, 2048, True, 93e6), (1, 8192, True, 373e6),
         (64, 512, True, 3909e6),
     ],
 )  # fmt: skip
-def test_working_memory_is_near_the_compilers(batch, prompt, scratch, temporary):
-    planned = memory_plan(LLAMA_8B, 0, batch, prompt, 256, scratch=scratch).working
+def test_working_memory_is_near_the_compilers(batch, prompt, compressed, temporary):
+    planned = memory_plan(LLAMA_8B, 0, batch, prompt, 256, format="lane-planar" if compressed else None).working
     assert abs(planned - temporary) < 0.05 * temporary + 10e6
 
 
@@ -50,19 +50,27 @@ def test_working_memory_is_near_the_compilers(batch, prompt, scratch, temporary)
 @pytest.mark.parametrize(("prompt", "temporary"), [(512, 15e6), (4096, 120e6), (8192, 239e6)])
 def test_working_memory_where_attention_has_the_most(prompt, temporary):
     narrow = dataclasses.replace(LLAMA_8B, intermediate_size=4096)
-    planned = memory_plan(narrow, 0, 1, prompt, 256, scratch=True).working
+    planned = memory_plan(narrow, 0, 1, prompt, 256, format="lane-planar").working
     assert abs(planned - temporary) < 0.05 * temporary
 
 
 def test_few_rows_need_no_scratch():
     assert PREFILL_ROWS == cuda_backend.FUSED_ROWS["lane-planar"]
-    few, many = (memory_plan(LLAMA_8B, 0, batch, 512, 16, scratch=True).working for batch in (32, 33))
-    assert few < memory_plan(LLAMA_8B, 0, 32, 512, 16, scratch=False).working
+    few, many = (memory_plan(LLAMA_8B, 0, batch, 512, 16, format="lane-planar").working for batch in (32, 33))
+    assert few < memory_plan(LLAMA_8B, 0, 32, 512, 16, format=None).working
     assert many > 33 / 32 * few + 2 * 4096 * 2 * 14336
 
 
+def test_other_formats_are_decoded_for_prompts():
+    """Of few rows the largest decoded weight is nearly all there is; of many it comes on top of what is multiplied."""
+    weight = 2 * 4096 * 2 * 14336
+    for prompt, rows in ((64, 64), (2048, 2048)):
+        plans = [memory_plan(LLAMA_8B, 0, 1, prompt, 16, format=of).working for of in ("tca-tbe", "lane-planar")]
+        assert weight < plans[0] - rows * 2 * (2 * 14336 + 4096) and plans[1] < plans[0] - weight / 2
+
+
 def test_what_fits():
-    plan = memory_plan(LLAMA_8B, 16 << 30, 1, 512, 256, scratch=False)
+    plan = memory_plan(LLAMA_8B, 16 << 30, 1, 512, 256, format=None)
     assert plan.total == plan.weights + plan.cache + plan.working
     assert plan.fits(plan.total + RUNTIME_BYTES) and not plan.fits(plan.total + RUNTIME_BYTES - 1)
     assert [largest(lambda n: n <= most, 1000) for most in (0, 1, 37, 1000, 5000)] == [0, 1, 37, 1000, 1000]

@@ -53,11 +53,13 @@ def plan_rows(ckpt: pathlib.Path, memory: int, context: int, batch: int, new_tok
 
     checkpoint = open_checkpoint(ckpt)
     config, rows = read_config(checkpoint, ckpt), []
+    others = {entry["format"] for entry in checkpoint.tensors.values()} - {"raw", "lane-planar"}
+    formats = {DENSE: None, "as stored": min(others, default="lane-planar"), "lane-planar": "lane-planar"}
     for name, weight_bytes in format_sizes(checkpoint).items():
 
         def plan(batch, context):
             new = min(new_tokens, context - 1)
-            return memory_plan(config, weight_bytes, batch, context - new, new, scratch=name != DENSE)  # noqa: B023
+            return memory_plan(config, weight_bytes, batch, context - new, new, format=formats[name])  # noqa: B023
 
         here = plan(batch, context)
         rows.append(
