@@ -122,6 +122,30 @@ def test_every_width_and_overflow(share):
     cpu().check_lane_planar(**found, m=640, k=256)
 
 
+# The encoder looks at every 16th band of 64 rows before it chooses a width; one block in 128 may have too many escapes.
+@pytest.mark.parametrize(
+    ("bands", "columns", "escapes", "width"),
+    [
+        (range(3, 4), 64, 2000, 1424),  # as guessed, with overflow entries
+        (range(1, 16), 1024, 40, 1440),  # wider than guessed
+        (range(1), 64, 40, 1424),  # not as wide as guessed
+        (range(17), 1024, 200, 1472),  # too many for any width
+    ],
+)
+def test_blocks_that_a_sample_does_not_show(bands, columns, escapes, width):
+    rng = np.random.default_rng(1)
+    matrix = (rng.integers(120, 128, (17 * 64, 1024)) << 7 | rng.integers(0, 128, (17 * 64, 1024))).astype(np.uint16)
+    for band in bands:
+        for column in range(0, columns, 64):
+            block = matrix[64 * band : 64 * band + 64, column : column + 64]
+            places = np.unravel_index(rng.choice(64 * 64, escapes, replace=False), block.shape)
+            block[places] = rng.integers(90, 110, escapes) << 7
+    found = cpu().encode_lane_planar(matrix)
+    assert found["blocks"].shape[-1] == width
+    assert_same_payload(found, FORMAT.encode(matrix))
+    cpu().check_lane_planar(**found, m=matrix.shape[0], k=matrix.shape[1])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_threads_do_not_change_the_result(threads):
     matrix = bits(gaussian_weights((330, 200)))

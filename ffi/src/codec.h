@@ -50,7 +50,7 @@ Encoded EncodeTcaTbe(const Matrix& weight, const For& parallel_for);
 // The same from any source of rows, which it asks three times for each; throws std::invalid_argument for its faults.
 Encoded EncodeTcaTbe(const Bands& bands, const For& parallel_for);
 
-// Asks twice for each band; throws std::invalid_argument for the source's faults, std::overflow_error when there are
+// Asks up to twice for each band, and for some once more; throws std::invalid_argument for the source's faults, std::overflow_error when there are
 // more escapes without a place than 32 bits count.
 EncodedLanePlanar EncodeLanePlanar(const Bands& bands, const For& parallel_for);
 

@@ -1,4 +1,4 @@
-// Encodes a tensor as lane-planar: chooses shifts and counts escapes band by band, then writes the blocks.
+// Encodes a tensor as lane-planar, band by band: chooses shifts, counts escapes and writes the blocks.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -110,61 +110,133 @@ void WithRows(const Matrix& band, BufferPool& pool, F&& use) {
 
 int Room(int block_words) { return 2 * (block_words - lane_planar::kEntryStart); }
 
+bool HoldsMost(const std::vector<int32_t>& escapes, int width) {
+  const auto over = std::count_if(escapes.begin(), escapes.end(), [&](int32_t n) { return n > Room(width); });
+  return over * kBlocksPerOverflow <= static_cast<int64_t>(escapes.size());
+}
+
 // The narrowest width that holds the escapes of all but a few blocks.
 int ChooseWidth(const std::vector<int32_t>& escapes) {
   for (int width : lane_planar::kBlockWidths) {
-    const auto over = std::count_if(escapes.begin(), escapes.end(), [&](int32_t n) { return n > Room(width); });
-    if (over * kBlocksPerOverflow <= static_cast<int64_t>(escapes.size())) return width;
+    if (HoldsMost(escapes, width)) return width;
   }
   return lane_planar::kMaxBlockWords;
 }
 
+// Entries that find no room in their blocks, before each block.
+std::vector<int64_t> CountSpilled(const std::vector<int32_t>& escapes, int width) {
+  std::vector<int64_t> before(escapes.size() + 1);
+  for (size_t b = 0; b < escapes.size(); ++b) before[b + 1] = before[b] + std::max(0, escapes[b] - Room(width));
+  if (before.back() >= UINT32_MAX) {
+    throw std::overflow_error("overflow would hold " + std::to_string(before.back()) + " entries; 32 bits reach " +
+                              std::to_string(UINT32_MAX - 1) + ": split the tensor along M");
+  }
+  return before;
+}
+
+// Calls use(block, tile) for a band's tiles, shifted; `shift` is the band's.
+template <typename F>
+void ForEachTile(const Rows& band, int64_t block_row, const int8_t* shift, F&& use) {
+  alignas(64) uint16_t tile[kTileSize];
+  const int64_t columns = layout::CeilDiv(band.k, kBlock);
+  for (int64_t bc = 0; bc < columns; ++bc) {
+    LoadTile(band, bc, shift, tile);
+    use(block_row * columns + bc, tile);
+  }
+}
+
+struct Choices {
+  std::vector<int8_t> shift;     // of the rows of whole bands
+  std::vector<int32_t> escapes;  // of the blocks
+
+  explicit Choices(const Bands& w)
+      : shift(static_cast<size_t>(layout::RoundUp(w.m, kBlock))),
+        escapes(shift.size() / kBlock * static_cast<size_t>(layout::CeilDiv(w.k, kBlock))) {}
+  int8_t* of_band(int64_t block_row) { return shift.data() + block_row * kBlock; }
+};
+
+// Chooses shifts and counts escapes; `use(block, tile)` also gets every tile.
+template <typename F>
+void Choose(const Bands& w, const For& parallel_for, BufferPool& pool, Choices& choices, F&& use) {
+  ForEachBand(w, parallel_for, [&](int64_t block_row, const Matrix& any) {
+    WithRows(any, pool, [&](const Rows& band) {
+      int8_t* shift = choices.of_band(block_row);
+      ChooseShifts(band, shift);
+      ForEachTile(band, block_row, shift, [&](int64_t b, const uint16_t* tile) {
+        choices.escapes[static_cast<size_t>(b)] = Kernels().lane_planar.count_escapes(tile);
+        use(b, tile);
+      });
+    });
+  });
+}
+
+// Of some bands of rows from all over the matrix.
+Choices ChooseForSample(const Bands& w, const For& parallel_for, BufferPool& pool) {
+  constexpr int64_t kEvery = 16;
+  const Bands sample = {layout::CeilDiv(w.m, kEvery * kBlock) * kBlock, w.k,
+                        [&](int64_t block_row, const auto& use) { return w.with(block_row * kEvery, use); }};
+  Choices choices(sample);
+  Choose(sample, parallel_for, pool, choices, [](int64_t, const uint16_t*) {});
+  return choices;
+}
+
 }  // namespace
 
+// Most matrices are read once: a sample tells the width, and few blocks have overflow entries, which wait in a list of their band. Where
+// either is not so, shifts and escapes are known before blocks are written.
 EncodedLanePlanar EncodeLanePlanar(const Bands& w, const For& parallel_for) {
   const LanePlanarKernels& kernels = Kernels().lane_planar;
   EncodedLanePlanar out;
   const int64_t rows = out.block_rows = layout::CeilDiv(w.m, kBlock);
   const int64_t columns = out.block_columns = layout::CeilDiv(w.k, kBlock);
-  out.shift = Allocate<int8_t>(rows * kBlock);
-  int8_t* shift = out.shift.data.get();
   BufferPool pool;
-  std::vector<int32_t> escapes(static_cast<size_t>(rows * columns));
-  ForEachBand(w, parallel_for, [&](int64_t block_row, const Matrix& any) {
-    WithRows(any, pool, [&](const Rows& band) {
-      alignas(64) uint16_t tile[kTileSize];
-      int8_t* own = shift + block_row * kBlock;
-      std::memset(own, 0, kBlock);
-      ChooseShifts(band, own);
-      for (int64_t bc = 0; bc < columns; ++bc) {
-        LoadTile(band, bc, own, tile);
-        escapes[static_cast<size_t>(block_row * columns + bc)] = kernels.count_escapes(tile);
-      }
-    });
+  Choices choices(w);
+  std::vector<std::vector<uint32_t>> spilled(static_cast<size_t>(rows));
+  const auto allocate = [&](int width) {
+    out.block_words = width;
+    out.blocks = {};
+    out.blocks = Allocate<uint32_t>(rows * columns * width);
+  };
+  const auto encode = [&](const uint16_t* tile, int64_t b, uint32_t* overflow) {
+    uint32_t* block = out.blocks.data.get() + b * out.block_words;
+    block[lane_planar::kOverflowWord] = 0;
+    return kernels.encode_block(tile, static_cast<uint32_t>(b + 1), out.block_words, block, overflow);
+  };
+
+  const std::vector<int32_t> sampled = ChooseForSample(w, parallel_for, pool).escapes;
+  const int guess = ChooseWidth(sampled);
+  const bool at_once = HoldsMost(sampled, guess);
+  if (at_once) allocate(guess);
+  Choose(w, parallel_for, pool, choices, [&](int64_t b, const uint16_t* tile) {
+    if (!at_once) return;
+    uint32_t entries[2 * kTileSize];
+    const int64_t count = encode(tile, b, entries);
+    std::vector<uint32_t>& list = spilled[static_cast<size_t>(b / columns)];
+    list.insert(list.end(), entries, entries + 2 * count);
   });
 
-  const int width = out.block_words = ChooseWidth(escapes);
-  std::vector<int64_t> first(escapes.size() + 1);
-  for (size_t b = 0; b < escapes.size(); ++b) first[b + 1] = first[b] + std::max(0, escapes[b] - Room(width));
-  if (first.back() >= UINT32_MAX) {
-    throw std::overflow_error("overflow would hold " + std::to_string(first.back()) + " entries; 32 bits reach " +
-                              std::to_string(UINT32_MAX - 1) + ": split the tensor along M");
-  }
-  out.blocks = Allocate<uint32_t>(rows * columns * width);
-  out.overflow = Allocate<uint32_t>(2 * first.back());
-  ForEachBand(w, parallel_for, [&](int64_t block_row, const Matrix& any) {
-    WithRows(any, pool, [&](const Rows& band) {
-      alignas(64) uint16_t tile[kTileSize];
-      for (int64_t bc = 0; bc < columns; ++bc) {
-        const int64_t b = block_row * columns + bc, at = first[static_cast<size_t>(b)];
-        uint32_t* block = out.blocks.data.get() + b * width;
-        LoadTile(band, bc, shift + block_row * kBlock, tile);
-        const int64_t spilled = kernels.encode_block(tile, static_cast<uint32_t>(b + 1), width, block,
-                                                     out.overflow.data.get() + 2 * at);
-        block[lane_planar::kOverflowWord] = spilled ? static_cast<uint32_t>(at + 1) : 0;
-      }
+  const int width = ChooseWidth(choices.escapes);
+  const std::vector<int64_t> before = CountSpilled(choices.escapes, width);
+  out.shift = Allocate<int8_t>(rows * kBlock);
+  std::copy(choices.shift.begin(), choices.shift.end(), out.shift.data.get());
+  out.overflow = Allocate<uint32_t>(2 * before.back());
+  uint32_t* overflow = out.overflow.data.get();
+  if (at_once && width == guess) {
+    for (const std::vector<uint32_t>& list : spilled) overflow = std::copy(list.begin(), list.end(), overflow);
+  } else {
+    allocate(width);
+    ForEachBand(w, parallel_for, [&](int64_t block_row, const Matrix& any) {
+      WithRows(any, pool, [&](const Rows& band) {
+        ForEachTile(band, block_row, choices.of_band(block_row),
+                    [&](int64_t b, const uint16_t* tile) { encode(tile, b, overflow + 2 * before[static_cast<size_t>(b)]); });
+      });
     });
-  });
+  }
+  for (size_t b = 0; b < choices.escapes.size(); ++b) {
+    if (before[b + 1] > before[b]) {
+      out.blocks.data.get()[static_cast<int64_t>(b) * width + lane_planar::kOverflowWord] = static_cast<uint32_t>(before[b] + 1);
+    }
+  }
   return out;
 }
 
