@@ -129,7 +129,8 @@ def test_every_width_and_overflow(share):
         (range(3, 4), 64, 2000, 1424),  # as guessed, with overflow entries
         (range(1, 16), 1024, 40, 1440),  # wider than guessed
         (range(1), 64, 40, 1424),  # not as wide as guessed
-        (range(17), 1024, 200, 1472),  # too many for any width
+        (range(1, 16), 1024, 2000, 1472),  # too many for any width
+        (range(17), 1024, 200, 1472),  # the same, as guessed
     ],
 )
 def test_blocks_that_a_sample_does_not_show(bands, columns, escapes, width):

@@ -50,8 +50,8 @@ Encoded EncodeTcaTbe(const Matrix& weight, const For& parallel_for);
 // The same from any source of rows, which it asks three times for each; throws std::invalid_argument for its faults.
 Encoded EncodeTcaTbe(const Bands& bands, const For& parallel_for);
 
-// Asks up to twice for each band, and for some once more; throws std::invalid_argument for the source's faults, std::overflow_error when there are
-// more escapes without a place than 32 bits count.
+// Asks up to twice for each band, and for some once more; throws std::invalid_argument for the source's faults,
+// std::overflow_error when there are more escapes without a place than 32 bits count.
 EncodedLanePlanar EncodeLanePlanar(const Bands& bands, const For& parallel_for);
 
 // The first fault of the payload's values; shapes are the caller's to check.

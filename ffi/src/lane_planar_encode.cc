@@ -1,5 +1,6 @@
 // Encodes a tensor as lane-planar, band by band: chooses shifts, counts escapes and writes the blocks.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -110,9 +111,12 @@ void WithRows(const Matrix& band, BufferPool& pool, F&& use) {
 
 int Room(int block_words) { return 2 * (block_words - lane_planar::kEntryStart); }
 
+// Whether so many blocks of all may have more escapes than room.
+bool AreFew(int64_t overflowing, size_t blocks) { return overflowing * kBlocksPerOverflow <= static_cast<int64_t>(blocks); }
+
 bool HoldsMost(const std::vector<int32_t>& escapes, int width) {
   const auto over = std::count_if(escapes.begin(), escapes.end(), [&](int32_t n) { return n > Room(width); });
-  return over * kBlocksPerOverflow <= static_cast<int64_t>(escapes.size());
+  return AreFew(over, escapes.size());
 }
 
 // The narrowest width that holds the escapes of all but a few blocks.
@@ -182,8 +186,8 @@ Choices ChooseForSample(const Bands& w, const For& parallel_for, BufferPool& poo
 
 }  // namespace
 
-// Most matrices are read once: a sample tells the width, and few blocks have overflow entries, which wait in a list of their band. Where
-// either is not so, shifts and escapes are known before blocks are written.
+// Most matrices are read once: a sample tells the width, and few blocks have overflow entries, which wait in a list of
+// their band. Where either is not so, shifts and escapes are known before blocks are written.
 EncodedLanePlanar EncodeLanePlanar(const Bands& w, const For& parallel_for) {
   const LanePlanarKernels& kernels = Kernels().lane_planar;
   EncodedLanePlanar out;
@@ -194,7 +198,7 @@ EncodedLanePlanar EncodeLanePlanar(const Bands& w, const For& parallel_for) {
   std::vector<std::vector<uint32_t>> spilled(static_cast<size_t>(rows));
   const auto allocate = [&](int width) {
     out.block_words = width;
-    out.blocks = {};
+    out.blocks = {};  // not both at once
     out.blocks = Allocate<uint32_t>(rows * columns * width);
   };
   const auto encode = [&](const uint16_t* tile, int64_t b, uint32_t* overflow) {
@@ -205,12 +209,15 @@ EncodedLanePlanar EncodeLanePlanar(const Bands& w, const For& parallel_for) {
 
   const std::vector<int32_t> sampled = ChooseForSample(w, parallel_for, pool).escapes;
   const int guess = ChooseWidth(sampled);
-  const bool at_once = HoldsMost(sampled, guess);
+  std::atomic<bool> at_once = HoldsMost(sampled, guess);
+  std::atomic<int64_t> overflowing = 0;
   if (at_once) allocate(guess);
   Choose(w, parallel_for, pool, choices, [&](int64_t b, const uint16_t* tile) {
     if (!at_once) return;
     uint32_t entries[2 * kTileSize];
     const int64_t count = encode(tile, b, entries);
+    if (count == 0) return;
+    if (!AreFew(++overflowing, choices.escapes.size())) at_once = false;  // the sample was none, and lists would grow
     std::vector<uint32_t>& list = spilled[static_cast<size_t>(b / columns)];
     list.insert(list.end(), entries, entries + 2 * count);
   });
@@ -224,6 +231,7 @@ EncodedLanePlanar EncodeLanePlanar(const Bands& w, const For& parallel_for) {
   if (at_once && width == guess) {
     for (const std::vector<uint32_t>& list : spilled) overflow = std::copy(list.begin(), list.end(), overflow);
   } else {
+    spilled.clear();
     allocate(width);
     ForEachBand(w, parallel_for, [&](int64_t block_row, const Matrix& any) {
       WithRows(any, pool, [&](const Rows& band) {
