@@ -121,7 +121,7 @@ Outputs run(const Case& c, const Inputs& in, int n, const AttentionPlan* given =
                  n, c.heads, c.kv_heads, c.head_dim, c.slots, std::sqrt(static_cast<float>(c.head_dim)), c.cap, c.window};
   if (c.norms) a.q_norm = {q_scale.data, 1e-6f}, a.k_norm = {k_scale.data, 1e-6f}, a.norm_offset = 1;
   const AttentionPlan plan = given ? *given : plan_attention(a, c.fixed);
-  expect(launch_attention(a, plan, nullptr, false), "launch");
+  expect(launch_attention(a, plan, nullptr), "launch");
   expect(cudaDeviceSynchronize(), "kernel");
   return {out.get(), keys.get(), values.get()};
 }
@@ -207,12 +207,12 @@ struct Model {
 };
 constexpr Model kModels[] = {{"llama-3.1-8b", 32, 8, 128}, {"llama-3.1-70b", 64, 8, 128}, {"qwen3-14b", 40, 8, 128}, {"gemma-3-12b", 16, 8, 256}};
 
-float time_of(const std::vector<Attention>& layers, const AttentionPlan& plan, bool overlap) {
+float time_of(const std::vector<Attention>& layers, const AttentionPlan& plan) {
   constexpr int kRepeats = 7, kLaunches = 48;
   cudaStream_t stream;
   expect(cudaStreamCreate(&stream), "stream");
   expect(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-  for (int i = 0; i < kLaunches; ++i) expect(launch_attention(layers[i % layers.size()], plan, stream, overlap), "launch");
+  for (int i = 0; i < kLaunches; ++i) expect(launch_attention(layers[i % layers.size()], plan, stream), "launch");
   cudaGraph_t graph;
   cudaGraphExec_t exec;
   expect(cudaStreamEndCapture(stream, &graph), "capture");
@@ -252,13 +252,13 @@ int speed(const std::vector<int>& rows, int seen, bool search) {
                           m.kv_heads, m.head_dim, slots, 11.3f});
       const double bytes = 4.0 * n * m.kv_heads * seen * m.head_dim;
       const AttentionPlan plan = plan_attention(layers[0], false);
-      const float us = time_of(layers, plan, false), overlapped = time_of(layers, plan, true);
-      std::printf("%-14s n%-3d %d slots: %.2f us, overlapped %.2f, %.2f TB/s, bytes take %.2f at 4.2\n", m.name, n, seen, us, overlapped, bytes / us * 1e-6,
+      const float us = time_of(layers, plan);
+      std::printf("%-14s n%-3d %d slots: %.2f us, %.2f TB/s, bytes take %.2f at 4.2\n", m.name, n, seen, us, bytes / us * 1e-6,
                   bytes / 4.2e6);
       if (!search) continue;
       for (const int warps : {2, 4, 8})
         for (int splits = 1; splits <= 8; ++splits)
-          if (warps * splits * n * m.kv_heads <= 4096) std::printf("  %dx%d %.2f", splits, warps, time_of(layers, {warps, splits}, false));
+          if (warps * splits * n * m.kv_heads <= 4096) std::printf("  %dx%d %.2f", splits, warps, time_of(layers, {warps, splits}));
       std::printf("\n");
     }
   return 0;

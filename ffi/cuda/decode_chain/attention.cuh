@@ -1,5 +1,5 @@
-// What the attention kernel is made of: instructions that CUDA C++ has no names for, what a lane loads of queries, keys and values, and how
-// several warps' or CTAs' sums become one. The order of the elements is in attention.cu.
+// What the attention kernel is made of: instructions that CUDA C++ has no names for, what a lane has of a head, and how several
+// warps' or CTAs' sums become one. The order of the elements is in attention.cu.
 #pragma once
 #include <cstdint>
 
@@ -42,9 +42,32 @@ __device__ __forceinline__ void load_head(const __nv_bfloat16* from, bool there,
   }
 }
 
-// Cosines, sines and scales are read where they are used, by all warps: from L1 but for the first time.
+// What a lane needs to norm and rotate its part of a head: the norm's scales if there are any, and the angles' cosines and sines.
 template <int kD>
-__device__ __forceinline__ void norm_and_rotate(const Attention& a, int row, const Norm& norm, int j, uint32_t (&x)[kD / 32][4]) {
+struct Scales {
+  uint4 of[kD / 32];
+  __device__ __forceinline__ Scales(const Norm& norm, bool there, int j) {
+    there = there && norm.scale;
+#pragma unroll
+    for (int i = 0; i < kD / 32; ++i) of[i] = there ? *reinterpret_cast<const uint4*>(norm.scale + 32 * i + 8 * j) : make_uint4(0, 0, 0, 0);
+  }
+};
+template <int kD>
+struct Angles {
+  float4 cos[kD / 32], sin[kD / 32];
+  __device__ __forceinline__ Angles(const Attention& a, int row, int j) {
+    const size_t first = static_cast<size_t>(row) * (kD / 2) + 8 * j;
+#pragma unroll
+    for (int i = 0; i < kD / 32; ++i) {
+      cos[i] = *reinterpret_cast<const float4*>(a.cos + first + 32 * (i >> 1) + 4 * (i & 1));
+      sin[i] = *reinterpret_cast<const float4*>(a.sin + first + 32 * (i >> 1) + 4 * (i & 1));
+    }
+  }
+};
+
+template <int kD>
+__device__ __forceinline__ void norm_and_rotate(const Norm& norm, float offset, const Scales<kD>& scales, const Angles<kD>& angles,
+                                                uint32_t (&x)[kD / 32][4]) {
   constexpr int kVectors = kD / 32, kHalf = kVectors / 2;
   if (norm.scale) {
     float squares = 0;
@@ -58,22 +81,19 @@ __device__ __forceinline__ void norm_and_rotate(const Attention& a, int row, con
     const float factor = rsqrtf(__fdiv_rn(squares, static_cast<float>(kD)) + norm.eps);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const uint4 scales = *reinterpret_cast<const uint4*>(norm.scale + 32 * i + 8 * j);
-      const uint32_t of[4] = {scales.x, scales.y, scales.z, scales.w};
+      const uint32_t of[4] = {scales.of[i].x, scales.of[i].y, scales.of[i].z, scales.of[i].w};
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         const float2 v = unpack(x[i][word]), s = unpack(of[word]);
-        x[i][word] = pack(v.x * factor * (s.x + a.norm_offset), v.y * factor * (s.y + a.norm_offset));
+        x[i][word] = pack(v.x * factor * (s.x + offset), v.y * factor * (s.y + offset));
       }
     }
   }
-  const size_t angles = static_cast<size_t>(row) * (kD / 2) + 8 * j;
 #pragma unroll
   for (int i = 0; i < kHalf; ++i)
 #pragma unroll
     for (int word = 0; word < 4; word += 2) {
-      const float4 c = *reinterpret_cast<const float4*>(a.cos + angles + 32 * i + 2 * word);
-      const float4 s = *reinterpret_cast<const float4*>(a.sin + angles + 32 * i + 2 * word);
+      const float4 &c = angles.cos[2 * i + word / 2], &s = angles.sin[2 * i + word / 2];
       const auto rotate = [](uint32_t& low_pair, uint32_t& high_pair, float cx, float cy, float sx, float sy) {
         const float2 low = unpack(low_pair), high = unpack(high_pair);
         low_pair = pack(low.x * cx - high.x * sx, low.y * cy - high.y * sy);
@@ -85,10 +105,11 @@ __device__ __forceinline__ void norm_and_rotate(const Attention& a, int row, con
 }
 
 // What a warp, and then a CTA, has found: of each head the largest score, the weights' sum and that of values times weights.
+// Rows are a little longer than they need be, so that four heads' lie in different banks.
 template <int kD, int kHeads>
 struct Found {
   float largest[kHeads], total[kHeads];
-  float sums[kHeads][kD];
+  float sums[kHeads][kD + 4];
 };
 
 // How much each of several `Found` counts: exp2(largest - the largest of all), 0 where nothing was seen.
@@ -109,35 +130,5 @@ __device__ __forceinline__ float4 add_up(int count, int head, int d, float& larg
   }
   return sum;
 }
-
-// The slots of a row and where its keys and values are; `first` is the first that is seen, `own` the last.
-template <int kD>
-struct Row {
-  int first, own;
-  const __nv_bfloat16 *keys, *values, *new_key, *new_value;
-
-  // What a lane has of a unit's keys and values. From the own slot on they are the new ones: slots behind it are masked, but their values
-  // are multiplied by zero, so they must be finite where the own value is.
-  __device__ __forceinline__ void load_keys(int unit, int g, int j, uint32_t (&k)[2][kD / 32][4]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int slot = first + unit * kUnit + g + 8 * half;
-      load_head<kD>(slot < own ? keys + slot * kD : new_key, true, j, k[half]);
-    }
-  }
-  static __device__ __forceinline__ int value_slot(int i, int j) { return 2 * j + (i & 1) + 8 * (i >> 1); }
-  __device__ __forceinline__ void load_values(int unit, int g, int j, uint32_t (&v)[4][kD / 64][4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int slot = first + unit * kUnit + value_slot(i, j);
-      const __nv_bfloat16* from = slot < own ? values + slot * kD : new_value;
-#pragma unroll
-      for (int h = 0; h < kD / 64; ++h) {
-        const uint4 x = __ldcg(reinterpret_cast<const uint4*>(from + 64 * h + 8 * g));
-        v[i][h][0] = x.x, v[i][h][1] = x.y, v[i][h][2] = x.z, v[i][h][3] = x.w;
-      }
-    }
-  }
-};
 
 }  // namespace jaxzip::decode_chain

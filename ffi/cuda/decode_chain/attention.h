@@ -39,7 +39,7 @@ struct AttentionPlan {
 // `fixed`: one for any n, so that a row's result depends on what it sees only, neither on n, nor on start or slots.
 AttentionPlan plan_attention(const Attention& a, bool fixed);
 
-// n up to 65535. Returns the launch's error. `overlap` as in rows.h.
-cudaError_t launch_attention(const Attention& a, const AttentionPlan& plan, cudaStream_t stream, bool overlap);
+// n up to 65535. Returns the launch's error. It starts when all before it in the stream has ended; what is behind it may overlap.
+cudaError_t launch_attention(const Attention& a, const AttentionPlan& plan, cudaStream_t stream);
 
 }  // namespace jaxzip::decode_chain

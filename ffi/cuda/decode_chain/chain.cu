@@ -23,7 +23,7 @@ cudaError_t launch_chain(const Chain& c, const ChainOptions& options, cudaStream
   };
   // The first starts when all before it has ended: what that writes may be weights. From then on weights are there.
   if (c.attention)
-    if (const cudaError_t error = launch_attention(*c.attention, plan_attention(*c.attention, options.batch_invariant), stream, false)) return error;
+    if (const cudaError_t error = launch_attention(*c.attention, plan_attention(*c.attention, options.batch_invariant), stream)) return error;
   if (const cudaError_t error = add_and_norm(c.o, c.attended, c.residual, c.x1, c.mlp_norm, c.h1, c.o_norm, c.o_product,
                                              c.attention && options.overlap, options.o))
     return error;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../gated_activation.cuh"
+#include "../launch.h"
 #include "../ptx.cuh"
 
 namespace jaxzip::decode_chain {
@@ -20,16 +21,8 @@ bool whole_vectors(int features, Pointers... rows) {
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int grid, int threads, cudaStream_t stream, bool overlap, Arguments... arguments) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  const Launch launch(dim3(grid), threads, 0, stream, 1, overlap);
+  return cudaLaunchKernelEx(&launch.config, kernel, static_cast<Parameters>(arguments)...);
 }
 
 }  // namespace jaxzip::decode_chain

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../launch.h"
 #include "matmul_direct.cuh"
 
 namespace jaxzip::lane_planar {
@@ -65,27 +66,9 @@ int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& c, bool raw,
 
 namespace {
 
-struct Launch {
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = {};
-
-  Launch(const DirectConfig& c, int shared_bytes, bool overlap, cudaStream_t stream) {
-    int count = 0;
-    if (c.cluster > 1) {
-      attributes[count].id = cudaLaunchAttributeClusterDimension;
-      attributes[count++].val.clusterDim = {static_cast<unsigned>(c.cluster), 1, 1};
-    }
-    if (overlap) {
-      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    config.gridDim = dim3(c.clusters * c.cluster);
-    config.blockDim = dim3(c.warps * 32);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = count;
-  }
+struct DirectLaunch : Launch {
+  DirectLaunch(const DirectConfig& c, int shared_bytes, bool overlap, cudaStream_t stream)
+      : Launch(dim3(c.clusters * c.cluster), c.warps * 32, shared_bytes, stream, c.cluster, overlap) {}
 };
 
 // A property of the function on the current device; setting it again costs nothing.
@@ -100,7 +83,7 @@ int direct_resident_clusters(const Matrix& w, int n, const DirectConfig& c) {
   const int bytes = direct_shared_bytes(w, n, c);
   if (!bytes) return 0;
   const Variant& v = *find_variant(n, c, false);
-  const Launch launch(c, bytes, false, nullptr);
+  const DirectLaunch launch(c, bytes, false, nullptr);
   int clusters = 0;
   if (allow_shared(v)) return 0;
   if (c.cluster == 1) {
@@ -119,7 +102,7 @@ cudaError_t launch_matmul_direct(const Matrix& w, const __nv_bfloat16* x, int n,
   const Variant& v = *find_variant(n, c, raw);
   DirectArgs args = {w, x, n, overlap, plan_for(w, n, c, raw, epilogue.gated), epilogue};
   if (const cudaError_t error = allow_shared(v)) return error;
-  const Launch launch(c, bytes, overlap, stream);
+  const DirectLaunch launch(c, bytes, overlap, stream);
   void* parameters[] = {&args};
   return cudaLaunchKernelExC(&launch.config, v.kernel, parameters);
 }

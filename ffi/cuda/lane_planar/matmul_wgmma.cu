@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../launch.h"
 #include "matmul_wgmma.cuh"
 #include "tensor_maps.h"
 
@@ -90,25 +91,9 @@ WgmmaPlan plan_for(const Matrix& w, int n, const Variant& v, const WgmmaConfig& 
   return plan_wgmma(w, n, v.n, v.groups(), c, gated, v.raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes, kSharedPerSm);
 }
 
-struct Launch {
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = {};
-
-  Launch(const WgmmaConfig& c, int slices, int threads, int shared_bytes, bool overlap, cudaStream_t stream) {
-    config.gridDim = dim3(c.clusters * slices * c.cluster);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    if (c.cluster > 1) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(c.cluster), 1, 1};
-    }
-    if (overlap) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-  }
+struct WgmmaLaunch : Launch {
+  WgmmaLaunch(const WgmmaConfig& c, int slices, int threads, int shared_bytes, bool overlap, cudaStream_t stream)
+      : Launch(dim3(c.clusters * slices * c.cluster), threads, shared_bytes, stream, c.cluster, overlap) {}
 };
 
 }  // namespace
@@ -146,7 +131,7 @@ int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& c) {
       return 0;
     return sms * clusters;
   }
-  Launch launch(c, 1, v.threads(), bytes, false, nullptr);
+  const WgmmaLaunch launch(c, 1, v.threads(), bytes, false, nullptr);
   if (cudaOccupancyMaxActiveClusters(&clusters, v.kernel, &launch.config)) return 0;
   return clusters;
 }
@@ -159,11 +144,11 @@ cudaError_t launch_matmul_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, 
   WgmmaArgs args = {{}, w, x, epilogue, n, overlap, XLoad::kPlain, plan_for(w, n, v, c, epilogue.gated)};
   if (w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
     args.x_load = w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk;
-    if (const cudaError_t error = make_x_map(&args.x_map, x, n, w.k, v.n, c.k_groups, args.x_load == XLoad::kSlot)) return error;
+    if (const cudaError_t error = make_rows_map(&args.x_map, x, n, w.k, v.n, c.k_groups, args.x_load == XLoad::kSlot)) return error;
   }
   // A property of the function on the current device; setting it again costs nothing.
   if (const cudaError_t error = cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerSm)) return error;
-  Launch launch(c, args.plan.slices, v.threads(), bytes, overlap, stream);
+  const WgmmaLaunch launch(c, args.plan.slices, v.threads(), bytes, overlap, stream);
   void* parameters[] = {&args};
   return cudaLaunchKernelExC(&launch.config, v.kernel, parameters);
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../launch.h"
 #include "matmul_wide.cuh"
 #include "resident.h"
 #include "tensor_maps.h"
@@ -15,21 +16,16 @@ constexpr int kSharedPerSm = 227 * 1024;
 int units_of_slice(const Matrix& w) { return (w.m_blocks() + kWideShare * kWideTeams - 1) / (kWideShare * kWideTeams); }
 static_assert(kWideTeams == 2, "a gate's row block and the one that it is for are a CTA's");
 
-// `bytes` is 0 if it does not fit.
+// What only a split of K needs is not filled in. `bytes` is 0 if it does not fit.
 WgmmaPlan plan_wide(const Matrix& w, int n, bool gated, int plane_bytes) {
   WgmmaPlan p = {};
   p.k_groups = 1;
-  p.teams = p.busy = kWideTeams;
-  p.log_teams = 1;
-  p.cluster = 1;  // K is not split
   p.gated = gated;
   p.half = w.m_blocks() / 2;
   p.slices = wgmma_slices(n);
   p.row_blocks = units_of_slice(w);
   p.clusters = std::min(kResident[0][kWideShare - 1], p.row_blocks * p.slices);
   p.chunks = w.k_blocks();
-  p.items = kTiles * kWgmmaMaxN / 8;
-  p.owned = p.items;
   p.slot_bytes = kWideTeams * w.block_words * 4;
   const int slot_x = chunk_bytes(kWgmmaMaxN), planes = kWideTeams * 4 * plane_bytes, lines = kWideTeams * kWideAreas * kWideLineColumns * kBlock * 2;
   p.slots = std::min((kSharedPerSm - planes - lines - kWarpAreasBytes - kBarrierBytes) / (slot_x + p.slot_bytes), kMaxSlots);
@@ -64,24 +60,13 @@ cudaError_t launch_matmul_wide(const Matrix& w, const __nv_bfloat16* x, int n, c
   WgmmaArgs args = {{}, w, x, epilogue, n, overlap, w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk,
                     plan_wide(w, n, epilogue.gated, raw ? Raw::kPlaneBytes : LanePlanar::kPlaneBytes)};
   if (!args.plan.bytes) return cudaErrorInvalidValue;
-  if (const cudaError_t error = make_x_map(&args.x_map, x, n, w.k, kWgmmaMaxN / kWideShare, 1, args.x_load == XLoad::kSlot)) return error;
+  if (const cudaError_t error = make_rows_map(&args.x_map, x, n, w.k, kWgmmaMaxN / kWideShare, 1, args.x_load == XLoad::kSlot)) return error;
   if (output.by_lines)
     if (const cudaError_t error = make_y_map(&output.map, static_cast<__nv_bfloat16*>(epilogue.y), n, rows, kWideLineColumns)) return error;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerSm)) return error;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {kWideShare, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(args.plan.clusters * kWideShare);
-  config.blockDim = dim3((kWideTeams + 1) * 128);
-  config.dynamicSmemBytes = args.plan.bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = overlap ? 2 : 1;
+  const Launch launch(dim3(args.plan.clusters * kWideShare), (kWideTeams + 1) * 128, args.plan.bytes, stream, kWideShare, overlap);
   void* parameters[] = {&args, &output};
-  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
+  return cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), parameters);
 }
 
 }  // namespace jaxzip::lane_planar

@@ -144,15 +144,7 @@ __device__ __forceinline__ bool elect_one() {
   return elected;
 }
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map, int c0, int c1, int c2, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0],[%1,{%2,%3,%4}],[%5];" ::"r"(to),
-      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier) : "memory");
-}
-// The same to one place of every CTA of a cluster of `kCtas`, and each one's barrier there.
+// A tensor copy (see ../ptx.cuh) to one place of every CTA of a cluster of `kCtas`, and each one's barrier there.
 template <int kCtas>
 __device__ __forceinline__ void tensor_copy_to_all(uint32_t to, const CUtensorMap* map, int c0, int c1, int c2, uint32_t barrier) {
   asm volatile(
@@ -168,14 +160,6 @@ __device__ __forceinline__ void bulk_store_commit() { asm volatile("cp.async.bul
 template <int kGroups>
 __device__ __forceinline__ void bulk_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroups) : "memory");
-}
-// Without the fences of barrier_init: one barrier_init_done serves many.
-__device__ __forceinline__ void barrier_init_only(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barrier_init_done() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(barrier) : "memory");

@@ -6,6 +6,7 @@
 // of k, and what the CTA does not have whole goes to the workspace for the second kernel, which adds in the order of k again.
 #include <algorithm>
 
+#include "../launch.h"
 #include "columns.cuh"
 #include "decode.cuh"
 #include "epilogue.cuh"
@@ -277,17 +278,9 @@ cudaError_t launch(Arguments& g, const MatmulOptions& options, cudaStream_t stre
   const bool cut = g.extra || g.share % g.k_blocks;
   if (status != cudaSuccess || ctas == 1 || !cut) return status;
 
-  cudaLaunchConfig_t config = {};
   static_assert(S::pairs * 32 % kAddThreads == 0);
-  config.gridDim = dim3(ctas - 1, groups, S::pairs * 32 / kAddThreads);
-  config.blockDim = dim3(kAddThreads);
-  config.stream = stream;
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = options.overlap && major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, add_parts<kColumns>, g, ctas);
+  const Launch launch(dim3(ctas - 1, groups, S::pairs * 32 / kAddThreads), kAddThreads, 0, stream, 1, options.overlap && major >= 9);
+  return cudaLaunchKernelEx(&launch.config, add_parts<kColumns>, g, ctas);
 }
 
 }  // namespace
