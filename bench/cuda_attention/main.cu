@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "decode_chain/attention.h"
+#include "weights.h"
 
 namespace {
 
@@ -235,19 +236,6 @@ float time_of(const std::vector<Attention>& layers, const AttentionPlan& plan) {
   return times[times.size() / 2];
 }
 
-// Normal numbers, the same million again and again: zeros take less time.
-void fill(Device<Bf16>& d) {
-  static const std::vector<Bf16> some = [] {
-    std::mt19937 random(7);
-    std::normal_distribution<float> normal;
-    std::vector<Bf16> v(1 << 20);
-    for (Bf16& x : v) x = __float2bfloat16_rn(normal(random));
-    return v;
-  }();
-  for (size_t at = 0; at < d.size; at += some.size())
-    expect(cudaMemcpy(d.data + at, some.data(), std::min(some.size(), d.size - at) * sizeof(Bf16), cudaMemcpyHostToDevice), "copy");
-}
-
 int speed(const std::vector<int>& rows, int seen, bool search) {
   const int slots = seen + 200;
   for (const Model& m : kModels)
@@ -255,10 +243,12 @@ int speed(const std::vector<int>& rows, int seen, bool search) {
       const size_t cache = static_cast<size_t>(n) * m.kv_heads * slots * m.head_dim, width = static_cast<size_t>(m.heads + 2 * m.kv_heads) * m.head_dim;
       const int copies = static_cast<int>(std::clamp<size_t>((300u << 20) / (cache * 4) + 1, 2, 48));
       Device<Bf16> keys(cache * copies), values(cache * copies), qkv(n * width), out(static_cast<size_t>(n) * m.heads * m.head_dim);
-      Device<float> cos(static_cast<size_t>(n) * m.head_dim / 2), sin(cos.size);
+      const std::vector<float> angles(static_cast<size_t>(n) * m.head_dim / 2, 0.7f);
+      Device<float> cos(angles), sin(angles);
       Device<int32_t> start(std::vector<int32_t>(n, 0)), own(std::vector<int32_t>{seen - 1});
-      for (Device<Bf16>* d : {&keys, &values, &qkv}) fill(*d);
-      cudaMemset(cos.data, 0, cos.size * 4), cudaMemset(sin.data, 0, sin.size * 4);
+      uint32_t seed = 0;
+      for (Device<Bf16>* d : {&keys, &values, &qkv}) fill_gaussian(reinterpret_cast<uint16_t*>(d->data), d->size, 1, 0, ++seed);  // zeros take less time
+      expect(cudaDeviceSynchronize(), "fill");
       std::vector<Attention> layers;
       for (int i = 0; i < copies; ++i)
         layers.push_back({qkv.data, cos.data, sin.data, keys.data + i * cache, values.data + i * cache, start.data, own.data, out.data, n, m.heads,
