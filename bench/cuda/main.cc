@@ -1,6 +1,7 @@
 // Bare CUDA benchmark of the lane-planar kernels: `check`, or `speed` against the better of cublasGemmEx and cublasLt.
 //
 //   bench check [PAYLOAD ...] [only=NAME]   payloads of payload.py
+//   bench gated                     the part of `check` about gated products
 //   bench choices                   whether what the library chooses fits into an SM; needs no GPU
 //   bench speed OUT.json [weights=real] [n=1,8,16] [shapes=4096x4096,...] [only=NAME] [variants=8]
 //   bench once - [same options]     one plain launch of each kernel, for profilers
@@ -126,18 +127,20 @@ void measure_decompression(const Problem& p, cudaStream_t stream) {
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: bench check | bench choices | bench speed OUT.json [option=value ...] | bench once - [option=value ...]\n");
+    std::fprintf(stderr, "usage: bench check | bench gated | bench choices | bench speed OUT.json [option=value ...] | bench once - [option=value ...]\n");
     return 2;
   }
   if (!std::strcmp(argv[1], "choices")) return check_choices() != 0;
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
   const ExponentClasses classes = read_exponents(option(argc, argv, "exponents", "bench/cuda/exponents.json").c_str());
+  if (!std::strcmp(argv[1], "gated")) return check_gated(classes, stream) != 0;
   if (!std::strcmp(argv[1], "check")) {
     int wrong = 0;
     for (int i = 2; i < argc; ++i)
       if (!std::strchr(argv[i], '=')) wrong += check_payload(argv[i], stream);
     wrong += check_kernels(classes, option(argc, argv, "only", ""), stream);
+    wrong += check_gated(classes, stream);
     return wrong + check_streams(classes) != 0;
   }
 

@@ -20,8 +20,11 @@ struct FourRows {
   __device__ __forceinline__ FourRows(const Epilogue& e, int m, int first, uint32_t shifts) : first(first) {
     for (int i = 0; i < 4; ++i) {
       scale[i] = unscale(static_cast<int8_t>(shifts >> (8 * i)));
-      bias[i] = e.bias && first + i < m ? __bfloat162float(e.bias[first + i]) : -0.0f;  // which changes no sum
+      bias[i] = -0.0f;  // which changes no sum
     }
+    if (e.bias)
+      for (int i = 0; i < 4; ++i)
+        if (first + i < m) bias[i] = __bfloat162float(e.bias[first + i]);
   }
   __device__ __forceinline__ float4 finish(float4 sum) const {
     return make_float4(fmaf(sum.x, scale[0], bias[0]), fmaf(sum.y, scale[1], bias[1]), fmaf(sum.z, scale[2], bias[2]), fmaf(sum.w, scale[3], bias[3]));
@@ -75,7 +78,7 @@ __device__ __forceinline__ void store_gated(const Epilogue& e, int m, int n, int
   *reinterpret_cast<uint2*>(y) = make_uint2(gated_activation(e.activation, gate.x, up.x), gated_activation(e.activation, gate.y, up.y));
 }
 
-// A gated result by a thread that has the gate's rows before those that they are for: they wait in y.
+// A gated result's rows. Those of a gate come first, from this thread or one that it has met since, and wait in y for those that they are for.
 __device__ __forceinline__ void store_rows_of_pair(const Epilogue& e, int m, int n, const FourRows& rows, float4 sum) {
   const uint2 pairs = rounded(rows.finish(sum));
   const int of = rows.first < m / 2 ? rows.first : rows.first - m / 2;

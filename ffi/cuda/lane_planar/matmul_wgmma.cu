@@ -18,13 +18,16 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   p.k_groups = c.k_groups;
   p.teams = groups / c.k_groups;
   while (1 << p.log_k_groups < p.k_groups) ++p.log_k_groups;
-  while (1 << p.log_teams < p.teams) ++p.log_teams;
   p.cluster = c.cluster;
   p.clusters = c.clusters;
-  p.gated = gated;
   p.half = w.m_blocks() / 2;
-  p.row_blocks = ((w.m_blocks() >> p.gated) + c.clusters - 1) / c.clusters;
-  p.busy = std::min(p.teams, p.row_blocks);
+  p.row_blocks = ((w.m_blocks() >> gated) + c.clusters - 1) / c.clusters;
+  const auto passes = [&](int takers) { return (p.row_blocks + takers - 1) / takers; };
+  p.pair_of_teams = gated && p.teams > 1 && passes(p.teams / 2) < 2 * passes(p.teams);
+  p.pair_of_passes = gated && !p.pair_of_teams;
+  p.takers = p.teams >> p.pair_of_teams;
+  while (1 << p.log_takers < p.takers) ++p.log_takers;
+  p.busy = std::min(p.takers, p.row_blocks) << p.pair_of_teams;
   p.chunks = w.k_blocks() / c.cluster;
   p.k_longer = w.k_blocks() % c.cluster;
   p.items = kTiles * instruction_n / 8;
@@ -71,20 +74,24 @@ struct Variant {
   int threads() const { return (groups() + 1) * 128; }
 };
 
-template <class Weights, int kN>
+template <class Weights, int kN, bool kPairs>
 Variant variant() {
-  return {kN, !Weights::kHasEscapes, reinterpret_cast<const void*>(&matmul_wgmma<Weights, kN, wgmma_groups(kN)>)};
+  return {kN, !Weights::kHasEscapes, reinterpret_cast<const void*>(&matmul_wgmma<Weights, kN, wgmma_groups(kN), kPairs>)};
 }
 
-const Variant* find_variant(int n, bool raw) {
-  static const Variant variants[] = {
-      variant<LanePlanar, 8>(), variant<LanePlanar, 16>(), variant<LanePlanar, 32>(), variant<LanePlanar, 64>(), variant<LanePlanar, 128>(),
-      variant<LanePlanar, 256>(), variant<Raw, 8>(), variant<Raw, 16>(), variant<Raw, 32>(), variant<Raw, 64>(), variant<Raw, 128>(),
-      variant<Raw, 256>(),
-  };
+template <class Weights, bool kPairs, int... kNs>
+const Variant* find_variant(int n) {
+  static const Variant variants[] = {variant<Weights, kNs, kPairs>()...};
   for (const Variant& v : variants)
-    if (v.raw == raw && std::min(n, kWgmmaMaxN) <= v.n) return &v;
+    if (std::min(n, kWgmmaMaxN) <= v.n) return &v;
   return nullptr;
+}
+
+// A chain's products have the same kernels, gated or not: code that another product has just run is fetched faster.
+const Variant* find_variant(int n, bool raw, bool gated, bool chained) {
+  static_assert(kGatedMaxN == 64);
+  if (gated || (chained && n <= kGatedMaxN)) return raw ? find_variant<Raw, true, 8, 16, 32, 64>(n) : find_variant<LanePlanar, true, 8, 16, 32, 64>(n);
+  return raw ? find_variant<Raw, false, 8, 16, 32, 64, 128, 256>(n) : find_variant<LanePlanar, false, 8, 16, 32, 64, 128, 256>(n);
 }
 
 WgmmaPlan plan_for(const Matrix& w, int n, const Variant& v, const WgmmaConfig& c, bool gated) {
@@ -102,7 +109,7 @@ namespace {
 
 // With `bytes` 0 if there is none.
 WgmmaPlan any_plan(const Matrix& w, int n, const WgmmaConfig& c, bool raw, bool gated = false) {
-  const Variant* v = n < 1 || wgmma_slices(n) > kWgmmaMaxSlices ? nullptr : find_variant(n, raw);
+  const Variant* v = n < 1 || wgmma_slices(n) > kWgmmaMaxSlices ? nullptr : find_variant(n, raw, gated, false);
   if (!v || c.cluster < 1 || c.cluster > 8 || c.clusters < 1 || c.clusters > w.m_blocks() >> gated || c.k_groups < 1 ||
       v->groups() % c.k_groups || w.k_blocks() / c.cluster < c.k_groups)
     return {};
@@ -121,7 +128,7 @@ int wgmma_slots(const Matrix& w, int n, const WgmmaConfig& c, bool raw) {
 int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& c) {
   const int bytes = wgmma_shared_bytes(w, n, c);
   if (!bytes) return 0;
-  const Variant& v = *find_variant(n, false);
+  const Variant& v = *find_variant(n, false, false, false);
   if (cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedPerSm)) return 0;
   int clusters = 0;
   if (c.cluster == 1) {
@@ -140,7 +147,7 @@ cudaError_t launch_matmul_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, 
                                 cudaStream_t stream, bool raw, bool overlap) {
   const int bytes = wgmma_shared_bytes(w, n, c, raw, epilogue.gated);
   if (!bytes) return cudaErrorInvalidValue;
-  const Variant& v = *find_variant(n, raw);
+  const Variant& v = *find_variant(n, raw, epilogue.gated, overlap);
   WgmmaArgs args = {{}, w, x, epilogue, n, overlap, XLoad::kPlain, plan_for(w, n, v, c, epilogue.gated)};
   if (w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
     args.x_load = w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk;

@@ -34,7 +34,8 @@ struct Registers<2> {
 
 // So many slots are asked for before anything else, their barriers made by the warp that fills them. The others cannot start before that
 // has been done, so it is little unless the time is the kernel's before.
-__device__ __forceinline__ int early_slots(const WgmmaArgs& args, const WgmmaWork& work) {
+template <class Work>
+__device__ __forceinline__ int early_slots(const WgmmaArgs& args, const Work& work) {
   constexpr int kWithoutOverlap = 2;
   if (args.x_load == XLoad::kPlain) return 0;  // plain x is there before its slot's blocks
   const int total = work.passes * work.slots_per_pass;
@@ -42,8 +43,8 @@ __device__ __forceinline__ int early_slots(const WgmmaArgs& args, const WgmmaWor
 }
 
 // The part of the warp that fills the slots.
-template <int kN, int kGroups, class Join>
-__device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWork& work, int lane, const Join& join) {
+template <int kN, int kGroups, class Work, class Join>
+__device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const Work& work, int lane, const Join& join) {
   const WgmmaPlan& plan = args.plan;
   // A team's lane asks for its blocks of a slot: k_groups that lie one behind the other, fewer in a pass's last slot.
   const int own_passes = lane < plan.busy ? work.passes_of(plan, lane) : 0;
@@ -123,8 +124,8 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const WgmmaWor
 }
 
 // The part of a warp that multiplies.
-template <class Weights, int kN, int kGroups>
-__device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork& work, uint8_t* memory, int warp, int lane) {
+template <class Weights, int kN, int kGroups, class Work>
+__device__ __forceinline__ void multiply(const WgmmaArgs& args, const Work& work, uint8_t* memory, int warp, int lane) {
   const WgmmaPlan& plan = args.plan;
   const int k_groups = plan.k_groups, team = warp >> 2 >> plan.log_k_groups, k_group = warp >> 2 & (k_groups - 1);
   const int own_slots = (work.chunks - k_group + k_groups - 1) >> plan.log_k_groups;
@@ -132,8 +133,8 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
   ptx::wait_for_previous_grid();  // bias and residual
 
   float sums[kN / 2];
-  Results<Weights, kN> results(args, work, memory, warp, lane);
-  using Multiplies = std::conditional_t<kGroups == 2, PipelinedMultiplier<Weights, kN>, Multiplier<Weights, kN>>;
+  Results<Weights, kN, Work> results(args, work, memory, warp, lane);
+  using Multiplies = std::conditional_t<kGroups == 2, PipelinedMultiplier<Weights, kN, Work>, Multiplier<Weights, kN, Work>>;
   const Multiplies multiplier(args, work, results.warp_area(), warp, lane);
   multiplier.fill_plane();
   RingPlace place = {0, 0};
@@ -151,13 +152,13 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const WgmmaWork&
   if (plan.sums_in_slots && own_passes == 0) results.announce_idle();
 }
 
-template <class Weights, int kN, int kGroups>
+template <class Weights, int kN, int kGroups, bool kPairs>
 __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __grid_constant__ WgmmaArgs args) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const WgmmaPlan& plan = args.plan;
   // By a reduction, whose result the compiler knows to be the warp's: what follows from it then costs no vector registers.
   const int warp = __reduce_max_sync(~0u, threadIdx.x >> 5), lane = threadIdx.x & 31;
-  const WgmmaWork work(args, ptx::shared_address(memory), kN);
+  const WgmmaWork<kPairs> work(args, ptx::shared_address(memory), kN);
   ptx::launch_dependents();
   const auto join = [&] {  // all barriers are made
     __syncthreads();

@@ -10,7 +10,7 @@ namespace jaxzip::lane_planar {
 
 constexpr int kWgmmaMaxN = 256;  // of one instruction: more columns are slices of so many, each with CTAs of its own that decode for it
 constexpr int kWgmmaMaxSlices = 16;
-// The kernel gives both rows of a gated product's pair (see Epilogue) to one thread, the gate's first.
+// The kernel gives both rows of a gated product's pair (see Epilogue) to one CTA.
 constexpr bool kWgmmaDealsPairs = true;
 
 struct WgmmaConfig {

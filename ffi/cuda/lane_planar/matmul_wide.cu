@@ -20,7 +20,7 @@ static_assert(kWideTeams == 2, "a gate's row block and the one that it is for ar
 WgmmaPlan plan_wide(const Matrix& w, int n, bool gated, int plane_bytes) {
   WgmmaPlan p = {};
   p.k_groups = 1;
-  p.gated = gated;
+  p.pair_of_teams = gated;
   p.half = w.m_blocks() / 2;
   p.slices = wgmma_slices(n);
   p.row_blocks = units_of_slice(w);

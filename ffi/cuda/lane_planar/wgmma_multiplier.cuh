@@ -5,9 +5,9 @@
 
 namespace jaxzip::lane_planar {
 
-template <class Weights, int kN>
-class Multiplier : public RingReader<Weights, kN, WgmmaWork> {
-  using Ring = RingReader<Weights, kN, WgmmaWork>;
+template <class Weights, int kN, class Work>
+class Multiplier : public RingReader<Weights, kN, Work> {
+  using Ring = RingReader<Weights, kN, Work>;
 
  public:
   using Ring::Ring;
@@ -15,7 +15,7 @@ class Multiplier : public RingReader<Weights, kN, WgmmaWork> {
   // The sums of a row block over this warp group's chunks in the next `slots` slots, of which it has one in the first `own_slots`, all or
   // all but one. `block(i)` is the index of the encoded block in the i-th of them.
   template <class BlockIndex>
-  __device__ __forceinline__ void row_block(const WgmmaArgs& args, const WgmmaWork& work, int slots, int own_slots, const BlockIndex& block_index,
+  __device__ __forceinline__ void row_block(const WgmmaArgs& args, const Work& work, int slots, int own_slots, const BlockIndex& block_index,
                                             RingPlace& place, float (&sums)[kN / 2]) const {
     const WgmmaPlan& plan = args.plan;
     const Matrix& w = args.w;

@@ -5,7 +5,7 @@
 
 namespace jaxzip::lane_planar {
 
-template <class Weights, int kN, class Work = WgmmaWork>
+template <class Weights, int kN, class Work>
 class PipelinedMultiplier : public RingReader<Weights, kN, Work> {
   using Ring = RingReader<Weights, kN, Work>;
   using Operands = uint32_t[4][4];

@@ -5,13 +5,16 @@
 namespace jaxzip::lane_planar {
 
 struct WgmmaPlan {
-  int k_groups, teams, log_k_groups, log_teams;
+  int k_groups, teams, log_k_groups;
   int cluster;     // CTAs that share a row block, each with its part of K
   int clusters;
   int slices;      // of the columns; as many clusters, one behind the other, read the same row blocks
   int row_blocks;  // of the clusters with most, or pairs of them
+  int takers, log_takers;  // teams that take one of these at a time, or pairs of teams
   int busy;        // teams that get one of these; the others end at once and have no room
-  int gated, half;  // 1: row blocks are dealt in pairs, of a gate's and the one half further down, which is a team's next pass
+  // Of a gated product row blocks are dealt in pairs, of a gate's and the one `half` further down. This is the next team's, or the same team's next
+  // pass: one of these is 1, whichever takes fewer passes, each of which reads x.
+  int pair_of_teams, pair_of_passes, half;
   int chunks, k_longer;  // chunks of 64 k of a rank; the first k_longer ranks have one more
   int early;       // slots filled before the kernel before has ended
   int slots;       // of the ring: each has a chunk of x for every k group and an encoded block for every busy warp group
@@ -23,13 +26,13 @@ struct WgmmaPlan {
   int blocks, planes, received, barriers, bytes;  // offsets in shared memory; x is at 0
   // These pass through every slot, also where their cluster has fewer row blocks than others.
   __host__ __device__ int busy_warps() const { return busy * k_groups * 4; }
-  // Before the barriers is an area of each warp's own: shifts of 16 rows, and a word that nobody reads, where lanes without an escape store.
+  // Before the barriers is an area of each warp's own: shifts of 16 rows, and a byte a lane that nobody reads, where lanes without an escape store.
 };
 
 constexpr int kItemBytes = 512;
 constexpr int kFewColumns = 16;  // up to so many every warp sends its own sums: adding them in the CTA first costs more than it saves
 constexpr int kMaxGroups = 4;
-constexpr int kShiftBytes = 16, kWarpAreaBytes = 2 * kShiftBytes, kWarpAreasBytes = kWarpAreaBytes * 4 * kMaxGroups;
+constexpr int kShiftBytes = 16, kWarpAreaBytes = kShiftBytes + 32, kWarpAreasBytes = kWarpAreaBytes * 4 * kMaxGroups;
 constexpr int kMaxSlots = 16, kMinSlots = 2;
 
 // Barriers of a slot: it is full, it was used.

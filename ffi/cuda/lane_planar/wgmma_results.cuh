@@ -18,11 +18,12 @@ __device__ __forceinline__ float4 transpose_rows(float4 v, int lane) {
 
 // Sums of a row block are items of 8 columns and 16 rows, a register quadruple of each lane. Where K is split, they are added in two steps,
 // each in a fixed order: warp groups of a team, among which the items are dealt; then CTAs, each of which owns some of the items.
-template <class Weights, int kN, class Work = WgmmaWork>
+template <class Weights, int kN, class Work>
 class Results {
  protected:
   static constexpr int kColumnGroups = kN / 8;
   static constexpr bool kFew = kN <= kFewColumns;
+  static constexpr int kFirstPairBarrier = 1 + kMaxGroups;  // those before are a team's, or a warp group's
   const WgmmaArgs& args_;
   const Work& work_;
   uint8_t* const memory_;
@@ -62,10 +63,21 @@ class Results {
     const int n = first_n + 8 * column_group + 2 * (lane_ & 3) + ((lane_ >> 2) & 1);
     sum = transpose_rows(sum, lane_);
     if (n >= args_.n) return;
-    if (kN <= kGatedMaxN && args_.epilogue.gated)
+    if (Work::kPairs && args_.epilogue.gated)
       store_rows_of_pair(args_.epilogue, args_.w.m, n, rows, sum);
     else
       store_rows(args_.epilogue, args_.w.m, fours, n, rows, sum);
+  }
+  // Where a pair is two teams', a warp and one of the next team have the same items, of a gate's rows and of those that they are for. The gate's wait
+  // in y for the others', as they do where a pair is two passes of a team.
+  __device__ __forceinline__ void sync_pair() const {
+    ptx::sync_threads(kFirstPairBarrier + (team_ >> 1) * k_groups_ * 4 + team_warp(), 64);
+  }
+  __device__ __forceinline__ void before_items() const {
+    if (Work::kPairs && args_.plan.pair_of_teams && team_ & 1) sync_pair();
+  }
+  __device__ __forceinline__ void after_items() const {
+    if (Work::kPairs && args_.plan.pair_of_teams && !(team_ & 1)) sync_pair();
   }
   static __device__ __forceinline__ float4 item(const float (&sums)[kN / 2], int g) {
     return make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]);
@@ -129,8 +141,10 @@ class Results {
     wait_for_shifts();
     const FourRows rows = four_rows(pass);
     const bool fours = in_fours(args_.epilogue, args_.w.m);
+    before_items();
 #pragma unroll
     for (int g = kOwn; g < kColumnGroups; g += kGroups) store_item(work_.first_column(pass), g, rows, fours, item(sums, g));
+    after_items();
   }
   __device__ __forceinline__ int owned() const { return (args_.plan.items - work_.rank + ranks_ - 1) / ranks_; }
   __device__ __forceinline__ void add_ranks_and_store(int pass, bool more) const {
@@ -139,6 +153,7 @@ class Results {
     const bool fours = in_fours(args_.epilogue, args_.w.m);
     const float4* from = team_memory() + received() * 32;
     ptx::barrier_wait(arrived_, pass & 1);
+    before_items();
 #pragma unroll 1
     for (int i = team_warp(); i < owned(); i += k_groups_ * 4) {
       const auto of_cta = [&](int rank) {
@@ -151,6 +166,7 @@ class Results {
       for (int r = 1; r < ranks_; ++r) sum = add(sum, of_cta(r));
       store_item(work_.first_column(pass), (i * ranks_ + work_.rank) >> 2, rows, fours, sum);
     }
+    after_items();
     if (more) {  // there is a next send, which waits for this
       __syncwarp();
       if (lane_ < ranks_) ptx::barrier_arrive_cluster(may_send_, lane_);
@@ -164,7 +180,7 @@ class Results {
   __device__ __forceinline__ bool stores_lines() const {
     const Epilogue& e = args_.epilogue;
     const uintptr_t addresses = reinterpret_cast<uintptr_t>(e.y) | reinterpret_cast<uintptr_t>(e.residual);
-    return kN >= 16 && Weights::kHasEscapes && ranks_ * k_groups_ == 1 && (kResidualLines || !e.residual) && !e.fp32_out && !e.gated &&
+    return kN >= 16 && Weights::kHasEscapes && ranks_ * k_groups_ == 1 && (kResidualLines || !e.residual) && !e.fp32_out && !(Work::kPairs && e.gated) &&
            args_.w.m % 8 == 0 && (addresses & 15) == 0;
   }
   __device__ __forceinline__ void sync_group() const { ptx::sync_threads(1 + group_, 128); }
@@ -240,7 +256,7 @@ class Results {
         team_(group_ >> args.plan.log_k_groups), k_group_(group_ & (k_groups_ - 1)), ranks_(Work::kSplitsK ? args.plan.cluster : 1),
         arrived_(work.barriers + kArrived + 8 * team_), may_send_(work.barriers + kMaySend + 8 * team_), cluster_started_(ranks_ == 1) {}
 
-  // The shared address of what is this warp's own: shifts of the rows that it stores, then a word that nobody reads.
+  // The shared address of what is this warp's own: shifts of the rows that it stores, then bytes that nobody reads.
   __device__ __forceinline__ uint32_t warp_area() const { return work_.barriers - kWarpAreasBytes + warp_ * kWarpAreaBytes; }
 
   // Before a pass: asks for the shifts, for which its end would have to wait.

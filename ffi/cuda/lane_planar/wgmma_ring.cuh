@@ -35,7 +35,7 @@ class RingReader {
  public:
   __device__ __forceinline__ RingReader(const WgmmaArgs& args, const Work& work, uint32_t warp_area, int warp, int lane)
       : tile_words_(warp & 3, lane),
-        patches_(work.shared + args.plan.planes + warp * static_cast<uint32_t>(Weights::kPlaneBytes), warp_area + kShiftBytes, warp & 3, lane),
+        patches_(work.shared + args.plan.planes + warp * static_cast<uint32_t>(Weights::kPlaneBytes), warp_area + kShiftBytes + lane, warp & 3, lane),
         first_words_(work.shared + args.plan.blocks + (warp >> 2) * work.block_bytes),
         first_b_(ptx::wgmma_descriptor(work.shared + (warp >> 2 & (args.plan.k_groups - 1)) * chunk_bytes(kN))), lane_(lane) {}
 

@@ -6,10 +6,11 @@
 
 namespace jaxzip::lane_planar {
 
-// What all warps of a CTA know of their work.
+// What all warps of a CTA know of their work. Where kernels may deal pairs, the plan says whether they do.
+template <bool kMayDealPairs>
 struct WgmmaWork {
-  static constexpr bool kSplitsK = true;
-  int rank, cluster, k_begin, chunks, row_blocks, slots_per_pass, passes;  // row_blocks of a gated product are pairs
+  static constexpr bool kSplitsK = true, kPairs = kMayDealPairs;
+  int rank, cluster, k_begin, chunks, row_blocks, slots_per_pass, passes;  // row_blocks: or pairs
   int first_n = 0;                                                         // of its columns
   uint32_t shared, barriers, block_bytes, x_bytes;  // x_bytes of a slot
 
@@ -22,12 +23,15 @@ struct WgmmaWork {
     }
     k_begin = rank * plan.chunks + min(rank, plan.k_longer);
     chunks = plan.chunks + (rank < plan.k_longer);  // at least k_groups
-    row_blocks = plan.row_blocks - (cluster + (plan.row_blocks - 1) * plan.clusters >= (args.w.m_blocks() >> plan.gated));
+    row_blocks = plan.row_blocks - (cluster + (plan.row_blocks - 1) * plan.clusters >= (args.w.m_blocks() >> gated(plan)));
     slots_per_pass = (chunks + plan.k_groups - 1) >> plan.log_k_groups;
-    passes = (row_blocks + plan.teams - 1) >> plan.log_teams << plan.gated;
+    passes = passes_of(plan, 0);
     barriers = shared + plan.barriers;
     block_bytes = args.w.block_words * 4;
     x_bytes = plan.k_groups * chunk_bytes(instruction_n);
+  }
+  static __device__ __forceinline__ int gated(const WgmmaPlan& plan) {
+    return kPairs ? plan.pair_of_teams | plan.pair_of_passes : 0;
   }
   // The first of a pass's columns.
   __device__ __forceinline__ int first_column(int) const { return first_n; }
@@ -36,10 +40,13 @@ struct WgmmaWork {
     if (lane == 0) ptx::barrier_arrive(empty);
   }
   __device__ __forceinline__ int row_block_of(const WgmmaPlan& plan, int team, int pass) const {
-    return cluster + (team + (pass >> plan.gated) * plan.teams) * plan.clusters + (pass & plan.gated ? plan.half : 0);
+    const int of_teams = kPairs ? plan.pair_of_teams : 0, of_passes = kPairs ? plan.pair_of_passes : 0;
+    const bool second = (team & of_teams) | (pass & of_passes);
+    return cluster + ((team >> of_teams) + (pass >> of_passes) * plan.takers) * plan.clusters + (second ? plan.half : 0);
   }
   __device__ __forceinline__ int passes_of(const WgmmaPlan& plan, int team) const {
-    return (row_blocks - team + plan.teams - 1) >> plan.log_teams << plan.gated;
+    const int of_teams = kPairs ? plan.pair_of_teams : 0, of_passes = kPairs ? plan.pair_of_passes : 0;
+    return (row_blocks - (team >> of_teams) + plan.takers - 1) >> plan.log_takers << of_passes;
   }
 };
 

@@ -19,7 +19,7 @@ struct WideOutput {
 // A unit of work is a row block for each warp group of a cluster, times a slice of the columns. Clusters take units in turn: those that run
 // at once share slices and row blocks, which so come from the L2.
 struct WideWork {
-  static constexpr bool kSplitsK = false;
+  static constexpr bool kSplitsK = false, kPairs = false;  // gated products have other results
   int rank, cluster, clusters, groups, slices, chunks, passes;
   uint32_t shared, barriers, block_bytes, x_bytes;  // x_bytes of a slot
 
@@ -42,7 +42,7 @@ struct WideWork {
   __device__ __forceinline__ int row_block_of(const WgmmaPlan& plan, int team, int pass) const {
     const int first = first_slice(unit(pass));
     const int group = (unit(pass) - first * groups) / min(kWideBand, slices - first), own = group * kWideShare + rank;
-    if (plan.gated) return own < plan.half ? own + team * plan.half : 2 * plan.half;
+    if (plan.pair_of_teams) return own < plan.half ? own + team * plan.half : 2 * plan.half;
     return own * kWideTeams + team;
   }
   // Every CTA of the cluster writes into the slot.
