@@ -1,12 +1,14 @@
 // Bare CUDA benchmark of a decode step's chain (ffi/cuda/decode_chain): us a layer in a CUDA graph with a child graph a layer, as XLA
 // runs custom calls; cold weights with the exponents of real models.
 //
-//   chain_bench [n=1,8,32,64] [models=llama-3.1-8b,...] [attention=1024] [search=12] [steady=300]
+//   chain_bench [n=1,8,32,64] [models=llama-3.1-8b,...] [attention=1024] [search=12] [steady=300] [load=0.4] [gate_up=NAME,...]
 //
 // `attention`: the chain starts with the attention of so many tokens a row, the own one included; by default all of a layer but that.
 // `steady` is how many ms each timing has the same chains run before it: what a long generation gets, whose clock the power limit lowers.
 // `search` tries so many configurations of each product in the chain, one product after another, and keeps what is at least 0.5%
 // faster: configurations that are fastest alone need not be so where kernels overlap.
+// `load` also measures time and energy of so many seconds without a pause, of what is chosen and of each configuration of `gate_up`, as
+// "wgmma 4/1 C1 cl112", in turns, three times and the second time in the other order: what came before heats the GPU.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -21,6 +23,7 @@
 #include "matmul.h"
 #include "product.h"
 #include "timing.h"
+#include "under_load.h"
 
 namespace {
 
@@ -143,8 +146,8 @@ cudaGraph_t captured(cudaStream_t stream, const std::function<cudaError_t()>& la
 
 Before before_timing;
 
-// Median us a layer, or 0 where a configuration does not fit.
-float layer_us(const Layer& layer, Buffers& buffers, const ChainOptions& options, cudaStream_t stream) {
+// kLayers of them, or null where a configuration does not fit.
+cudaGraph_t layers_graph(const Layer& layer, Buffers& buffers, const ChainOptions& options, cudaStream_t stream) {
   cudaGraph_t whole;
   CHECK(cudaGraphCreate(&whole, 0));
   cudaGraphNode_t last;
@@ -162,11 +165,41 @@ float layer_us(const Layer& layer, Buffers& buffers, const ChainOptions& options
     last = node;
     CHECK(cudaGraphDestroy(child));
   }
-  if (error != cudaSuccess) {
-    CHECK(cudaGraphDestroy(whole));
-    return 0;
+  if (error == cudaSuccess) return whole;
+  CHECK(cudaGraphDestroy(whole));
+  return nullptr;
+}
+
+// Median us a layer, or 0 where a configuration does not fit.
+float layer_us(const Layer& layer, Buffers& buffers, const ChainOptions& options, cudaStream_t stream) {
+  const cudaGraph_t graph = layers_graph(layer, buffers, options, stream);
+  return graph ? replay_microseconds(graph, stream, kLayers, kRepeats, before_timing) : 0;
+}
+
+void under_load(const Layer& layer, Buffers& buffers, const std::vector<std::string>& names, double seconds, cudaStream_t stream) {
+  static const PowerMeter meter;
+  constexpr int kTurns = 3;
+  std::vector<std::optional<MatmulConfig>> configs = {std::nullopt};
+  for (const std::string& name : names) {
+    const auto config = lane_planar::parse_config(name, buffers.n);
+    if (!config) std::fprintf(stderr, "no configuration for %d rows: %s\n", buffers.n, name.c_str()), std::exit(2);
+    configs.push_back(config);
   }
-  return replay_microseconds(whole, stream, kLayers, kRepeats, before_timing);
+  std::vector<UnderLoad> sums(configs.size());
+  for (int turn = 0; turn < kTurns; ++turn)
+    for (size_t i = 0; i < configs.size(); ++i) {
+      const size_t at = turn % 2 ? configs.size() - 1 - i : i;
+      ChainOptions options;
+      options.gate_up = configs[at] ? &*configs[at] : nullptr;
+      const cudaGraph_t graph = layers_graph(layer, buffers, options, stream);
+      if (!graph) continue;
+      const UnderLoad found = replay_under_load(graph, stream, kLayers, seconds, meter);
+      sums[at].us += found.us / kTurns, sums[at].joules += found.joules / kTurns;
+      sums[at].watts += found.watts / kTurns, sums[at].mhz += found.mhz / kTurns;
+    }
+  for (size_t i = 0; i < configs.size(); ++i)
+    std::printf("    under load, gate_up %-24s %.2f us %.2f mJ a layer, %.0f W, %.0f MHz\n", configs[i] ? names[i - 1].c_str() : "as chosen",
+                sums[i].us, sums[i].joules * 1e3, sums[i].watts, sums[i].mhz);
 }
 
 std::vector<MatmulConfig> to_try(const Matrix& w, int n, bool gated, size_t most) {
@@ -214,6 +247,7 @@ int main(int argc, char** argv) {
   const ExponentClasses classes = read_exponents("bench/cuda/exponents.json");
   const auto names = option(argc, argv, "models", "llama-3.1-8b"), most = option(argc, argv, "search", "0");
   const int tokens = std::stoi(option(argc, argv, "attention", "0")[0]);
+  const double seconds = std::stod(option(argc, argv, "load", "0")[0]);
   before_timing.steady_ms = std::stoi(option(argc, argv, "steady", "0")[0]);
   for (const Model& model : kModels) {
     if (std::find(names.begin(), names.end(), model.name) == names.end()) continue;
@@ -224,6 +258,7 @@ int main(int argc, char** argv) {
       apart.overlap = false;
       const float us = layer_us(layer, buffers, {}, stream);
       std::printf("%s N=%s: %.2f us a layer, %.2f without overlap\n", model.name, n.c_str(), us, layer_us(layer, buffers, apart, stream));
+      if (seconds > 0) under_load(layer, buffers, option(argc, argv, "gate_up", ""), seconds, stream);
       if (std::stoul(most[0])) search(layer, buffers, us, std::stoul(most[0]), stream);
       std::fflush(stdout);
     }

@@ -103,10 +103,6 @@ struct WgmmaLaunch : Launch {
       : Launch(dim3(c.clusters * slices * c.cluster), threads, shared_bytes, stream, c.cluster, overlap) {}
 };
 
-}  // namespace
-
-namespace {
-
 // With `bytes` 0 if there is none.
 WgmmaPlan any_plan(const Matrix& w, int n, const WgmmaConfig& c, bool raw, bool gated = false) {
   const Variant* v = n < 1 || wgmma_slices(n) > kWgmmaMaxSlices ? nullptr : find_variant(n, raw, gated, false);
