@@ -38,7 +38,7 @@ bool choices_fit(int m, int k, int n, bool gated) {
     if (!wgmma(invariant)) return false;
   }
   for (const bool chained : {false, true}) {
-    if (!wgmma(choose_wgmma(dealt, n, chained))) return false;
+    if (!wgmma(choose_wgmma(shape(m, k, kMaxBlockWords), n, chained, gated))) return false;
     const DirectConfig c = choose_direct(dealt, n, chained);
     // A gated one that does not fit leaves the product to wgmma.
     if (c.clusters && !gated && !fits(m, k, [&](const Matrix& w, bool raw) { return direct_shared_bytes(w, n, c, raw); })) return false;

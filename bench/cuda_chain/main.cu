@@ -203,9 +203,9 @@ void under_load(const Layer& layer, Buffers& buffers, const std::vector<std::str
 }
 
 std::vector<MatmulConfig> to_try(const Matrix& w, int n, bool gated, size_t most) {
-  Matrix dealt = w;  // pairs of a gated product are dealt as row blocks of half of it are
+  Matrix dealt = w;  // the direct kernel deals pairs of a gated product as it does row groups of half of it
   if (gated) dealt.m /= 2;
-  const auto wgmma = lane_planar::best_wgmma(dealt, n);
+  const auto wgmma = lane_planar::best_wgmma(w, n, gated);
   const auto direct = n <= 4 ? lane_planar::best_direct(dealt, n) : std::vector<lane_planar::DirectConfig>();
   std::vector<MatmulConfig> found;
   for (size_t i = 0; found.size() < most && i < std::max(wgmma.size(), direct.size()); ++i) {

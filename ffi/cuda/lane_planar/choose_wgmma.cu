@@ -23,12 +23,15 @@ constexpr Measured kMeasured[] = {
     {10240, 8192, 16, {2, 1, 80}}, {34816, 5120, 32, {2, 1, 91}}, {34816, 5120, 64, {2, 1, 109}}, {57344, 8192, 64, {1, 1, 128}},
 };
 
-// The same of a decode step's chain, where kernels overlap; m of a gated product is half of its rows (`chain_bench search=12`, and under steady load).
+// The same of a decode step's chain, where kernels overlap (`chain_bench search=12`).
 constexpr Measured kMeasuredChained[] = {
     {4096, 4096, 8, {2, 3, 32}}, {4096, 4096, 32, {2, 3, 32}}, {4096, 14336, 8, {4, 2, 64}}, {4096, 14336, 64, {1, 5, 22}},
-    {14336, 4096, 32, {2, 1, 112}}, {14336, 4096, 64, {1, 1, 112}}, {15360, 3840, 32, {2, 1, 120}}, {5120, 17408, 32, {1, 4, 27}},
-    {17408, 5120, 8, {4, 2, 55}}, {17408, 5120, 16, {2, 1, 91}}, {17408, 5120, 32, {2, 1, 91}}, {17408, 5120, 64, {1, 2, 55}},
-    {28672, 8192, 8, {4, 2, 64}}, {28672, 8192, 32, {2, 1, 112}},
+    {5120, 17408, 32, {1, 4, 27}},
+};
+// And of its gated products, also under load.
+constexpr Measured kMeasuredGated[] = {
+    {30720, 3840, 32, {2, 1, 120}}, {30720, 3840, 64, {2, 1, 120}}, {34816, 5120, 8, {4, 2, 55}}, {34816, 5120, 16, {2, 1, 91}},
+    {34816, 5120, 64, {1, 2, 55}},  {57344, 8192, 8, {4, 2, 64}},
 };
 
 // The model, in us, fitted to 15 shapes (on average it takes what is 1.0% slower than the best, also of shapes that were left out). A
@@ -49,15 +52,16 @@ double smooth_max(double a, double b, int power) { return std::pow(std::pow(a, p
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-double modelled_us(const Matrix& w, int n, const WgmmaConfig& c) {
+// Of a gated product a cluster has as many row blocks as its pairs have, and needs as many passes for them.
+double modelled_us(const Matrix& w, int n, const WgmmaConfig& c, bool gated) {
   const Column* column = kColumns;
   while (column->n < std::min(n, kWgmmaMaxN)) ++column;
-  const int groups = wgmma_groups(n), teams = groups / c.k_groups, row_blocks = divide_up(w.m_blocks(), c.clusters);
+  const int groups = wgmma_groups(n), teams = groups / c.k_groups, row_blocks = divide_up(w.m_blocks() >> gated, c.clusters) << gated;
   const int passes = divide_up(row_blocks, teams), slots = divide_up(divide_up(w.k_blocks(), c.cluster), c.k_groups);
   const int in_last_pass = row_blocks - (passes - 1) * teams;
   const double block_bytes = kMaxBlockWords * 4, chunks = divide_up(w.k_blocks(), c.cluster);
   const double compute = slots * (passes * column->slot_us + column->groups_us * (passes - 1 + static_cast<double>(in_last_pass) / teams)) *
-                         (1 + kShortRing / (std::max(2, wgmma_slots(w, n, c)) - 1));
+                         (1 + kShortRing / (std::max(2, wgmma_slots(w, n, c, false, gated)) - 1));
   const double stream = chunks * (row_blocks * block_bytes + passes * column->n * kBlock * 2.0) / kBytesPerUsAndSm;
   const double store = kStoreUsPerColumn * column->n * row_blocks + (c.cluster > 1 ? passes * kExchangeUs : 0);
   const double waves = divide_up(c.clusters * wgmma_slices(n), kResident[0][c.cluster - 1]);
@@ -68,23 +72,23 @@ double modelled_us(const Matrix& w, int n, const WgmmaConfig& c) {
 
 // Calls `visit(config)` with what fits n columns, and so fewer, for so many groups that split K and such a cluster.
 template <class Visit>
-void each_fitting(const Matrix& w, int n, int k_groups, int cluster, const Visit& visit) {
-  const int teams = wgmma_groups(n) / k_groups;
-  const int resident = std::min(std::max(1, kResident[0][cluster - 1] / wgmma_slices(n)), w.m_blocks()), rows = divide_up(w.m_blocks(), resident);
-  for (const int r : {rows, divide_up(rows, teams) * teams, std::max(1, rows / teams) * teams, teams}) {
-    const WgmmaConfig c = {k_groups, cluster, divide_up(w.m_blocks(), r)};
-    if (wgmma_slots(w, n, c)) visit(c);
+void each_fitting(const Matrix& w, int n, int k_groups, int cluster, bool gated, const Visit& visit) {
+  const int dealt = w.m_blocks() >> gated, takers = std::max(1, wgmma_groups(n) / k_groups >> gated);
+  const int resident = std::min(std::max(1, kResident[0][cluster - 1] / wgmma_slices(n)), dealt), each = divide_up(dealt, resident);
+  for (const int r : {each, divide_up(each, takers) * takers, std::max(1, each / takers) * takers, takers}) {
+    const WgmmaConfig c = {k_groups, cluster, divide_up(dealt, r)};
+    if (wgmma_slots(w, n, c, false, gated)) visit(c);
   }
 }
 
 // The one that fits n columns and has the least `us_of(config)`.
 template <class UsOf>
-WgmmaConfig least_modelled(const Matrix& w, int n, const UsOf& us_of) {
+WgmmaConfig least_modelled(const Matrix& w, int n, bool gated, const UsOf& us_of) {
   WgmmaConfig best = {};
   double least = 1e30;
   for (int k_groups = 1; k_groups <= wgmma_groups(n); k_groups *= 2)
     for (int cluster = 1; cluster <= 8; ++cluster)
-      each_fitting(w, n, k_groups, cluster, [&](const WgmmaConfig& c) {
+      each_fitting(w, n, k_groups, cluster, gated, [&](const WgmmaConfig& c) {
         const double us = us_of(c);
         if (us < least) least = us, best = c;
       });
@@ -93,25 +97,29 @@ WgmmaConfig least_modelled(const Matrix& w, int n, const UsOf& us_of) {
 
 }  // namespace
 
-WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained) {
+WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained, bool gated) {
   const auto measured = [&](const Measured& row) {  // its n stands for all that the instruction does
-    return row.m == w.m && row.k == w.k && n <= row.n && (row.n == 8 || n > row.n / 2) && wgmma_slots(w, n, row.config);
+    return row.m == w.m && row.k == w.k && n <= row.n && (row.n == 8 || n > row.n / 2) && wgmma_slots(w, n, row.config, false, gated);
   };
-  if (chained)
+  if (gated)
+    for (const Measured& row : kMeasuredGated)
+      if (measured(row)) return row.config;
+  if (chained && !gated)
     for (const Measured& row : kMeasuredChained)
       if (measured(row)) return row.config;
-  for (const Measured& row : kMeasured)
-    if (measured(row)) return row.config;
-  return least_modelled(w, n, [&](const WgmmaConfig& c) { return modelled_us(w, n, c); });
+  if (!gated)
+    for (const Measured& row : kMeasured)
+      if (measured(row)) return row.config;
+  return least_modelled(w, n, gated, [&](const WgmmaConfig& c) { return modelled_us(w, n, c, gated); });
 }
 
-std::vector<WgmmaConfig> best_wgmma(const Matrix& w, int n) {
+std::vector<WgmmaConfig> best_wgmma(const Matrix& w, int n, bool gated) {
   std::vector<std::pair<double, WgmmaConfig>> found;
   for (int k_groups = 1; k_groups <= wgmma_groups(n); k_groups *= 2)
     for (int cluster = 1; cluster <= 8; ++cluster) {
       std::pair<double, WgmmaConfig> least = {1e30, {}};
-      each_fitting(w, n, k_groups, cluster, [&](const WgmmaConfig& c) {
-        const double us = modelled_us(w, n, c);
+      each_fitting(w, n, k_groups, cluster, gated, [&](const WgmmaConfig& c) {
+        const double us = modelled_us(w, n, c, gated);
         if (us < least.first) least = {us, c};
       });
       if (least.second.clusters) found.push_back(least);
@@ -122,8 +130,8 @@ std::vector<WgmmaConfig> best_wgmma(const Matrix& w, int n) {
 // For few, some and many columns, of which the last have the least room: of 15 shapes 7.4, 6.5, 2.4 and 3.7% slower than the best for 8,
 // 16, 32 and 64 on average. The least for 32 alone is 4.1, 3.1, 1.5 and 22.6% slower.
 WgmmaConfig choose_batch_invariant(const Matrix& w) {
-  return least_modelled(w, kInvariantMaxN, [&](const WgmmaConfig& c) {
-    return modelled_us(w, 8, c) + modelled_us(w, 32, c) + modelled_us(w, kInvariantMaxN, c);
+  return least_modelled(w, kInvariantMaxN, false, [&](const WgmmaConfig& c) {
+    return modelled_us(w, 8, c, false) + modelled_us(w, 32, c, false) + modelled_us(w, kInvariantMaxN, c, false);
   });
 }
 

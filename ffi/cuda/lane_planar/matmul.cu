@@ -31,8 +31,7 @@ int rows_of_launch(int rows) {
 }
 
 MatmulConfig choose(const Matrix& shape, int rows, bool gated, const MatmulOptions& options) {
-  // Pairs of a gated product are dealt as row blocks of half of it are, twice over.
-  Matrix dealt = shape;
+  Matrix dealt = shape;  // the direct kernel deals pairs of a gated product as it does row groups of half of it, twice over
   if (gated) dealt.m /= 2;
   MatmulConfig c = {};
   if (options.batch_invariant) {
@@ -44,7 +43,7 @@ MatmulConfig choose(const Matrix& shape, int rows, bool gated, const MatmulOptio
   const int few = small ? kDirectRowsSmall : options.chained ? kDirectRowsChained : kDirectRows;
   if (rows <= few) c.direct = choose_direct(dealt, rows, options.chained);
   if (c.direct.clusters && !direct_shared_bytes(shape, rows, c.direct, false, gated)) c.direct.clusters = 0;
-  if (!c.direct.clusters) c.wgmma = choose_wgmma(dealt, rows, options.chained);
+  if (!c.direct.clusters) c.wgmma = choose_wgmma(shape, rows, options.chained, gated);
   return c;
 }
 

@@ -46,7 +46,7 @@ std::vector<MatmulConfig> matmul_configs(const Matrix& w, int n, size_t most);
 
 // All that one kernel has for this shape by its model, best first: one for each way to split K. `w.block_words` counts.
 std::vector<DirectConfig> best_direct(const Matrix& w, int n);
-std::vector<WgmmaConfig> best_wgmma(const Matrix& w, int n);
+std::vector<WgmmaConfig> best_wgmma(const Matrix& w, int n, bool gated = false);
 
 template <class Config>
 std::vector<Config> by_cost(std::vector<std::pair<double, Config>> found) {

@@ -116,8 +116,8 @@ WgmmaPlan any_plan(const Matrix& w, int n, const WgmmaConfig& c, bool raw, bool 
 
 int wgmma_shared_bytes(const Matrix& w, int n, const WgmmaConfig& c, bool raw, bool gated) { return any_plan(w, n, c, raw, gated).bytes; }
 
-int wgmma_slots(const Matrix& w, int n, const WgmmaConfig& c, bool raw) {
-  const WgmmaPlan plan = any_plan(w, n, c, raw);
+int wgmma_slots(const Matrix& w, int n, const WgmmaConfig& c, bool raw, bool gated) {
+  const WgmmaPlan plan = any_plan(w, n, c, raw, gated);
   return plan.bytes ? plan.slots : 0;
 }
 

@@ -26,8 +26,8 @@ constexpr int wgmma_slices(int n) { return (n + kWgmmaMaxN - 1) / kWgmmaMaxN; }
 constexpr int wgmma_groups(int n) { return n <= 128 ? 4 : 2; }
 
 // The configuration for this shape: measured on an H200, else by a model fitted to its 132 SMs. There is one for every m, k >= 1 and
-// n of at most kWgmmaMaxSlices. Asks nothing of the driver. `chained`: for kernels that overlap.
-WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained = false);
+// n of at most kWgmmaMaxSlices. Asks nothing of the driver. `chained`: for kernels that overlap. `gated`: of a gated product (see Epilogue).
+WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained = false, bool gated = false);
 
 // One configuration for every n in 1..64: the order of summation depends on m and k only, so a column's bits do not depend on n.
 WgmmaConfig choose_batch_invariant(const Matrix& w);
@@ -37,7 +37,7 @@ WgmmaConfig choose_batch_invariant(const Matrix& w);
 int wgmma_shared_bytes(const Matrix& w, int n, const WgmmaConfig& config, bool raw = false, bool gated = false);
 
 // Slots of the ring then; 0 as well.
-int wgmma_slots(const Matrix& w, int n, const WgmmaConfig& config, bool raw = false);
+int wgmma_slots(const Matrix& w, int n, const WgmmaConfig& config, bool raw = false, bool gated = false);
 
 // How many clusters of this configuration run at once on the current device; asks the driver.
 int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& config);
