@@ -98,18 +98,14 @@ WgmmaConfig least_modelled(const Matrix& w, int n, bool gated, const UsOf& us_of
 }  // namespace
 
 WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained, bool gated) {
-  const auto measured = [&](const Measured& row) {  // its n stands for all that the instruction does
-    return row.m == w.m && row.k == w.k && n <= row.n && (row.n == 8 || n > row.n / 2) && wgmma_slots(w, n, row.config, false, gated);
+  const auto find = [&](const auto& table) -> const Measured* {
+    for (const Measured& row : table)  // its n stands for all that the instruction does
+      if (row.m == w.m && row.k == w.k && n <= row.n && (row.n == 8 || n > row.n / 2) && wgmma_slots(w, n, row.config, false, gated)) return &row;
+    return nullptr;
   };
-  if (gated)
-    for (const Measured& row : kMeasuredGated)
-      if (measured(row)) return row.config;
-  if (chained && !gated)
-    for (const Measured& row : kMeasuredChained)
-      if (measured(row)) return row.config;
-  if (!gated)
-    for (const Measured& row : kMeasured)
-      if (measured(row)) return row.config;
+  const Measured* row = gated ? find(kMeasuredGated) : chained ? find(kMeasuredChained) : nullptr;
+  if (!row && !gated) row = find(kMeasured);
+  if (row) return row->config;
   return least_modelled(w, n, gated, [&](const WgmmaConfig& c) { return modelled_us(w, n, c, gated); });
 }
 
