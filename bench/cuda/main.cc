@@ -5,6 +5,7 @@
 //   bench choices                   whether what the library chooses fits into an SM; needs no GPU
 //   bench speed OUT.json [weights=real] [n=1,8,16] [shapes=4096x4096,...] [only=NAME] [variants=8]
 //   bench once - [same options]     one plain launch of each kernel, for profilers
+//   bench load - [weights=] [n=] [shapes=] [seconds=0.4]   time and energy of what the library chooses while the GPU never idles
 //
 // `timings=FILE` gets the time of every configuration.
 // `only` keeps the kernels whose name contains it, `variants` prints so many of the slower ones.
@@ -17,6 +18,7 @@
 #include "cublas_reference.h"
 #include "decompress.h"
 #include "kernels.h"
+#include "measure_load.h"
 #include "product.h"
 #include "timing.h"
 
@@ -127,7 +129,7 @@ void measure_decompression(const Problem& p, cudaStream_t stream) {
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: bench check | bench gated | bench choices | bench speed OUT.json [option=value ...] | bench once - [option=value ...]\n");
+    std::fprintf(stderr, "usage: bench check | bench gated | bench choices | bench speed OUT.json [option=value ...] | bench once - [option=value ...] | bench load - [option=value ...]\n");
     return 2;
   }
   if (!std::strcmp(argv[1], "choices")) return check_choices() != 0;
@@ -144,7 +146,7 @@ int main(int argc, char** argv) {
     return wrong + check_streams(classes) != 0;
   }
 
-  const bool once = !std::strcmp(argv[1], "once");
+  const bool once = !std::strcmp(argv[1], "once"), load = !std::strcmp(argv[1], "load");
   std::unique_ptr<CublasReference> cublas;
   if (!once) cublas = std::make_unique<CublasReference>(stream);
   const std::string only = option(argc, argv, "only", ""), log = option(argc, argv, "timings", "");
@@ -159,6 +161,11 @@ int main(int argc, char** argv) {
       const Problem p = make_problem(m, k, weights, classes, kColdBytes);
       for (const std::string& columns : split(option(argc, argv, "n", "1,2,4,8,16,32"))) {
         const int n = std::stoi(columns);
+        if (load) {
+          static const PowerMeter meter;
+          measure_load(p, n, std::stod(option(argc, argv, "seconds", "0.4")), stream, *cublas, meter);
+          continue;
+        }
         std::vector<Candidate> kernels;
         for (const Candidate& c : candidates(p.encoded.matrix, n))
           if (c.name.find(only) != std::string::npos) kernels.push_back(c);

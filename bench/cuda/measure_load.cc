@@ -1,0 +1,44 @@
+#include "measure_load.h"
+
+#include "matmul.h"
+#include "timing.h"
+
+void measure_load(const Problem& p, int n, double seconds, cudaStream_t stream, CublasReference& cublas, const PowerMeter& meter) {
+  using namespace jaxzip;
+  constexpr int kTurns = 2, kLaunches = 40;
+  DeviceArray<__nv_bfloat16> x(static_cast<size_t>(n) * p.k), y(static_cast<size_t>(n) * p.m);
+  fill_gaussian(reinterpret_cast<uint16_t*>(x.get()), x.size(), 1.0f, 0, 77);
+  CHECK(cudaDeviceSynchronize());
+  const size_t size = static_cast<size_t>(p.m) * p.k;
+  const auto dense = [&](int i) { return DenseProduct{p.dense->get() + size * (i % p.dense_copies), x.get(), y.get(), p.m, n, p.k}; };
+  const int ways = cublas.prepare(dense(0));
+  int best_way = 0;
+  float best_us = 1e9f;
+  for (int way = 0; way < ways; ++way) {
+    const float us = graph_microseconds(stream, [&](int i) { cublas.run(way, dense(i)); }, std::max(p.dense_copies, kLaunches), 5);
+    if (us < best_us) best_us = us, best_way = way;
+  }
+  const Epilogue epilogue = {y.get(), false, nullptr, nullptr};
+  const auto measure = [&](int count, const auto& launch) {
+    cudaGraph_t graph;
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < count; ++i) launch(i);
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    return replay_under_load(graph, stream, count, seconds, meter);
+  };
+  UnderLoad ours = {}, theirs = {};
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const UnderLoad a = measure(std::max(p.encoded.copies, kLaunches), [&](int i) {
+      CHECK(lane_planar::launch_matmul(p.encoded.copy(i), x.get(), n, epilogue, {}, stream));
+    });
+    const UnderLoad b = measure(std::max(p.dense_copies, kLaunches), [&](int i) { cublas.run(best_way, dense(i)); });
+    for (const auto& [sum, found] : {std::pair<UnderLoad*, const UnderLoad*>{&ours, &a}, {&theirs, &b}}) {
+      sum->us += found->us / kTurns, sum->joules += found->joules / kTurns;
+      sum->watts += found->watts / kTurns, sum->mhz += found->mhz / kTurns;
+    }
+  }
+  std::printf("%dx%d N%d %.3f bits: %.2f us %.2f mJ %.0f W %.0f MHz, cublas %.2f us %.2f mJ %.0f W %.0f MHz, ratio %.3f\n", p.m, p.k, n,
+              p.encoded.bits_per_weight, ours.us, ours.joules * 1e3, ours.watts, ours.mhz, theirs.us, theirs.joules * 1e3, theirs.watts,
+              theirs.mhz, theirs.us / ours.us);
+  std::fflush(stdout);
+}
