@@ -37,9 +37,8 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   else
     p.received_bytes = ((c.k_groups - 1) * p.items + (c.cluster > 1 ? c.cluster * p.owned : 0)) * kItemBytes;
 
-  const int slot_blocks = p.busy * c.k_groups * w.block_words * 4;
-  const int slot_x = c.k_groups * chunk_bytes(instruction_n), slot = slot_x + slot_blocks;
-  p.slot_bytes = slot_blocks;
+  plan_slots(p, w, p.busy, c.k_groups);
+  const int slot_x = c.k_groups * chunk_bytes(instruction_n), slot = slot_x + p.slot_bytes;
   const int planes = p.busy_warps() * plane_bytes, fixed = planes + kWarpAreasBytes + kBarrierBytes;
   int sum_bytes = p.busy * p.received_bytes;
   // Of a single pass sums can use the slots, after the last of them. That costs a wait for all of the cluster, so only where few
@@ -55,7 +54,7 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   p.early = std::max(1, (instruction_n <= kFewColumns ? kEarlyBytesFew : kEarlyBytes) / (groups * w.block_words * 4));
   p.planes = p.slots * slot_x;  // as x's slots, whole kilobytes from the start
   p.blocks = p.planes + planes;
-  const int ring = std::max(p.blocks + p.slots * slot_blocks, p.sums_in_slots ? p.busy * p.received_bytes : 0);
+  const int ring = std::max(p.blocks + p.slots * p.slot_bytes, p.sums_in_slots ? p.busy * p.received_bytes : 0);
   p.received = p.sums_in_slots ? 0 : ring;
   p.barriers = ring + sum_bytes + kWarpAreasBytes;
   p.bytes = p.barriers + kBarrierBytes;

@@ -72,7 +72,8 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const Work& wo
     __syncwarp();
     if (exists) {
       const int block = work.row_block_of(plan, lane, c.pass) * args.w.k_blocks() + work.k_begin + first;
-      ptx::bulk_copy(work.shared + plan.blocks + at * plan.slot_bytes + lane * plan.k_groups * work.block_bytes,
+      const int in_line = (work.k_begin + first) * work.block_bytes & plan.line_mask;
+      ptx::bulk_copy(work.shared + plan.blocks + at * plan.slot_bytes + lane * plan.team_bytes + in_line,
                      args.w.blocks + static_cast<size_t>(block) * args.w.block_words, bytes, full, policy);
     }
   };
@@ -137,7 +138,7 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const Work& work
   using Multiplies = std::conditional_t<kGroups == 2, PipelinedMultiplier<Weights, kN, Work>, Multiplier<Weights, kN, Work>>;
   const Multiplies multiplier(args, work, results.warp_area(), warp, lane);
   multiplier.fill_plane();
-  RingPlace place = {0, 0};
+  RingPlace place = {};
 #pragma unroll 1
   for (int pass = 0; pass < own_passes; ++pass) {
     results.begin(pass);

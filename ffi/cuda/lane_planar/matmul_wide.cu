@@ -26,7 +26,7 @@ WgmmaPlan plan_wide(const Matrix& w, int n, bool gated, int plane_bytes) {
   p.row_blocks = units_of_slice(w);
   p.clusters = std::min(kResident[0][kWideShare - 1], p.row_blocks * p.slices);
   p.chunks = w.k_blocks();
-  p.slot_bytes = kWideTeams * w.block_words * 4;
+  plan_slots(p, w, kWideTeams, 1);
   const int slot_x = chunk_bytes(kWgmmaMaxN), planes = kWideTeams * 4 * plane_bytes, lines = kWideTeams * kWideAreas * kWideLineColumns * kBlock * 2;
   p.slots = std::min((kSharedPerSm - planes - lines - kWarpAreasBytes - kBarrierBytes) / (slot_x + p.slot_bytes), kMaxSlots);
   if (p.slots < kMinSlots) return p;

@@ -40,8 +40,10 @@ __device__ __forceinline__ void fill_wide(const WgmmaArgs& args, const WideWork&
           ptx::tensor_copy_to_all<kWideShare>(to, &args.x_map, chunk * kBlock, first_n, 0, full);
       }
       __syncwarp();
-      if (exists)
-        ptx::bulk_copy(work.shared + plan.blocks + at * plan.slot_bytes + lane * work.block_bytes, from, work.block_bytes, full, policy);
+      if (exists) {
+        const uint32_t in_line = chunk * work.block_bytes & plan.line_mask;
+        ptx::bulk_copy(work.shared + plan.blocks + at * plan.slot_bytes + lane * plan.team_bytes + in_line, from, work.block_bytes, full, policy);
+      }
       if (++at == plan.slots) {
         at = 0;
         phase ^= 1;
@@ -67,7 +69,7 @@ __device__ __forceinline__ void multiply_wide(const WgmmaArgs& args, const WideO
   WideResults<Weights> results(args, output, work, memory, warp, lane);
   const PipelinedMultiplier<Weights, kWgmmaMaxN, WideWork> multiplier(args, work, results.warp_area(), warp, lane);
   multiplier.fill_plane();
-  RingPlace place = {0, 0};
+  RingPlace place = {};
 #pragma unroll 1
   for (int pass = 0; pass < work.passes; ++pass) {
     const int row_block = work.row_block_of(args.plan, team, pass);

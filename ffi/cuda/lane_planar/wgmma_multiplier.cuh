@@ -22,6 +22,7 @@ class Multiplier : public RingReader<Weights, kN, Work> {
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) sums[i] = 0;
     int left = own_slots;  // with the running one
+    Ring::begin_row_block(args, work, place);
     const auto block = [&] { return block_index(own_slots - left); };
     uint32_t a[4][4] = {};
     Patch patch = {};
@@ -50,7 +51,7 @@ class Multiplier : public RingReader<Weights, kN, Work> {
         this->patches_.take_back(patch);
       }
       const uint32_t empty = Ring::barriers_of(work, place) + kEmpty;
-      place = Ring::following(plan, place);
+      place = Ring::following(work, plan, place);
       if (--left > 0) {
         Ring::wait_full(work, place);
         if constexpr (Weights::kHasEscapes) {

@@ -42,6 +42,7 @@ class PipelinedMultiplier : public RingReader<Weights, kN, Work> {
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) sums[i] = 0;
     int left = own_slots;  // with the running one
+    Ring::begin_row_block(args, work, place);
     const auto block = [&] { return block_index(own_slots - left); };
     // Multiplies the chunk at `place`, whose operands are `a`, and decodes the one that follows into `next`. False after the last one.
     const auto step = [&](Operands& a, Operands& next) {
@@ -51,7 +52,7 @@ class PipelinedMultiplier : public RingReader<Weights, kN, Work> {
 #pragma unroll
       for (int j = 0; j < 4; ++j) ptx::wgmma(sums, a[j], b + 2 * j);
       ptx::wgmma_commit();
-      place = Ring::following(args.plan, place);
+      place = Ring::following(work, args.plan, place);
       if (--left > 0) {
         Ring::wait_full(work, place);
         decode(args, place, block, next);

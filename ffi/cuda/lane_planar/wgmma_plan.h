@@ -19,6 +19,10 @@ struct WgmmaPlan {
   int early;       // slots filled before the kernel before has ended
   int slots;       // of the ring: each has a chunk of x for every k group and an encoded block for every busy warp group
   int slot_bytes;  // of its encoded blocks
+  int team_bytes;  // from a team's blocks of a slot to the next one's
+  // 127 where blocks lie in a slot as they do in memory, as far from the start of a line of 128 bytes: copies cost less energy so. 0 where all
+  // blocks start with a line, and where a row block's first one does not.
+  int line_mask;
   int items;       // 64 x 8 sums of a row block are items of 512 bytes: (8 columns, 16 rows); item i belongs to rank i % cluster
   int owned;       // of the rank with most
   int received_bytes;  // a team's
@@ -44,6 +48,17 @@ constexpr int kIdle = kMaySend + 8 * kMaxGroups;
 constexpr int kBarrierBytes = kIdle + 16;
 
 __host__ __device__ constexpr int chunk_bytes(int instruction_n) { return instruction_n * kBlock * 2; }
+
+constexpr int kLineBytes = 128;
+
+// Places of a slot's blocks: `team_blocks` lie one behind the other.
+inline void plan_slots(WgmmaPlan& plan, const Matrix& w, int teams, int team_blocks) {
+  const int block_bytes = w.block_words * 4, bytes = team_blocks * block_bytes;
+  const bool in_lines = block_bytes % kLineBytes && static_cast<long long>(w.k_blocks()) * block_bytes % kLineBytes == 0;
+  plan.line_mask = in_lines ? kLineBytes - 1 : 0;
+  plan.team_bytes = in_lines ? (bytes + kLineBytes - 1) / kLineBytes * kLineBytes : bytes;
+  plan.slot_bytes = teams * plan.team_bytes + (in_lines ? kLineBytes : 0);
+}
 
 // For `groups` warp groups that multiply. `bytes` is 0 if it does not fit into `limit`.
 WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, const WgmmaConfig& config, bool gated, int plane_bytes,

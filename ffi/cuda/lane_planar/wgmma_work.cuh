@@ -33,6 +33,7 @@ struct WgmmaWork {
   static __device__ __forceinline__ int gated(const WgmmaPlan& plan) {
     return kPairs ? plan.pair_of_teams | plan.pair_of_passes : 0;
   }
+  __device__ __forceinline__ int first_chunk() const { return k_begin; }
   // The first of a pass's columns.
   __device__ __forceinline__ int first_column(int) const { return first_n; }
   // By a whole warp, of which no lane needs the slot of this barrier any more.

@@ -31,6 +31,7 @@ struct WideWork {
     block_bytes = args.w.block_words * 4;
     x_bytes = chunk_bytes(kWgmmaMaxN);
   }
+  __device__ __forceinline__ int first_chunk() const { return 0; }
   __device__ __forceinline__ int unit(int pass) const { return cluster + pass * clusters; }
   // Units go through all row blocks for a band of slices, whose x stays in the L2, then for the next.
   __device__ __forceinline__ int first_slice(int unit) const { return unit / (kWideBand * groups) * kWideBand; }
