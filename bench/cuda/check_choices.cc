@@ -38,7 +38,14 @@ bool choices_fit(int m, int k, int n, bool gated) {
     if (!wgmma(invariant)) return false;
   }
   for (const bool chained : {false, true}) {
-    if (!wgmma(choose_wgmma(shape(m, k, kMaxBlockWords), n, chained, gated))) return false;
+    const WgmmaConfig whole = choose_wgmma(shape(m, k, kMaxBlockWords), n, chained, gated);
+    if (!wgmma(whole)) return false;
+    const MatmulConfig parts = with_tail(shape(m, k, kMaxBlockWords), n, whole, gated);
+    const auto part_fits = [&](int count, const WgmmaConfig& c) {
+      return fits(m, k, [&](const Matrix& w, bool raw) { return wgmma_shared_bytes(with_row_blocks(w, count, gated), n, c, raw, gated); });
+    };
+    const int others = (shape(m, k, 0).m_blocks() >> gated) - parts.tail_row_blocks;
+    if (parts.tail_row_blocks && (others < 1 || !part_fits(others, parts.wgmma) || !part_fits(parts.tail_row_blocks, parts.tail))) return false;
     const DirectConfig c = choose_direct(dealt, n, chained);
     // A gated one that does not fit leaves the product to wgmma.
     if (c.clusters && !gated && !fits(m, k, [&](const Matrix& w, bool raw) { return direct_shared_bytes(w, n, c, raw); })) return false;

@@ -1,11 +1,11 @@
 // Bare CUDA benchmark of the lane-planar kernels: `check`, or `speed` against the better of cublasGemmEx and cublasLt.
 //
 //   bench check [PAYLOAD ...] [only=NAME]   payloads of payload.py
-//   bench gated                     the part of `check` about gated products
+//   bench gated | bench tails       the parts of `check` about gated products, and about products as two launches
 //   bench choices                   whether what the library chooses fits into an SM; needs no GPU
 //   bench speed OUT.json [weights=real] [n=1,8,16] [shapes=4096x4096,...] [only=NAME] [variants=8]
 //   bench once - [same options]     one plain launch of each kernel, for profilers
-//   bench load - [weights=] [n=] [shapes=] [seconds=0.4]   time and energy of what the library chooses while the GPU never idles
+//   bench load - [weights=] [n=] [shapes=] [seconds=0.4] [config=NAME,...]   time and energy of what the library chooses while the GPU never idles
 //
 // `timings=FILE` gets the time of every configuration.
 // `only` keeps the kernels whose name contains it, `variants` prints so many of the slower ones.
@@ -129,7 +129,7 @@ void measure_decompression(const Problem& p, cudaStream_t stream) {
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: bench check | bench gated | bench choices | bench speed OUT.json [option=value ...] | bench once - [option=value ...] | bench load - [option=value ...]\n");
+    std::fprintf(stderr, "usage: bench check | bench gated | bench tails | bench choices | bench speed OUT.json [option=value ...] | bench once - [option=value ...] | bench load - [option=value ...]\n");
     return 2;
   }
   if (!std::strcmp(argv[1], "choices")) return check_choices() != 0;
@@ -137,18 +137,22 @@ int main(int argc, char** argv) {
   CHECK(cudaStreamCreate(&stream));
   const ExponentClasses classes = read_exponents(option(argc, argv, "exponents", "bench/cuda/exponents.json").c_str());
   if (!std::strcmp(argv[1], "gated")) return check_gated(classes, stream) != 0;
+  if (!std::strcmp(argv[1], "tails")) return check_tails(classes, stream) != 0;
   if (!std::strcmp(argv[1], "check")) {
     int wrong = 0;
     for (int i = 2; i < argc; ++i)
       if (!std::strchr(argv[i], '=')) wrong += check_payload(argv[i], stream);
     wrong += check_kernels(classes, option(argc, argv, "only", ""), stream);
     wrong += check_gated(classes, stream);
+    wrong += check_tails(classes, stream);
     return wrong + check_streams(classes) != 0;
   }
 
   const bool once = !std::strcmp(argv[1], "once"), load = !std::strcmp(argv[1], "load");
   std::unique_ptr<CublasReference> cublas;
   if (!once) cublas = std::make_unique<CublasReference>(stream);
+  std::vector<std::string> configs = split(option(argc, argv, "config", ""));
+  if (configs.empty()) configs = {""};
   const std::string only = option(argc, argv, "only", ""), log = option(argc, argv, "timings", "");
   if (!log.empty()) timings = std::fopen(log.c_str(), "w");
   std::ofstream json(argc > 2 ? argv[2] : "/dev/null");
@@ -163,7 +167,8 @@ int main(int argc, char** argv) {
         const int n = std::stoi(columns);
         if (load) {
           static const PowerMeter meter;
-          measure_load(p, n, std::stod(option(argc, argv, "seconds", "0.4")), stream, *cublas, meter);
+          for (const std::string& config : configs)
+            measure_load(p, n, config, std::stod(option(argc, argv, "seconds", "0.4")), stream, *cublas, meter);
           continue;
         }
         std::vector<Candidate> kernels;

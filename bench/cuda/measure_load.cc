@@ -3,7 +3,8 @@
 #include "matmul.h"
 #include "timing.h"
 
-void measure_load(const Problem& p, int n, double seconds, cudaStream_t stream, CublasReference& cublas, const PowerMeter& meter) {
+void measure_load(const Problem& p, int n, const std::string& config, double seconds, cudaStream_t stream, CublasReference& cublas,
+                  const PowerMeter& meter) {
   using namespace jaxzip;
   constexpr int kTurns = 2, kLaunches = 40;
   DeviceArray<__nv_bfloat16> x(static_cast<size_t>(n) * p.k), y(static_cast<size_t>(n) * p.m);
@@ -18,6 +19,13 @@ void measure_load(const Problem& p, int n, double seconds, cudaStream_t stream, 
     const float us = graph_microseconds(stream, [&](int i) { cublas.run(way, dense(i)); }, std::max(p.dense_copies, kLaunches), 5);
     if (us < best_us) best_us = us, best_way = way;
   }
+  std::optional<lane_planar::MatmulConfig> given;
+  lane_planar::MatmulOptions options;
+  if (!config.empty()) {
+    given = lane_planar::parse_config(config, n);
+    if (!given || !lane_planar::fits(p.encoded.matrix, n, *given)) std::fprintf(stderr, "no configuration for %d rows: %s\n", n, config.c_str()), std::exit(2);
+    options.config = &*given;
+  }
   const Epilogue epilogue = {y.get(), false, nullptr, nullptr};
   const auto measure = [&](int count, const auto& launch) {
     cudaGraph_t graph;
@@ -29,7 +37,7 @@ void measure_load(const Problem& p, int n, double seconds, cudaStream_t stream, 
   UnderLoad ours = {}, theirs = {};
   for (int turn = 0; turn < kTurns; ++turn) {
     const UnderLoad a = measure(std::max(p.encoded.copies, kLaunches), [&](int i) {
-      CHECK(lane_planar::launch_matmul(p.encoded.copy(i), x.get(), n, epilogue, {}, stream));
+      CHECK(lane_planar::launch_matmul(p.encoded.copy(i), x.get(), n, epilogue, options, stream));
     });
     const UnderLoad b = measure(std::max(p.dense_copies, kLaunches), [&](int i) { cublas.run(best_way, dense(i)); });
     for (const auto& [sum, found] : {std::pair<UnderLoad*, const UnderLoad*>{&ours, &a}, {&theirs, &b}}) {
@@ -37,8 +45,8 @@ void measure_load(const Problem& p, int n, double seconds, cudaStream_t stream, 
       sum->watts += found->watts / kTurns, sum->mhz += found->mhz / kTurns;
     }
   }
-  std::printf("%dx%d N%d %.3f bits: %.2f us %.2f mJ %.0f W %.0f MHz, cublas %.2f us %.2f mJ %.0f W %.0f MHz, ratio %.3f\n", p.m, p.k, n,
+  std::printf("%dx%d N%d %.3f bits: %.2f us %.2f mJ %.0f W %.0f MHz, cublas %.2f us %.2f mJ %.0f W %.0f MHz, ratio %.3f %s\n", p.m, p.k, n,
               p.encoded.bits_per_weight, ours.us, ours.joules * 1e3, ours.watts, ours.mhz, theirs.us, theirs.joules * 1e3, theirs.watts,
-              theirs.mhz, theirs.us / ours.us);
+              theirs.mhz, theirs.us / ours.us, config.c_str());
   std::fflush(stdout);
 }

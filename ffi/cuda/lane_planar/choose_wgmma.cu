@@ -11,7 +11,7 @@ namespace jaxzip::lane_planar {
 namespace {
 
 // The fastest of every configuration of `lane_planar_bench speed`, at 11.44 bits, where the model takes one that is over 1% slower; of
-// 8192x8192 and 57344x8192 with 64 columns under steady load, at the power limit.
+// 8192x8192 with 64 columns and of 57344x8192 under steady load, at the power limit.
 struct Measured {
   int m, k, n;
   WgmmaConfig config;
@@ -20,7 +20,7 @@ constexpr Measured kMeasured[] = {
     {1024, 4096, 8, {4, 4, 16}}, {1024, 4096, 16, {2, 5, 16}}, {1024, 4096, 32, {2, 6, 16}}, {4096, 4096, 8, {2, 2, 64}},
     {4096, 4096, 32, {2, 2, 64}}, {4096, 14336, 256, {1, 3, 32}}, {5120, 17408, 32, {4, 1, 80}}, {6144, 4096, 64, {2, 2, 48}},
     {7168, 5120, 64, {1, 3, 38}}, {7168, 5120, 128, {2, 1, 112}}, {8192, 8192, 64, {2, 2, 64}}, {8192, 8192, 128, {2, 2, 64}},
-    {10240, 8192, 16, {2, 1, 80}}, {34816, 5120, 32, {2, 1, 91}}, {34816, 5120, 64, {2, 1, 109}}, {57344, 8192, 64, {1, 1, 128}},
+    {10240, 8192, 16, {2, 1, 80}}, {34816, 5120, 32, {2, 1, 91}}, {34816, 5120, 64, {2, 1, 109}}, {57344, 8192, 32, {1, 1, 128}}, {57344, 8192, 64, {1, 1, 128}},
 };
 
 // The same of a decode step's chain, where kernels overlap (`chain_bench search=12`).
@@ -47,6 +47,11 @@ constexpr double kShortRing = 1.133;
 // block's results; the exchange of a pass's between CTAs; and clusters that start when others have ended.
 constexpr double kLaunchUs = 2.50, kMemoryUs = 1.92, kBytesPerUs = 4.57e6, kPlaces = 0.029, kBytesPerUsAndSm = 124.6e3;
 constexpr double kStoreUsPerColumn = 0.429 / 64, kExchangeUs = 1.768, kWaveUs = 2.28;
+
+// What a tail's launch takes less than alone, since it starts while the one before ends, and since a pass less over x is less energy, which the
+// model does not know. Tails of more than a quarter of what all teams take at once were 2.4% faster at best.
+constexpr double kTailOverlapUs = 3.5, kTailWorth = 0.995;
+constexpr int kTailShare = 4;
 
 double smooth_max(double a, double b, int power) { return std::pow(std::pow(a, power) + std::pow(b, power), 1.0 / power); }
 
@@ -107,6 +112,18 @@ WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained, bool gated) {
   if (!row && !gated) row = find(kMeasured);
   if (row) return row->config;
   return least_modelled(w, n, gated, [&](const WgmmaConfig& c) { return modelled_us(w, n, c, gated); });
+}
+
+MatmulConfig with_tail(const Matrix& w, int n, const WgmmaConfig& whole, bool gated) {
+  const MatmulConfig one = {{}, whole};
+  const int ctas = kResident[0][0], dealt = w.m_blocks() >> gated, at_once = ctas * wgmma_groups(n) >> gated, left = dealt % at_once;
+  if (n > kWgmmaMaxN || dealt < at_once || !left || left * kTailShare > at_once) return one;
+  const WgmmaConfig main = {1, 1, ctas};
+  const Matrix others = with_row_blocks(w, dealt - left, gated), last = with_row_blocks(w, left, gated);
+  if (!wgmma_slots(others, n, main, false, gated)) return one;
+  const WgmmaConfig tail = least_modelled(last, n, gated, [&](const WgmmaConfig& c) { return modelled_us(last, n, c, gated); });
+  const double us = modelled_us(others, n, main, gated) + modelled_us(last, n, tail, gated) - kTailOverlapUs;
+  return us < kTailWorth * modelled_us(w, n, whole, gated) ? MatmulConfig{{}, main, left, tail} : one;
 }
 
 std::vector<WgmmaConfig> best_wgmma(const Matrix& w, int n, bool gated) {

@@ -30,6 +30,16 @@ int rows_of_launch(int rows) {
   return rows < kWgmmaMaxN || left > kWgmmaMaxN / 2 ? rows : rows - left;
 }
 
+// One launch or two.
+cudaError_t launch_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue, const MatmulConfig& c, cudaStream_t stream,
+                         bool raw, bool overlap) {
+  if (!c.tail_row_blocks) return launch_matmul_wgmma(w, x, n, epilogue, c.wgmma, stream, raw, overlap);
+  const int others = (w.m_blocks() >> epilogue.gated) - c.tail_row_blocks;
+  if (others < 1) return cudaErrorInvalidValue;
+  if (const cudaError_t error = launch_matmul_wgmma(w, x, n, epilogue, c.wgmma, stream, raw, overlap, {0, others})) return error;
+  return launch_matmul_wgmma(w, x, n, epilogue, c.tail, stream, raw, overlap, {others, c.tail_row_blocks, true});
+}
+
 MatmulConfig choose(const Matrix& shape, int rows, bool gated, const MatmulOptions& options) {
   Matrix dealt = shape;  // the direct kernel deals pairs of a gated product as it does row groups of half of it, twice over
   if (gated) dealt.m /= 2;
@@ -43,8 +53,7 @@ MatmulConfig choose(const Matrix& shape, int rows, bool gated, const MatmulOptio
   const int few = small ? kDirectRowsSmall : options.chained ? kDirectRowsChained : kDirectRows;
   if (rows <= few) c.direct = choose_direct(dealt, rows, options.chained);
   if (c.direct.clusters && !direct_shared_bytes(shape, rows, c.direct, false, gated)) c.direct.clusters = 0;
-  if (!c.direct.clusters) c.wgmma = choose_wgmma(shape, rows, options.chained, gated);
-  return c;
+  return c.direct.clusters ? c : with_tail(shape, rows, choose_wgmma(shape, rows, options.chained, gated), gated);
 }
 
 }  // namespace
@@ -93,7 +102,7 @@ cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const 
     const MatmulConfig choice = given ? *options.config : choose(shape, rows, epilogue.gated, options);
     const cudaError_t error =
         choice.direct.clusters ? launch_matmul_direct(w, from, rows, to, choice.direct, stream, options.raw, options.overlap)
-                               : launch_matmul_wgmma(w, from, rows, to, choice.wgmma, stream, options.raw, options.overlap);
+                               : launch_wgmma(w, from, rows, to, choice, stream, options.raw, options.overlap);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

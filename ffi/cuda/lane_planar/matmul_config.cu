@@ -8,14 +8,17 @@ namespace {
 
 constexpr size_t kLongestName = 64;
 
+bool same(const WgmmaConfig& a, const WgmmaConfig& b) {
+  return a.k_groups == b.k_groups && a.cluster == b.cluster && a.clusters == b.clusters && a.slots == b.slots;
+}
+
 }  // namespace
 
 bool operator==(const MatmulConfig& a, const MatmulConfig& b) {
   if (a.direct.clusters || b.direct.clusters)
     return a.direct.tiles_per_warp == b.direct.tiles_per_warp && a.direct.warps == b.direct.warps &&
            a.direct.ctas_per_sm == b.direct.ctas_per_sm && a.direct.cluster == b.direct.cluster && a.direct.clusters == b.direct.clusters;
-  return a.wgmma.k_groups == b.wgmma.k_groups && a.wgmma.cluster == b.wgmma.cluster && a.wgmma.clusters == b.wgmma.clusters &&
-         a.wgmma.slots == b.wgmma.slots;
+  return same(a.wgmma, b.wgmma) && a.tail_row_blocks == b.tail_row_blocks && (!a.tail_row_blocks || same(a.tail, b.tail));
 }
 
 std::string unusable(const Matrix& w, int n, std::string_view name, bool batch_invariant, bool raw) {
@@ -35,11 +38,15 @@ std::string unusable(const Matrix& w, int n, std::string_view name, bool batch_i
 std::string show(const MatmulConfig& c, int n) {
   char name[128];
   const DirectConfig& d = c.direct;
-  if (d.clusters)
+  if (d.clusters) {
     std::snprintf(name, sizeof(name), "direct t%d w%dx%d C%d cl%d", d.tiles_per_warp, d.warps, d.ctas_per_sm, d.cluster, d.clusters);
-  else
-    std::snprintf(name, sizeof(name), "wgmma %d/%d C%d cl%d", wgmma_groups(n), c.wgmma.k_groups, c.wgmma.cluster, c.wgmma.clusters);
-  return name;
+    return name;
+  }
+  const auto wgmma = [&](const WgmmaConfig& w) {
+    std::snprintf(name, sizeof(name), "wgmma %d/%d C%d cl%d", wgmma_groups(n), w.k_groups, w.cluster, w.clusters);
+    return std::string(name);
+  };
+  return wgmma(c.wgmma) + (c.tail_row_blocks ? " + " + std::to_string(c.tail_row_blocks) + " " + wgmma(c.tail) : "");
 }
 
 std::optional<MatmulConfig> parse_config(std::string_view name, int n) {
@@ -51,15 +58,20 @@ std::optional<MatmulConfig> parse_config(std::string_view name, int n) {
   // At most eight digits, so that no number overflows.
   const bool is_direct = std::sscanf(text.c_str(), "direct t%8d w%8dx%8d C%8d cl%8d", &d.tiles_per_warp, &d.warps, &d.ctas_per_sm, &d.cluster,
                                      &d.clusters) == 5;
-  const bool is_wgmma =
-      std::sscanf(text.c_str(), "wgmma %8d/%8d C%8d cl%8d", &groups, &c.wgmma.k_groups, &c.wgmma.cluster, &c.wgmma.clusters) == 4;
+  const int found = std::sscanf(text.c_str(), "wgmma %8d/%8d C%8d cl%8d + %8d wgmma %8d/%8d C%8d cl%8d", &groups, &c.wgmma.k_groups,
+                                &c.wgmma.cluster, &c.wgmma.clusters, &c.tail_row_blocks, &groups, &c.tail.k_groups, &c.tail.cluster,
+                                &c.tail.clusters);
+  const bool is_wgmma = found == 4 || found == 9;
   if (is_direct == is_wgmma || show(c, n) != text) return std::nullopt;  // nothing before, between or after, and as many groups
   return c;
 }
 
 bool fits(const Matrix& w, int n, const MatmulConfig& c, bool raw) {
   if (c.direct.clusters) return c.direct.cluster <= w.k_blocks() && direct_shared_bytes(w, n, c.direct, raw) > 0;
-  return wgmma_shared_bytes(w, n, c.wgmma, raw) > 0;
+  if (!c.tail_row_blocks) return wgmma_shared_bytes(w, n, c.wgmma, raw) > 0;
+  const int others = w.m_blocks() - c.tail_row_blocks;
+  return c.tail_row_blocks > 0 && others > 0 && wgmma_shared_bytes(with_row_blocks(w, others, false), n, c.wgmma, raw) > 0 &&
+         wgmma_shared_bytes(with_row_blocks(w, c.tail_row_blocks, false), n, c.tail, raw) > 0;
 }
 
 bool fits_all_forms(const Matrix& w, int n, const MatmulConfig& c) {

@@ -17,12 +17,17 @@ constexpr int kInvariantMaxN = 64;  // of choose_batch_invariant; more rows are 
 struct MatmulConfig {
   DirectConfig direct;  // unless its clusters are 0
   WgmmaConfig wgmma;
+  // The last row blocks, or pairs of a gated product, as a second launch: where the others fill all teams of all CTAs, and these would take them
+  // another pass, in which most have nothing to do. 0: there is none.
+  int tail_row_blocks = 0;
+  WgmmaConfig tail = {};
 };
 
 bool operator==(const MatmulConfig& a, const MatmulConfig& b);
 
 // "direct t4 w16x1 C2 cl64": tiles of a warp, warps of a CTA x CTAs of an SM, CTAs that split K, clusters. "wgmma 4/2 C2 cl64": warp
-// groups, which depend on n alone, / those of them that share a row block and split K; then as above.
+// groups, which depend on n alone, / those of them that share a row block and split K; then as above. "wgmma 4/1 C1 cl132 + 16 wgmma 4/4 C8
+// cl16": with 16 row blocks as a second launch.
 std::string show(const MatmulConfig& config, int n);
 
 // The configuration of this name for n rows of x, if it is one: exactly as `show` spells it.
@@ -47,6 +52,10 @@ std::vector<MatmulConfig> matmul_configs(const Matrix& w, int n, size_t most);
 // All that one kernel has for this shape by its model, best first: one for each way to split K. `w.block_words` counts.
 std::vector<DirectConfig> best_direct(const Matrix& w, int n);
 std::vector<WgmmaConfig> best_wgmma(const Matrix& w, int n, bool gated = false);
+
+// That configuration for all row blocks, or by the model, where these are some more than all teams of all CTAs take at once, for whole passes of
+// them and a tail for the others.
+MatmulConfig with_tail(const Matrix& w, int n, const WgmmaConfig& whole, bool gated);
 
 template <class Config>
 std::vector<Config> by_cost(std::vector<std::pair<double, Config>> found) {

@@ -21,7 +21,8 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   p.cluster = c.cluster;
   p.clusters = c.clusters;
   p.half = w.m_blocks() / 2;
-  p.row_blocks = ((w.m_blocks() >> gated) + c.clusters - 1) / c.clusters;
+  p.dealt = w.m_blocks() >> gated;
+  p.row_blocks = (p.dealt + c.clusters - 1) / c.clusters;
   const auto passes = [&](int takers) { return (p.row_blocks + takers - 1) / takers; };
   p.pair_of_teams = gated && p.teams > 1 && passes(p.teams / 2) < 2 * passes(p.teams);
   p.pair_of_passes = gated && !p.pair_of_teams;
@@ -139,11 +140,17 @@ int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& c) {
 }
 
 cudaError_t launch_matmul_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue, const WgmmaConfig& c,
-                                cudaStream_t stream, bool raw, bool overlap) {
-  const int bytes = wgmma_shared_bytes(w, n, c, raw, epilogue.gated);
+                                cudaStream_t stream, bool raw, bool overlap, const RowBlocks& part) {
+  const int all = w.m_blocks() >> epilogue.gated;
+  if (part.first < 0 || part.count < 0 || part.first + part.count > all) return cudaErrorInvalidValue;
+  const Matrix dealt = part.count ? with_row_blocks(w, part.count, epilogue.gated) : w;
+  const int bytes = wgmma_shared_bytes(dealt, n, c, raw, epilogue.gated);
   if (!bytes) return cudaErrorInvalidValue;
   const Variant& v = *find_variant(n, raw, epilogue.gated, overlap);
-  WgmmaArgs args = {{}, w, x, epilogue, n, overlap, XLoad::kPlain, plan_for(w, n, v, c, epilogue.gated)};
+  overlap |= part.behind_other;
+  WgmmaArgs args = {{}, w, x, epilogue, n, overlap, XLoad::kPlain, plan_for(dealt, n, v, c, epilogue.gated)};
+  args.plan.first = part.first;
+  args.plan.half = w.m_blocks() / 2;
   if (w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
     args.x_load = w.k % kBlock == 0 ? XLoad::kSlot : XLoad::kChunk;
     if (const cudaError_t error = make_rows_map(&args.x_map, x, n, w.k, v.n, c.k_groups, args.x_load == XLoad::kSlot)) return error;

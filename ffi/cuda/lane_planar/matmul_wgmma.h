@@ -25,6 +25,19 @@ constexpr int wgmma_slices(int n) { return (n + kWgmmaMaxN - 1) / kWgmmaMaxN; }
 // Warp groups of a CTA that multiply, each 64 rows at a time.
 constexpr int wgmma_groups(int n) { return n <= 128 ? 4 : 2; }
 
+// What a launch multiplies: of the matrix's row blocks, or of the pairs of a gated product, `count` from `first` on; 0: all of them.
+struct RowBlocks {
+  int first = 0, count = 0;
+  bool behind_other = false;  // the launch before has the others: this one may start while it still runs
+};
+
+// For plans and choices: as `w`, with so many row blocks, or pairs of them.
+inline Matrix with_row_blocks(const Matrix& w, int count, bool gated) {
+  Matrix part = w;
+  part.m = (count << gated) * kBlock;
+  return part;
+}
+
 // The configuration for this shape: measured on an H200, else by a model fitted to its 132 SMs. There is one for every m, k >= 1 and
 // n of at most kWgmmaMaxSlices. Asks nothing of the driver. `chained`: for kernels that overlap. `gated`: of a gated product (see Epilogue).
 WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained = false, bool gated = false);
@@ -47,6 +60,7 @@ int wgmma_resident_clusters(const Matrix& w, int n, const WgmmaConfig& config);
 // and y may then depend on the kernel before. Returns cudaErrorInvalidValue for a configuration that does not fit, and
 // cudaErrorNotSupported where the driver has no tensor maps.
 cudaError_t launch_matmul_wgmma(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue,
-                                const WgmmaConfig& config, cudaStream_t stream, bool raw = false, bool overlap = false);
+                                const WgmmaConfig& config, cudaStream_t stream, bool raw = false, bool overlap = false,
+                                const RowBlocks& part = {});
 
 }  // namespace jaxzip::lane_planar

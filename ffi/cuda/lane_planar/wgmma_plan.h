@@ -9,7 +9,8 @@ struct WgmmaPlan {
   int cluster;     // CTAs that share a row block, each with its part of K
   int clusters;
   int slices;      // of the columns; as many clusters, one behind the other, read the same row blocks
-  int row_blocks;  // of the clusters with most, or pairs of them
+  int first, dealt;  // of the matrix's row blocks, or pairs of them, those that this launch has
+  int row_blocks;  // of the clusters with most
   int takers, log_takers;  // teams that take one of these at a time, or pairs of teams
   int busy;        // teams that get one of these; the others end at once and have no room
   // Of a gated product row blocks are dealt in pairs, of a gate's and the one `half` further down. This is the next team's, or the same team's next

@@ -10,28 +10,27 @@ namespace jaxzip::lane_planar {
 template <bool kMayDealPairs>
 struct WgmmaWork {
   static constexpr bool kSplitsK = true, kPairs = kMayDealPairs;
-  int rank, cluster, k_begin, chunks, row_blocks, slots_per_pass, passes;  // row_blocks: or pairs
-  int first_n = 0;                                                         // of its columns
+  int rank, first_row_block, k_begin, chunks, row_blocks, slots_per_pass, passes;  // row_blocks: or pairs
+  int first_n = 0;                                                                 // of its columns
   uint32_t shared, barriers, block_bytes, x_bytes;  // x_bytes of a slot
 
   __device__ __forceinline__ WgmmaWork(const WgmmaArgs& args, uint32_t shared, int instruction_n)
-      : rank(ptx::cluster_rank()), cluster(ptx::cluster_index()), shared(shared) {
+      : rank(ptx::cluster_rank()), shared(shared) {
     const WgmmaPlan& plan = args.plan;
+    int cluster = ptx::cluster_index();
     if (instruction_n == kWgmmaMaxN) {
       first_n = cluster % plan.slices * kWgmmaMaxN;
       cluster /= plan.slices;
     }
     k_begin = rank * plan.chunks + min(rank, plan.k_longer);
     chunks = plan.chunks + (rank < plan.k_longer);  // at least k_groups
-    row_blocks = plan.row_blocks - (cluster + (plan.row_blocks - 1) * plan.clusters >= (args.w.m_blocks() >> gated(plan)));
+    row_blocks = plan.row_blocks - (cluster + (plan.row_blocks - 1) * plan.clusters >= plan.dealt);
+    first_row_block = plan.first + cluster;
     slots_per_pass = (chunks + plan.k_groups - 1) >> plan.log_k_groups;
     passes = passes_of(plan, 0);
     barriers = shared + plan.barriers;
     block_bytes = args.w.block_words * 4;
     x_bytes = plan.k_groups * chunk_bytes(instruction_n);
-  }
-  static __device__ __forceinline__ int gated(const WgmmaPlan& plan) {
-    return kPairs ? plan.pair_of_teams | plan.pair_of_passes : 0;
   }
   __device__ __forceinline__ int first_chunk() const { return k_begin; }
   // The first of a pass's columns.
@@ -43,7 +42,7 @@ struct WgmmaWork {
   __device__ __forceinline__ int row_block_of(const WgmmaPlan& plan, int team, int pass) const {
     const int of_teams = kPairs ? plan.pair_of_teams : 0, of_passes = kPairs ? plan.pair_of_passes : 0;
     const bool second = (team & of_teams) | (pass & of_passes);
-    return cluster + ((team >> of_teams) + (pass >> of_passes) * plan.takers) * plan.clusters + (second ? plan.half : 0);
+    return first_row_block + ((team >> of_teams) + (pass >> of_passes) * plan.takers) * plan.clusters + (second ? plan.half : 0);
   }
   __device__ __forceinline__ int passes_of(const WgmmaPlan& plan, int team) const {
     const int of_teams = kPairs ? plan.pair_of_teams : 0, of_passes = kPairs ? plan.pair_of_passes : 0;
