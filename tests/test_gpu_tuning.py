@@ -1,5 +1,6 @@
 """Configurations on a real Hopper GPU: each gives the raw control's bits; what ``tune`` records is what runs."""
 
+import functools
 import re
 
 import jax
@@ -100,6 +101,20 @@ def test_every_listed_pallas_configuration_is_a_product():
             y = jaxzip.matmul(x, z, implementation="pallas", config=config, out_dtype=jnp.float32)
             assert np.all(np.abs(np.asarray(y, np.float64) - exact) <= 1e-5 * scale)
             assert i > 0 or np.array_equal(np.asarray(y).view(np.uint32), np.asarray(own).view(np.uint32))
+
+
+@pytest.mark.parametrize("n", [8, 33, 200])
+def test_a_product_of_two_launches_has_the_rows_of_either(n):
+    """The last 3 of 16 row blocks, the last one of which is ragged, as a launch of its own."""
+    m, k = 1000, 1096
+    z, x = encoded(weights(m, k)), activations(n, k)
+    groups = 4 if n <= 128 else 2
+    main, tail = f"wgmma {groups}/1 C1 cl4", f"wgmma {groups}/2 C3 cl2"
+    bias, residual = activations(1, m)[0], activations(n, m)
+    multiply = functools.partial(jaxzip.matmul, x, z, implementation="ffi", bias=bias, residual=residual)
+    both, first, second = (multiply(config=config) for config in (f"{main} + 3 {tail}", main, tail))
+    assert_same(both[:, : 13 * 64], first[:, : 13 * 64])
+    assert_same(both[:, 13 * 64 :], second[:, 13 * 64 :])
 
 
 def test_what_cannot_run_is_refused_or_passed_over():

@@ -1,5 +1,6 @@
 """Configurations: the one asked for, else the one measured, else the implementation's own choice; what is an error."""
 
+import functools
 import json
 import re
 
@@ -167,8 +168,8 @@ def test_what_has_no_configurations(for_cuda):
 
 @needs_library
 def test_the_library_knows_configurations_without_a_gpu():
-    for m, k in ((6144, 4096), (1024, 4096), (65, 8200), (1, 1)):
-        for n in (1, 8, 16, 17, 128, 256):
+    for m, k in ((6144, 4096), (1024, 4096), (34816, 5120), (65, 8200), (1, 1)):
+        for n in (1, 8, 16, 17, 64, 128, 256):
             listed = cuda_configs.configurations(n, m, k)
             assert 1 <= len(listed) == len(set(listed)) <= cuda_configs.MOST
             for config in listed:
@@ -177,6 +178,24 @@ def test_the_library_knows_configurations_without_a_gpu():
     assert any(c.startswith("direct") for c in listed_for(8)) and any(c.startswith("wgmma 4/") for c in listed_for(8))
     assert all(c.startswith("wgmma 2/") for c in listed_for(256))
     assert cuda_configs.configurations(257, M, K) == ()
+
+
+@needs_library
+def test_configurations_of_two_launches():
+    """34816 outputs are 544 row blocks, 16 more than 132 CTAs with four teams take at once."""
+    rows, m, k = 64, 34816, 5120
+    problem = functools.partial(cuda_configs.problem, rows=rows, m=m, k=k, batch_invariant=False, raw=False)
+    assert cuda_configs.configurations(rows, m, k)[0].startswith("wgmma 4/1 C1 cl132 + 16 wgmma 4/")
+    assert problem("wgmma 4/1 C1 cl132 + 16 wgmma 4/4 C4 cl16") == ""
+    for too_many in (-1, 544, 545, 99999999):
+        assert "does not fit" in problem(f"wgmma 4/1 C1 cl132 + {too_many} wgmma 4/4 C4 cl16")
+    for wrong in (
+        "+ 0 wgmma 4/4 C4 cl16",
+        "+ 16",
+        "+ 16 wgmma 2/1 C1 cl16",
+        "+ 16 direct t4 w8x1 C1 cl1",
+    ):
+        assert "misspelt" in problem(f"wgmma 4/1 C1 cl132 {wrong}")
 
 
 def listed_for(rows):
