@@ -4,7 +4,7 @@
 //   bench gated | bench tails       the parts of `check` about gated products, and about products as two launches
 //   bench choices                   whether what the library chooses fits into an SM; needs no GPU
 //   bench speed OUT.json [weights=real] [n=1,8,16] [shapes=4096x4096,...] [only=NAME] [variants=8]
-//   bench once - [same options]     one plain launch of each kernel, for profilers
+//   bench once - [same options]     one plain launch of each kernel, and of wgmma's gated products, for profilers and racecheck
 //   bench load - [weights=] [n=] [shapes=] [seconds=0.4] [config=NAME,...]   time and energy of what the library chooses while the GPU never idles
 //
 // `timings=FILE` gets the time of every configuration.
@@ -180,6 +180,10 @@ int main(int argc, char** argv) {
           for (const Candidate& c : kernels) {
             std::fprintf(stderr, "%s N%d\n", c.name.c_str(), n);
             CHECK(run_candidate(c, p.encoded.matrix, x.get(), y.get(), n, false, stream, false, false));
+            CHECK(cudaStreamSynchronize(stream));
+            if (!c.is_wgmma || n > jaxzip::kGatedMaxN || !wgmma_shared_bytes(p.encoded.matrix, n, c.wgmma, false, true)) continue;
+            const jaxzip::Epilogue gated = {y.get(), false, nullptr, nullptr, true, jaxzip::Activation::silu};
+            CHECK(launch_matmul_wgmma(p.encoded.matrix, x.get(), n, gated, c.wgmma, stream));
             CHECK(cudaStreamSynchronize(stream));
           }
         } else {

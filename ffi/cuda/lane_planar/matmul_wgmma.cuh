@@ -178,13 +178,13 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __g
     for (int i = warp; i < plan.slots; i += kGroups * 4) {
       const uint32_t barriers = work.barriers + i * kSlotBarriers;
       if (i >= early) ptx::barrier_init_only(barriers + kFull, 1);
-      ptx::barrier_init_only(barriers + kEmpty, busy_warps);
+      ptx::barrier_init_only(barriers + kEmpty, busy_warps * kArrivingLanes);
     }
     if (warp < plan.busy && plan.cluster > 1) {
-      ptx::barrier_init_only(work.barriers + kArrived + 8 * warp, plan.k_groups * 4 + 1);
-      ptx::barrier_init_only(work.barriers + kMaySend + 8 * warp, plan.cluster * plan.k_groups * 4);
+      ptx::barrier_init_only(work.barriers + kArrived + 8 * warp, plan.k_groups * 4 * kArrivingLanes + 1);
+      ptx::barrier_init_only(work.barriers + kMaySend + 8 * warp, plan.cluster * plan.k_groups * 4 * kArrivingLanes);
     }
-    if (warp == kGroups * 4 - 1 && plan.sums_in_slots) ptx::barrier_init_only(work.barriers + kIdle, plan.cluster * busy_warps);
+    if (warp == kGroups * 4 - 1 && plan.sums_in_slots) ptx::barrier_init_only(work.barriers + kIdle, plan.cluster * busy_warps * kArrivingLanes);
     ptx::barrier_init_done();
   }
   join();

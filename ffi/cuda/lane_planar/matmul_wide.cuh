@@ -95,7 +95,7 @@ __global__ void __launch_bounds__((kWideTeams + 1) * 128, 1) matmul_wide(const _
   if (threadIdx.x < args.plan.slots) {
     const uint32_t barriers = work.barriers + threadIdx.x * kSlotBarriers;
     ptx::barrier_init_only(barriers + kFull, 1);
-    ptx::barrier_init_only(barriers + kEmpty, kWideShare * kWideTeams * 4);
+    ptx::barrier_init_only(barriers + kEmpty, kWideShare * kWideTeams * 4 * kArrivingLanes);
     ptx::barrier_init_done();
   }
   __syncthreads();

@@ -126,8 +126,8 @@ class Results {
       }
     }
     __syncwarp();
-    if (lane_ == 0) {
-      if (team_warp() == 0) ptx::barrier_expect(arrived_, owned() * (ranks_ - 1) * sources_of_cta() * kItemBytes);
+    if (lane_ < kArrivingLanes) {
+      if (lane_ == 0 && team_warp() == 0) ptx::barrier_expect(arrived_, owned() * (ranks_ - 1) * sources_of_cta() * kItemBytes);
       ptx::barrier_arrive(arrived_);
     }
   }
@@ -169,7 +169,7 @@ class Results {
     after_items();
     if (more) {  // there is a next send, which waits for this
       __syncwarp();
-      if (lane_ < ranks_) ptx::barrier_arrive_cluster(may_send_, lane_);
+      arrive_at_all(may_send_, ranks_, lane_);
     }
   }
 
@@ -268,8 +268,8 @@ class Results {
   __device__ __forceinline__ void announce_idle() {
     wait_for_cluster();
     __syncwarp();
-    if (ranks_ == 1 && lane_ == 0) ptx::barrier_arrive(work_.barriers + kIdle);
-    if (ranks_ > 1 && lane_ < ranks_) ptx::barrier_arrive_cluster(work_.barriers + kIdle, lane_);
+    if (ranks_ == 1) arrive(work_.barriers + kIdle, lane_);
+    if (ranks_ > 1) arrive_at_all(work_.barriers + kIdle, ranks_, lane_);
   }
   __device__ __forceinline__ bool used_planes() const { return stores_lines(); }
   __device__ __forceinline__ void store(int pass, int passes, float (&sums)[kN / 2]) {

@@ -1,5 +1,6 @@
 // How the wgmma matmul's work is split, as every warp of a CTA knows it.
 #pragma once
+#include "arrivals.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
 #include "wgmma_x.cuh"
@@ -37,7 +38,7 @@ struct WgmmaWork {
   __device__ __forceinline__ int first_column(int) const { return first_n; }
   // By a whole warp, of which no lane needs the slot of this barrier any more.
   __device__ __forceinline__ void release(uint32_t empty, int lane) const {
-    if (lane == 0) ptx::barrier_arrive(empty);
+    arrive(empty, lane);
   }
   __device__ __forceinline__ int row_block_of(const WgmmaPlan& plan, int team, int pass) const {
     const int of_teams = kPairs ? plan.pair_of_teams : 0, of_passes = kPairs ? plan.pair_of_passes : 0;

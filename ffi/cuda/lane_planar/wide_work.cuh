@@ -1,5 +1,6 @@
 // How the matmul of many columns is split, as every warp of a CTA knows it.
 #pragma once
+#include "arrivals.cuh"
 #include "matmul_wide.h"
 #include "ptx.cuh"
 #include "wgmma.cuh"
@@ -48,7 +49,7 @@ struct WideWork {
   }
   // Every CTA of the cluster writes into the slot.
   __device__ __forceinline__ void release(uint32_t empty, int lane) const {
-    if (lane < kWideShare) ptx::barrier_arrive_cluster(empty, lane);
+    arrive_at_all(empty, kWideShare, lane);
   }
 };
 
