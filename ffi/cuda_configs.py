@@ -1,5 +1,7 @@
 """Names of the lane-planar matmul's configurations on CUDA: ``"wgmma 4/2 C2 cl64"``, ``"direct t4 w16x1 C2 cl64"``.
 
+``"wgmma 4/1 C1 cl132 + 16 wgmma 4/2 C6 cl16"`` is two launches, the second of which has the last 16 row blocks.
+
 The library knows which there are, without a GPU; where it was not built there are none. `lane_planar/matmul_config.h`
 says what names mean.
 """

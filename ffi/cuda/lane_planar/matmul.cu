@@ -21,8 +21,6 @@ Epilogue from_row(const Epilogue& e, int m, int first) {
   return from;
 }
 
-static_assert(kWgmmaDealsPairs, "gated products need it");
-
 // How many of so many rows one launch takes: whole slices, and what is left as well where it is most of one.
 int rows_of_launch(int rows) {
   rows = std::min(rows, kWgmmaMaxSlices * kWgmmaMaxN);

@@ -21,7 +21,7 @@ struct MatmulOptions {
   const MatmulConfig* config = nullptr;
 };
 
-// y[n, m] = x[n, k] @ W[m, k].T for any n >= 1, in as many launches on `stream` as n needs; sm_90. No allocation, no
+// y[n, m] = x[n, k] @ W[m, k].T for any n >= 1, in as many launches on `stream` as n needs, and one more for a tail (see MatmulConfig); sm_90. No allocation, no
 // synchronisation, safe to capture. Returns the first error of a launch, cudaErrorInvalidValue where no kernel fits.
 cudaError_t launch_matmul(const Matrix& w, const __nv_bfloat16* x, int n, const Epilogue& epilogue,
                           const MatmulOptions& options, cudaStream_t stream);

@@ -10,8 +10,6 @@ namespace jaxzip::lane_planar {
 
 constexpr int kWgmmaMaxN = 256;  // of one instruction: more columns are slices of so many, each with CTAs of its own that decode for it
 constexpr int kWgmmaMaxSlices = 16;
-// The kernel gives both rows of a gated product's pair (see Epilogue) to one CTA.
-constexpr bool kWgmmaDealsPairs = true;
 
 struct WgmmaConfig {
   int k_groups;   // 1, 2 or 4: so many of a CTA's warp groups share a row block and split its part of K, chunk by chunk
