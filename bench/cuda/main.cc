@@ -181,7 +181,8 @@ int main(int argc, char** argv) {
             std::fprintf(stderr, "%s N%d\n", c.name.c_str(), n);
             CHECK(run_candidate(c, p.encoded.matrix, x.get(), y.get(), n, false, stream, false, false));
             CHECK(cudaStreamSynchronize(stream));
-            if (!c.is_wgmma || n > jaxzip::kGatedMaxN || !wgmma_shared_bytes(p.encoded.matrix, n, c.wgmma, false, true)) continue;
+            const bool in_pairs = c.is_wgmma && m % (2 * jaxzip::lane_planar::kBlock) == 0 && n <= jaxzip::kGatedMaxN;
+            if (!in_pairs || !wgmma_shared_bytes(p.encoded.matrix, n, c.wgmma, false, true)) continue;
             const jaxzip::Epilogue gated = {y.get(), false, nullptr, nullptr, true, jaxzip::Activation::silu};
             CHECK(launch_matmul_wgmma(p.encoded.matrix, x.get(), n, gated, c.wgmma, stream));
             CHECK(cudaStreamSynchronize(stream));

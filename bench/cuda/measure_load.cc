@@ -34,16 +34,11 @@ void measure_load(const Problem& p, int n, const std::string& config, double sec
     CHECK(cudaStreamEndCapture(stream, &graph));
     return replay_under_load(graph, stream, count, seconds, meter);
   };
-  UnderLoad ours = {}, theirs = {};
+  UnderLoad ours, theirs;
   for (int turn = 0; turn < kTurns; ++turn) {
-    const UnderLoad a = measure(std::max(p.encoded.copies, kLaunches), [&](int i) {
-      CHECK(lane_planar::launch_matmul(p.encoded.copy(i), x.get(), n, epilogue, options, stream));
-    });
-    const UnderLoad b = measure(std::max(p.dense_copies, kLaunches), [&](int i) { cublas.run(best_way, dense(i)); });
-    for (const auto& [sum, found] : {std::pair<UnderLoad*, const UnderLoad*>{&ours, &a}, {&theirs, &b}}) {
-      sum->us += found->us / kTurns, sum->joules += found->joules / kTurns;
-      sum->watts += found->watts / kTurns, sum->mhz += found->mhz / kTurns;
-    }
+    const auto launch = [&](int i) { CHECK(lane_planar::launch_matmul(p.encoded.copy(i), x.get(), n, epilogue, options, stream)); };
+    ours.add(measure(std::max(p.encoded.copies, kLaunches), launch), 1.0 / kTurns);
+    theirs.add(measure(std::max(p.dense_copies, kLaunches), [&](int i) { cublas.run(best_way, dense(i)); }), 1.0 / kTurns);
   }
   std::printf("%dx%d N%d %.3f bits: %.2f us %.2f mJ %.0f W %.0f MHz, cublas %.2f us %.2f mJ %.0f W %.0f MHz, ratio %.3f %s\n", p.m, p.k, n,
               p.encoded.bits_per_weight, ours.us, ours.joules * 1e3, ours.watts, ours.mhz, theirs.us, theirs.joules * 1e3, theirs.watts,

@@ -50,8 +50,13 @@ class PowerMeter {
 };
 
 struct UnderLoad {
-  double us, joules;  // of a launch
-  double watts, mhz;
+  double us = 0, joules = 0;  // of a launch
+  double watts = 0, mhz = 0;
+  // For a mean of turns, of which `other` is such a share.
+  void add(const UnderLoad& other, double share) {
+    us += share * other.us, joules += share * other.joules;
+    watts += share * other.watts, mhz += share * other.mhz;
+  }
 };
 
 // Replays a graph of `count` launches for so many seconds after 0.12 of it, and destroys it.

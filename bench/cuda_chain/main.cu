@@ -193,9 +193,7 @@ void under_load(const Layer& layer, Buffers& buffers, const std::vector<std::str
       options.gate_up = configs[at] ? &*configs[at] : nullptr;
       const cudaGraph_t graph = layers_graph(layer, buffers, options, stream);
       if (!graph) continue;
-      const UnderLoad found = replay_under_load(graph, stream, kLayers, seconds, meter);
-      sums[at].us += found.us / kTurns, sums[at].joules += found.joules / kTurns;
-      sums[at].watts += found.watts / kTurns, sums[at].mhz += found.mhz / kTurns;
+      sums[at].add(replay_under_load(graph, stream, kLayers, seconds, meter), 1.0 / kTurns);
     }
   for (size_t i = 0; i < configs.size(); ++i)
     std::printf("    under load, gate_up %-24s %.2f us %.2f mJ a layer, %.0f W, %.0f MHz\n", configs[i] ? names[i - 1].c_str() : "as chosen",
