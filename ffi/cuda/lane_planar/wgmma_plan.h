@@ -9,8 +9,8 @@ struct WgmmaPlan {
   int cluster;     // CTAs that share a row block, each with its part of K
   int clusters;
   int slices;      // of the columns; as many clusters, one behind the other, read the same row blocks
-  int first, dealt;  // of the matrix's row blocks, or pairs of them, those that this launch has
-  int row_blocks;  // of the clusters with most
+  int first, dealt;  // of the matrix's row blocks, or pairs of them, this launch has `dealt` from `first` on
+  int row_blocks;    // of the clusters with most
   int takers, log_takers;  // teams that take one of these at a time, or pairs of teams
   int busy;        // teams that get one of these; the others end at once and have no room
   // Of a gated product row blocks are dealt in pairs, of a gate's and the one `half` further down. This is the next team's, or the same team's next
@@ -21,8 +21,8 @@ struct WgmmaPlan {
   int slots;       // of the ring: each has a chunk of x for every k group and an encoded block for every busy warp group
   int slot_bytes;  // of its encoded blocks
   int team_bytes;  // from a team's blocks of a slot to the next one's
-  // 127 where blocks lie in a slot as they do in memory, as far from the start of a line of 128 bytes: copies cost less energy so. 0 where all
-  // blocks start with a line, and where a row block's first one does not.
+  // 127 where blocks lie in a slot as they do in memory, as far from the start of a line of 128 bytes: copies are faster so (bench/NOTES.md,
+  // 62). 0 where all blocks start with a line, and where a row block's first one does not.
   int line_mask;
   int items;       // 64 x 8 sums of a row block are items of 512 bytes: (8 columns, 16 rows); item i belongs to rank i % cluster
   int owned;       // of the rank with most
