@@ -18,7 +18,11 @@ ExponentClasses read_exponents(const char* path) {
     std::fprintf(stderr, "%s: no exponent classes in it\n", path);
     std::exit(1);
   }
-  ExponentClasses result = {std::atoi(s.c_str() + first + 8), {}};
+  constexpr int kRowScales = 4;  // where the file does not say
+  constexpr char kName[] = "\"row_scales\":";
+  const size_t row_scales = s.find(kName);
+  ExponentClasses result = {std::atoi(s.c_str() + first + 8),
+                            row_scales == std::string::npos ? kRowScales : std::atoi(s.c_str() + row_scales + sizeof(kName) - 1), {}};
   const char* p = std::strchr(s.c_str() + classes, '[') + 1;
   while ((p = std::strpbrk(p, "[]")) && *p == '[') {
     result.counts.emplace_back();

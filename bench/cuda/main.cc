@@ -1,9 +1,10 @@
-// Bare CUDA benchmark of the lane-planar kernels: `check`, or `speed` against the better of cublasGemmEx and cublasLt.
+// Bare CUDA benchmark of the lane-planar kernels: `check`, or times against the better of cublasGemmEx and cublasLt.
 //
 //   bench check [PAYLOAD ...] [only=NAME]   payloads of payload.py
 //   bench gated | bench tails       the parts of `check` about gated products, and about products as two launches
 //   bench choices                   whether what the library chooses fits into an SM; needs no GPU
-//   bench speed OUT.json [weights=real] [n=1,8,16] [shapes=4096x4096,...] [only=NAME] [variants=8]
+//   bench chosen OUT.json [weights=real] [n=1,8,16] [shapes=4096x4096,...] [steady=1] [decompress=0] [config=NAME,...]   what the library chooses, against cuBLAS
+//   bench speed OUT.json [same] [only=NAME] [variants=8]   all configurations, of which the best is timed against cuBLAS
 //   bench once - [same options]     one plain launch of each kernel, and of wgmma's gated products, for profilers and racecheck
 //   bench load - [weights=] [n=] [shapes=] [seconds=0.4] [config=NAME,...]   time and energy of what the library chooses while the GPU never idles
 //
@@ -15,12 +16,10 @@
 #include <sstream>
 
 #include "check_kernels.h"
-#include "cublas_reference.h"
-#include "decompress.h"
+#include "cublas_timing.h"
 #include "kernels.h"
+#include "measure_chosen.h"
 #include "measure_load.h"
-#include "product.h"
-#include "timing.h"
 
 namespace {
 
@@ -46,23 +45,14 @@ void measure(const Problem& p, const std::vector<Candidate>& kernels, int n, siz
   DeviceArray<__nv_bfloat16> x(static_cast<size_t>(n) * p.k), y(static_cast<size_t>(n) * p.m);
   fill_gaussian(reinterpret_cast<uint16_t*>(x.get()), x.size(), 1.0f, 0, 77);
   CHECK(cudaDeviceSynchronize());
-  const size_t size = static_cast<size_t>(p.m) * p.k;
-  const auto dense = [&](int i) { return DenseProduct{p.dense->get() + size * (i % p.dense_copies), x.get(), y.get(), p.m, n, p.k}; };
-  const int dense_launches = std::max(p.dense_copies, 40), launches = std::max(p.encoded.copies, 40);
+  const int launches = std::max(p.encoded.copies, 40);
   constexpr Before kBurst = {100, 0}, kSteady = {0, 400};
-  const auto time_dense = [&](int way, int repeats, const Before& before) {
-    return graph_microseconds(stream, [&](int i) { cublas.run(way, dense(i)); }, dense_launches, repeats, before);
+  CublasTiming dense(cublas, p, x.get(), y.get(), n, stream);
+  const float gemm_ex = dense.gemm_ex_us();
+  const auto time_dense = [&](int repeats, const Before& before) {
+    return graph_microseconds(stream, [&](int i) { dense.run(i); }, dense.launches(), repeats, before);
   };
-  float best_dense = 1e9f, gemm_ex = 0;
-  int best_way = 0;
-  const int ways = cublas.prepare(dense(0));
-  for (int way = 0; way < ways; ++way) {
-    const float us = time_dense(way, 5, {});
-    if (way == 0) gemm_ex = us;
-    if (us < best_dense) best_dense = us, best_way = way;
-  }
-  best_dense = time_dense(best_way, 5, kBurst);
-  const float steady_dense = time_dense(best_way, 11, kSteady);
+  const float best_dense = time_dense(5, kBurst), steady_dense = time_dense(11, kSteady);
   struct Timed {
     float us;
     Candidate candidate;
@@ -111,25 +101,11 @@ void measure(const Problem& p, const std::vector<Candidate>& kernels, int n, siz
   std::fflush(stdout);
 }
 
-void measure_decompression(const Problem& p, cudaStream_t stream) {
-  const size_t size = static_cast<size_t>(p.m) * p.k;
-  for (const bool transposed : {false, true}) {
-    const float us = graph_microseconds(
-        stream,
-        [&](int i) {
-          CHECK(jaxzip::lane_planar::launch_decompress(p.encoded.copy(i), p.dense->get() + size * (i % p.dense_copies), transposed, stream));
-        },
-        std::max(p.encoded.copies, 20), 5);
-    const double bytes = p.encoded.block_words_total * 4.0 + 2.0 * size;
-    std::printf("%5dx%-5d decompress %s %.2f us, %.2f TB/s\n", p.m, p.k, transposed ? "[k, m]" : "[m, k]", us, bytes / us / 1e6);
-  }
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: bench check | bench gated | bench tails | bench choices | bench speed OUT.json [option=value ...] | bench once - [option=value ...] | bench load - [option=value ...]\n");
+    std::fprintf(stderr, "usage: bench check | bench gated | bench tails | bench choices | bench chosen OUT.json [option=value ...] | bench speed OUT.json [option=value ...] | bench once - [option=value ...] | bench load - [option=value ...]\n");
     return 2;
   }
   if (!std::strcmp(argv[1], "choices")) return check_choices() != 0;
@@ -148,7 +124,7 @@ int main(int argc, char** argv) {
     return wrong + check_streams(classes) != 0;
   }
 
-  const bool once = !std::strcmp(argv[1], "once"), load = !std::strcmp(argv[1], "load");
+  const bool once = !std::strcmp(argv[1], "once"), load = !std::strcmp(argv[1], "load"), chosen = !std::strcmp(argv[1], "chosen");
   std::unique_ptr<CublasReference> cublas;
   if (!once) cublas = std::make_unique<CublasReference>(stream);
   std::vector<std::string> configs = split(option(argc, argv, "config", ""));
@@ -171,6 +147,11 @@ int main(int argc, char** argv) {
             measure_load(p, n, config, std::stod(option(argc, argv, "seconds", "0.4")), stream, *cublas, meter);
           continue;
         }
+        if (chosen) {
+          for (const std::string& config : configs)
+            measure_chosen(p, n, config, option(argc, argv, "steady", "1") == "1", stream, *cublas, json);
+          continue;
+        }
         std::vector<Candidate> kernels;
         for (const Candidate& c : candidates(p.encoded.matrix, n))
           if (c.name.find(only) != std::string::npos) kernels.push_back(c);
@@ -191,7 +172,7 @@ int main(int argc, char** argv) {
           measure(p, kernels, n, std::stoul(option(argc, argv, "variants", "0")), stream, *cublas, json);
         }
       }
-      if (option(argc, argv, "decompress", "0") == "1") measure_decompression(p, stream);
+      if (option(argc, argv, "decompress", "0") == "1") measure_decompression(p, stream, json);
     }
   json << "{}]\n";
   return 0;

@@ -32,7 +32,8 @@ __global__ void gaussian(uint16_t* w, size_t size, float sigma, float zeros, uin
 }
 
 // A block draws its class, a weight its exponent from that class, a row its own scale.
-__global__ void from_exponents(uint16_t* w, int m, int k, const uint32_t* cumulated, int classes, int values, int first, uint64_t seed) {
+__global__ void from_exponents(uint16_t* w, int m, int k, const uint32_t* cumulated, int classes, int values, int first, int row_scales,
+                               uint64_t seed) {
   const size_t size = static_cast<size_t>(m) * k;
   for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < size; i += static_cast<size_t>(gridDim.x) * blockDim.x) {
     const uint32_t row = i / k, column = i % k;
@@ -44,7 +45,7 @@ __global__ void from_exponents(uint16_t* w, int m, int k, const uint32_t* cumula
       const int middle = (low + high) / 2;
       if (u < table[middle]) high = middle; else low = middle + 1;
     }
-    const uint32_t exponent = low ? first + low - 1 - hash(row + (seed << 33)) % 4 : 0;
+    const uint32_t exponent = low ? first + low - 1 - hash(row + (seed << 33)) % row_scales : 0;
     w[i] = static_cast<uint16_t>((rest >> 31 << 15) | (exponent << 7) | (low ? rest & 127 : 0));
   }
 }
@@ -79,7 +80,8 @@ void fill_from_exponents(uint16_t* w, int m, int k, const ExponentClasses& c, ui
   }
   DeviceArray<uint32_t> device(cumulated.size());
   CHECK(cudaMemcpy(device.get(), cumulated.data(), cumulated.size() * 4, cudaMemcpyHostToDevice));
-  from_exponents<<<1056, 256>>>(w, m, k, device.get(), static_cast<int>(c.counts.size()), static_cast<int>(c.counts[0].size()), c.first, seed);
+  from_exponents<<<1056, 256>>>(w, m, k, device.get(), static_cast<int>(c.counts.size()), static_cast<int>(c.counts[0].size()), c.first,
+                                c.row_scales, seed);
   CHECK(cudaDeviceSynchronize());
 }
 

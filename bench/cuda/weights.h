@@ -9,9 +9,10 @@
 
 // Fills w with Gaussian weights, a share `zeros` of them exactly zero.
 void fill_gaussian(uint16_t* w, size_t size, float sigma, float zeros, uint32_t seed);
-// Exponents of real models (exponents.json): per class of blocks the count of zeros, then of exponents from `first` on.
+// Exponents of real models (exponents.json; that of ../cuda_tca has them as they are in tensors): per class of blocks the count of zeros, then of exponents from `first` on.
 struct ExponentClasses {
   int first;
+  int row_scales;  // a row is smaller by one of so many powers of two, 2^0 among them
   std::vector<std::vector<double>> counts;
 };
 ExponentClasses read_exponents(const char* path);

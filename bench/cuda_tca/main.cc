@@ -1,7 +1,7 @@
 // Bare CUDA benchmark of the TCA-TBE kernels.
 //
 //   bench check [small|tiny]       correctness: bits of decompression, products against double precision and the raw control
-//   bench speed OUT.json [weights=real] [n=1,8,16,32] [shapes=28672x4096,...] [decompress=28672x4096,...] [warps=0]
+//   bench speed OUT.json [weights=tensors] [n=1,8,16,32] [shapes=28672x4096,...] [decompress=28672x4096,...] [warps=0]
 #include <cmath>
 #include <cstring>
 #include <fstream>
@@ -226,6 +226,7 @@ int main(int argc, char** argv) {
   const ExponentClasses classes = read_exponents(option(argc, argv, "exponents", "bench/cuda/exponents.json").c_str());
   if (!std::strcmp(argv[1], "check")) return check(classes, argc > 2 ? argv[2] : "all", stream) != 0;
 
+  const ExponentClasses tensors = read_exponents(option(argc, argv, "tensors", "bench/cuda_tca/exponents.json").c_str());
   CublasReference cublas(stream);
   std::ofstream json(argc > 2 ? argv[2] : "/dev/null");
   json << "[\n";
@@ -233,8 +234,8 @@ int main(int argc, char** argv) {
     for (const std::string& shape : split(shapes)) {
       int m, k;
       if (std::sscanf(shape.c_str(), "%dx%d", &m, &k) != 2) std::exit(2);
-      for (const std::string& weights : split(option(argc, argv, "weights", "real")))
-        body(make_tca_problem(m, k, weights, classes, kColdBytes), weights);
+      for (const std::string& weights : split(option(argc, argv, "weights", "tensors")))
+        body(make_tca_problem(m, k, weights, weights == "tensors" ? tensors : classes, kColdBytes), weights);
     }
   };
   each(option(argc, argv, "decompress", ""),

@@ -99,7 +99,7 @@ TcaProblem make_tca_problem(int m, int k, const std::string& weights, const Expo
   uint16_t* w = p.dense->get();
   if (weights == "gaussian") {
     fill_gaussian(w, size, 0.02f, 0.0005f, 1);
-  } else if (weights == "real") {
+  } else if (weights == "real" || weights == "tensors") {
     fill_from_exponents(w, m, k, classes, 1);
   } else {
     std::vector<uint16_t> host(size);

@@ -18,6 +18,6 @@ struct TcaProblem {
   jaxzip::Payload copy(int i) const;
 };
 
-// `weights`: gaussian, real, patterns (all 65,536), zeros, sevenths (one in seven outside of the window), escapes (exponents that no
+// `weights`: gaussian, tensors (`classes` of exponents.json here), real (of ../cuda, rows of different scale), patterns (all 65,536), zeros, sevenths (one in seven outside of the window), escapes (exponents that no
 // window holds many of). At least `copies_bytes` of each representation, so that repeated runs find a cold cache.
 TcaProblem make_tca_problem(int m, int k, const std::string& weights, const ExponentClasses& classes, size_t copies_bytes);

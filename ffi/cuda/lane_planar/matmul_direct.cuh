@@ -8,71 +8,10 @@
 // A launch costs 3 to 4 us besides its stream, most of it a chain of latencies (constants, first loads, the last units, two
 // reductions): warps jump over what only warp 0 has to do, and what comes before the first and after the last load is kept short.
 #pragma once
-#include <cuda_bf16.h>
-
-#include "epilogue.cuh"
+#include "direct_sums.cuh"
 #include "weights.cuh"
 
 namespace jaxzip::lane_planar {
-
-constexpr int kSumPad = 4;  // floats after a column of sums: a warp's stores then fall into different banks
-
-// Work split and shared memory (bytes from its start) of one launch, computed on the host. A row group is what a warp takes
-// of a block: 16, 32 or 64 rows.
-struct DirectPlan {
-  int cluster;                // CTAs that share a row group, each with its part of K
-  int clusters;               // row groups are dealt to them in turn
-  int groups, groups_longer;  // of a cluster; the first groups_longer clusters have one more, or a pair more
-  int gated, half;            // 1: groups are dealt in pairs, of a gate's and of those half further down
-  int k_blocks, k_longer;     // of a rank; the first k_longer ranks have one more
-  int all_k_blocks;
-  int log_n;    // of the columns in the buffers of sums
-  int x_pitch;  // 16 bytes over a multiple of 128: eight rows start in eight different bank groups
-  int area;     // of a warp: its patch planes, and in the end the sum of the row group that it did not finish
-  int chunks;   // of four rows that a rank owns of every row group: chunk c is the (c / cluster)th of rank c % cluster
-  int magic;    // c / cluster = c * magic >> 16
-  int barrier, owners, shift, x, finished, received, bytes;
-};
-
-struct DirectArgs {
-  Matrix w;
-  const __nv_bfloat16* x;  // [n][k]
-  int n;
-  bool overlap;  // launched while the kernel before may still run: only then do weights go before x
-  DirectPlan plan;
-  Epilogue epilogue;
-};
-
-template <class Weights>
-DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, int cluster, int clusters, bool gated) {
-  DirectPlan p = {};
-  const int group_rows = tiles_per_warp * kTileRows, all_groups = (w.m + group_rows - 1) / group_rows;
-  p.cluster = cluster;
-  p.clusters = clusters;
-  p.gated = gated;
-  p.half = all_groups / 2;
-  p.groups = (all_groups >> p.gated) / clusters << p.gated;
-  p.groups_longer = (all_groups >> p.gated) % clusters;
-  p.all_k_blocks = w.k_blocks();
-  p.k_blocks = p.all_k_blocks / cluster;
-  p.k_longer = p.all_k_blocks % cluster;
-  while (1 << p.log_n < n) ++p.log_n;
-  p.x_pitch = (p.k_blocks + (p.k_longer > 0)) * kBlock * 2 + 16;
-  p.chunks = (group_rows / 4 + cluster - 1) / cluster;
-  p.magic = 65536 / cluster + 1;
-  const int most_groups = p.groups + ((p.groups_longer > 0) << p.gated);
-  const int sum_bytes = ((group_rows + kSumPad) << p.log_n) * 4;
-  const int plane_bytes = tiles_per_warp * Weights::kPlaneBytes;
-  p.area = sum_bytes > plane_bytes ? sum_bytes : plane_bytes;
-  p.barrier = warps * p.area;
-  p.owners = p.barrier + 16;
-  p.shift = p.owners + (most_groups * 2 + 15) / 16 * 16;
-  p.x = p.shift + most_groups * group_rows;
-  p.finished = p.x + n * p.x_pitch;
-  p.received = p.finished + most_groups * sum_bytes;
-  p.bytes = p.received + (cluster > 1 ? cluster * (most_groups * p.chunks << p.log_n) * 16 : 0);
-  return p;
-}
 
 template <class Weights, int kTilesPerWarp, int kColumnTiles, int kWarps, int kCtasPerSm>
 __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const __grid_constant__ DirectArgs args) {
@@ -117,7 +56,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   auto range_begin = [&](int i) { return static_cast<int>(static_cast<uint32_t>(total * i) / kWarps); };
   const int begin = range_begin(warp), end = range_begin(warp + 1);
   // Exact for fewer than 2^20 units. A table in the plan would be one more miss of the constant cache: 0.1-0.4 us.
-  const int first_group = units_k ? static_cast<int>((begin + 0.5f) * ptx::reciprocal(static_cast<float>(units_k))) : 0;
+  const int first_group = groups == 1 || !units_k ? 0 : static_cast<int>((begin + 0.5f) * ptx::reciprocal(static_cast<float>(units_k)));
   const int first_k = begin - first_group * units_k;
   auto group_index = [&](int group) {  // of the matrix
     return cluster + (group >> plan.gated) * plan.clusters + (group & plan.gated ? plan.half : 0);
@@ -286,76 +225,11 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   ptx::async_copy_wait();
   __syncthreads();
 
-  // Sum over the warps that share a row group, in the order of k, four rows a thread.
-  constexpr uint32_t kGroupChunks = kGroupRows / 4;
-  const uint32_t columns = 1u << plan.log_n, per_rank = groups * plan.chunks << plan.log_n;  // float4
-  const uint32_t received = plan.received;
-  auto add = [&](float4& sum, uint32_t offset) {
-    const float4 v = *reinterpret_cast<const float4*>(memory + offset);
-    sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-  };
-  auto shifts_of = [&](int group, int row) {
-    return *reinterpret_cast<const uint32_t*>(memory + plan.shift + group * kGroupRows + row);
-  };
-  const bool fours = in_fours(args.epilogue, w.m);
-  auto write = [&](int group, int n, int row, float4 sum) {
-    store_rows(args.epilogue, w.m, fours, n, FourRows(args.epilogue, w.m, group_index(group) * kGroupRows + row, shifts_of(group, row)), sum);
-  };
-  auto write_gated = [&](int group, int n, int row, float4 gate, float4 up) {
-    const int to = group_index(group) * kGroupRows + row;
-    const auto finished = [&](float4 sum, int group) { return rounded(FourRows(args.epilogue, w.m, to, shifts_of(group, row)).finish(sum)); };
-    store_gated(args.epilogue, w.m, n, to, finished(gate, group), finished(up, group + 1));
-  };
-  auto sum_of_warps = [&](uint32_t group, uint32_t n, uint32_t chunk) {
-    float4 sum = make_float4(0, 0, 0, 0);
-    if (total) {
-      const uint32_t at = (n * kPitch + chunk * 4) * 4, first = owners[group] & 255, last = owners[group] >> 8;
-#pragma unroll 4
-      for (uint32_t i = first; i < last; ++i) add(sum, i * plan.area + at);
-      add(sum, plan.finished + (group << plan.log_n) * (kPitch * 4) + at);
-    }
-    return sum;
-  };
-  if (ranks > 1) ptx::cluster_wait();  // the others have started
-  const int pairs = ranks == 1 ? plan.gated : 0;
-#pragma unroll 1
-  for (uint32_t o = threadIdx.x; o < (groups >> pairs) * kGroupChunks << plan.log_n; o += kThreads) {
-    const uint32_t chunk = o % kGroupChunks, n = o / kGroupChunks & (columns - 1), group = o / kGroupChunks >> plan.log_n << pairs;
-    if (n >= args.n) continue;
-    const float4 sum = sum_of_warps(group, n, chunk);
-    if (pairs) {
-      write_gated(group, n, chunk * 4, sum, sum_of_warps(group + 1, n, chunk));
-    } else if (ranks == 1) {
-      write(group, n, chunk * 4, sum);
-    } else {
-      const uint32_t which = chunk * plan.magic >> 16, slot = ((group * plan.chunks + which) << plan.log_n) + n;
-      ptx::store_cluster(shared + received + (rank * per_rank + slot) * 16, sums_barrier, chunk - which * ranks, sum);
-    }
-  }
-  if (ranks == 1) return;
-  ptx::barrier_wait(sums_barrier, 0);
-  auto sum_of_ranks = [&](uint32_t slot) {
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 2
-    for (int i = 0; i < ranks; ++i) add(sum, received + (i * per_rank + slot) * 16);
-    return sum;
-  };
-  // Slot o of this rank: column, chunk, row group from the inside out; row groups are few, so they are counted.
-  const uint32_t group_slots = plan.chunks << plan.log_n;
-#pragma unroll 1
-  for (uint32_t o = threadIdx.x; o < per_rank >> plan.gated; o += kThreads) {
-    const uint32_t n = o & (columns - 1);
-    int group = 0, which = o >> plan.log_n;
-    for (; which >= plan.chunks; which -= plan.chunks) ++group;
-    const int row = (which * ranks + rank) * 4;
-    if (n >= args.n || row >= kGroupRows) continue;
-    if (plan.gated) {
-      const uint32_t slot = o + group * group_slots;  // behind as many gates there are as many others
-      write_gated(2 * group, n, row, sum_of_ranks(slot), sum_of_ranks(slot + group_slots));
-    } else {
-      write(group, n, row, sum_of_ranks(o));
-    }
-  }
+  const DirectSums<kGroupRows, kPitch, kThreads> sums_of_all{args, memory, shared, sums_barrier, owners, ranks, rank, cluster, groups, total > 0};
+  if (kColumnTiles == 1 && args.n <= kFewColumns)
+    sums_of_all.template finish<1>();
+  else
+    sums_of_all.template finish<4>();
 }
 
 }  // namespace jaxzip::lane_planar

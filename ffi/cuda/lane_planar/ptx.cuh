@@ -29,16 +29,16 @@ __device__ __forceinline__ void store_shared_u8(uint32_t address, uint32_t value
   asm volatile("st.shared.u8 [%0],%1;" ::"r"(address), "r"(value) : "memory");
 }
 
-// Weights are read once: past L1, so that it keeps nothing.
+// Weights are read once: past L1, so that it keeps nothing, and by whole lines, since neighbours follow.
 __device__ __forceinline__ void load_stream(uint32_t* v, const uint32_t* p, std::integral_constant<int, 4>) {
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3},[%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(p));
 }
 __device__ __forceinline__ void load_stream(uint32_t* v, const uint32_t* p, std::integral_constant<int, 2>) {
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1},[%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1},[%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(p));
 }
 __device__ __forceinline__ void load_stream(uint32_t* v, const uint32_t* p, std::integral_constant<int, 1>) {
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0,[%1];" : "=r"(v[0]) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0,[%1];" : "=r"(v[0]) : "l"(p));
 }
 template <int kWords>
 __device__ __forceinline__ void load_stream(uint32_t* v, const uint32_t* p) {
@@ -101,13 +101,19 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// Stores into the shared memory of CTA `rank` of the cluster and counts the 16 bytes on its barrier. No fence is needed:
-// the release of a cluster barrier costs a membar.gpu behind all of an SM's traffic.
+// Stores into the shared memory of CTA `rank` of the cluster and counts the bytes on its barrier. No fence is needed: the release of a
+// cluster barrier costs a membar.gpu behind all of an SM's traffic.
 __device__ __forceinline__ void store_cluster(uint32_t local_address, uint32_t local_barrier, int rank, float4 v) {
   asm volatile(
       "{.reg .u32 a, b; mapa.shared::cluster.u32 a,%0,%2; mapa.shared::cluster.u32 b,%1,%2;"
       " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [a],{%3,%4,%5,%6},[b];}" ::"r"(local_address),
       "r"(local_barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ void store_cluster(uint32_t local_address, uint32_t local_barrier, int rank, float v) {
+  asm volatile(
+      "{.reg .u32 a, b; mapa.shared::cluster.u32 a,%0,%2; mapa.shared::cluster.u32 b,%1,%2;"
+      " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [a],%3,[b];}" ::"r"(local_address), "r"(local_barrier),
+      "r"(rank), "f"(v) : "memory");
 }
 __device__ __forceinline__ float reciprocal(float x) {
   float r;
