@@ -1,14 +1,16 @@
 // Bare CUDA benchmark of a decode step's chain (ffi/cuda/decode_chain): us a layer in a CUDA graph with a child graph a layer, as XLA
 // runs custom calls; cold weights with the exponents of real models.
 //
-//   chain_bench [n=1,8,32,64] [models=llama-3.1-8b,...] [attention=1024] [search=12] [steady=300] [load=0.4] [gate_up=NAME,...]
+//   chain_bench [n=1,8,32,64] [models=llama-3.1-8b,...] [attention=1024] [search=12] [steady=300] [load=0.4]
+//               [o=NAME,...] [gate_up=NAME,...] [down=NAME,...] [tail=NAME,...]
 //
 // `attention`: the chain starts with the attention of so many tokens a row, the own one included; by default all of a layer but that.
 // `steady` is how many ms each timing has the same chains run before it: what a long generation gets, whose clock the power limit lowers.
 // `search` tries so many configurations of each product in the chain, one product after another, and keeps what is at least 0.5%
 // faster: configurations that are fastest alone need not be so where kernels overlap.
-// `load` also measures time and energy of so many seconds without a pause, of what is chosen and of each configuration of `gate_up`, as
-// "wgmma 4/1 C1 cl112", in turns, three times and the second time in the other order: what came before heats the GPU.
+// `load` also measures time and energy of so many seconds without a pause, of what is chosen and of that with each of these
+// configurations of a product, as "wgmma 4/1 C1 cl112", in turns, three times and the second time in the other order: what came before heats
+// the GPU.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -176,28 +178,39 @@ float layer_us(const Layer& layer, Buffers& buffers, const ChainOptions& options
   return graph ? replay_microseconds(graph, stream, kLayers, kRepeats, before_timing) : 0;
 }
 
-void under_load(const Layer& layer, Buffers& buffers, const std::vector<std::string>& names, double seconds, cudaStream_t stream) {
+// Configurations of the four products.
+using Given = const MatmulConfig* ChainOptions::*;
+constexpr Given kGiven[4] = {&ChainOptions::o, &ChainOptions::gate_up, &ChainOptions::down, &ChainOptions::tail};
+
+// As chosen, then with each product's configurations of these names.
+void under_load(const Layer& layer, Buffers& buffers, const std::vector<std::string> (&names)[4], double seconds, cudaStream_t stream) {
   static const PowerMeter meter;
   constexpr int kTurns = 3;
-  std::vector<std::optional<MatmulConfig>> configs = {std::nullopt};
-  for (const std::string& name : names) {
-    const auto config = lane_planar::parse_config(name, buffers.n);
-    if (!config) std::fprintf(stderr, "no configuration for %d rows: %s\n", buffers.n, name.c_str()), std::exit(2);
-    configs.push_back(config);
-  }
-  std::vector<UnderLoad> sums(configs.size());
+  struct Variant {
+    int product;
+    std::string name;
+    std::optional<MatmulConfig> config;
+    UnderLoad sum;
+  };
+  std::vector<Variant> variants = {{0, "as chosen", std::nullopt, {}}};
+  for (int i = 0; i < 4; ++i)
+    for (const std::string& name : names[i]) {
+      const auto config = lane_planar::parse_config(name, buffers.n);
+      if (!config) std::fprintf(stderr, "no configuration for %d rows: %s\n", buffers.n, name.c_str()), std::exit(2);
+      variants.push_back({i, name, config, {}});
+    }
   for (int turn = 0; turn < kTurns; ++turn)
-    for (size_t i = 0; i < configs.size(); ++i) {
-      const size_t at = turn % 2 ? configs.size() - 1 - i : i;
+    for (size_t i = 0; i < variants.size(); ++i) {
+      Variant& v = variants[turn % 2 ? variants.size() - 1 - i : i];
       ChainOptions options;
-      options.gate_up = configs[at] ? &*configs[at] : nullptr;
+      if (v.config) options.*kGiven[v.product] = &*v.config;
       const cudaGraph_t graph = layers_graph(layer, buffers, options, stream);
       if (!graph) continue;
-      sums[at].add(replay_under_load(graph, stream, kLayers, seconds, meter), 1.0 / kTurns);
+      v.sum.add(replay_under_load(graph, stream, kLayers, seconds, meter), 1.0 / kTurns);
     }
-  for (size_t i = 0; i < configs.size(); ++i)
-    std::printf("    under load, gate_up %-24s %.2f us %.2f mJ a layer, %.0f W, %.0f MHz\n", configs[i] ? names[i - 1].c_str() : "as chosen",
-                sums[i].us, sums[i].joules * 1e3, sums[i].watts, sums[i].mhz);
+  for (const Variant& v : variants)
+    std::printf("    under load, %-8s %-24s %.2f us %.2f mJ a layer, %.0f W, %.0f MHz\n", v.config ? Layer::kNames[v.product] : "all", v.name.c_str(),
+                v.sum.us, v.sum.joules * 1e3, v.sum.watts, v.sum.mhz);
 }
 
 std::vector<MatmulConfig> to_try(const Matrix& w, int n, bool gated, size_t most) {
@@ -216,13 +229,13 @@ std::vector<MatmulConfig> to_try(const Matrix& w, int n, bool gated, size_t most
 void search(const Layer& layer, Buffers& buffers, float own_us, size_t most, cudaStream_t stream) {
   MatmulConfig kept[4];
   ChainOptions options;
-  const MatmulConfig** given[4] = {&options.o, &options.gate_up, &options.down, &options.tail};
   float best_us = own_us;
   for (int i : {1, 2, 3, 0}) {  // the largest first
     const bool gated = i == 1 && buffers.gated;
-    const MatmulConfig* before = *given[i];
+    const MatmulConfig*& given = options.*kGiven[i];
+    const MatmulConfig* before = given;
     for (const MatmulConfig& c : to_try(layer.weights[i].encoded.matrix, buffers.n, gated, most)) {
-      *given[i] = &c;
+      given = &c;
       float us = layer_us(layer, buffers, options, stream);
       if (us > 0 && us < kWorth * best_us) us = std::max(us, layer_us(layer, buffers, options, stream));  // twice
       if (us > 0 && us < kWorth * best_us) {
@@ -232,7 +245,7 @@ void search(const Layer& layer, Buffers& buffers, float own_us, size_t most, cud
         std::printf("    %-8s %s: %.2f us\n", Layer::kNames[i], show(c, buffers.n).c_str(), us);
       }
     }
-    *given[i] = before;
+    given = before;
   }
   std::printf("  N=%d: %.2f us with these, %.2f as chosen\n", buffers.n, layer_us(layer, buffers, options, stream), layer_us(layer, buffers, {}, stream));
 }
@@ -256,7 +269,9 @@ int main(int argc, char** argv) {
       apart.overlap = false;
       const float us = layer_us(layer, buffers, {}, stream);
       std::printf("%s N=%s: %.2f us a layer, %.2f without overlap\n", model.name, n.c_str(), us, layer_us(layer, buffers, apart, stream));
-      if (seconds > 0) under_load(layer, buffers, option(argc, argv, "gate_up", ""), seconds, stream);
+      std::vector<std::string> given[4];
+      for (int i = 0; i < 4; ++i) given[i] = option(argc, argv, Layer::kNames[i], "");
+      if (seconds > 0) under_load(layer, buffers, given, seconds, stream);
       if (std::stoul(most[0])) search(layer, buffers, us, std::stoul(most[0]), stream);
       std::fflush(stdout);
     }

@@ -10,30 +10,30 @@
 namespace jaxzip::lane_planar {
 namespace {
 
-// The fastest of every configuration of `lane_planar_bench speed`, at 11.44 bits, where the model takes one that is over 1% slower; of
-// 8192x8192 with 64 columns and of 57344x8192 under steady load, at the power limit.
+// The fastest of every configuration of `lane_planar_bench speed`, at 11.44 bits, where the model takes one that is over 1% slower; of large
+// matrices with 32 and 64 columns under steady load, at the power limit.
 struct Measured {
   int m, k, n;
   WgmmaConfig config;
 };
 constexpr Measured kMeasured[] = {
     {1024, 4096, 8, {4, 4, 16}}, {1024, 4096, 16, {2, 5, 16}}, {1024, 4096, 32, {2, 6, 16}}, {4096, 4096, 8, {2, 2, 64}},
-    {4096, 4096, 32, {2, 2, 64}}, {4096, 14336, 8, {1, 6, 16}}, {4096, 14336, 256, {1, 3, 32}}, {5120, 17408, 32, {4, 1, 80}},
+    {4096, 4096, 32, {2, 2, 64}}, {4096, 14336, 8, {1, 6, 16}}, {4096, 14336, 64, {1, 5, 22}}, {4096, 14336, 256, {1, 3, 32}},
     {6144, 4096, 64, {2, 2, 48}}, {7168, 5120, 64, {1, 3, 38}}, {7168, 5120, 128, {2, 1, 112}}, {8192, 8192, 64, {2, 2, 64}},
-    {8192, 8192, 128, {2, 2, 64}}, {10240, 8192, 8, {2, 1, 80}}, {10240, 8192, 16, {2, 1, 80}}, {28672, 4096, 8, {1, 2, 64}},
-    {34816, 5120, 8, {4, 2, 61}}, {34816, 5120, 32, {2, 1, 91}}, {34816, 5120, 64, {2, 1, 109}}, {57344, 8192, 32, {1, 1, 128}},
-    {57344, 8192, 64, {1, 1, 128}},
+    {8192, 8192, 128, {2, 2, 64}}, {10240, 8192, 8, {2, 1, 80}}, {10240, 8192, 16, {2, 1, 80}}, {10240, 8192, 32, {1, 2, 54}},
+    {28672, 4096, 8, {1, 2, 64}}, {34816, 5120, 8, {4, 2, 61}}, {34816, 5120, 32, {2, 1, 91}}, {34816, 5120, 64, {2, 1, 109}},
+    {57344, 8192, 32, {1, 1, 128}}, {57344, 8192, 64, {1, 1, 128}},
 };
 
 // The same of a decode step's chain, where kernels overlap (`chain_bench search=12`).
 constexpr Measured kMeasuredChained[] = {
-    {4096, 4096, 8, {2, 3, 32}}, {4096, 4096, 32, {2, 3, 32}}, {4096, 14336, 8, {4, 2, 64}}, {4096, 14336, 64, {1, 5, 22}},
-    {5120, 17408, 32, {1, 4, 27}},
+    {4096, 4096, 8, {2, 3, 32}}, {4096, 4096, 32, {2, 3, 32}}, {4096, 14336, 8, {4, 2, 64}}, {4096, 14336, 32, {2, 3, 32}},
+    {4096, 14336, 64, {1, 5, 22}}, {6144, 4096, 32, {1, 4, 24}},
 };
 // And of its gated products, also under load.
 constexpr Measured kMeasuredGated[] = {
-    {30720, 3840, 32, {2, 1, 120}}, {30720, 3840, 64, {2, 1, 120}}, {34816, 5120, 8, {4, 2, 55}}, {34816, 5120, 16, {2, 1, 91}},
-    {34816, 5120, 64, {1, 2, 55}},  {57344, 8192, 8, {4, 2, 64}},
+    {28672, 4096, 32, {1, 1, 112}}, {30720, 3840, 32, {2, 1, 120}}, {30720, 3840, 64, {2, 1, 120}}, {34816, 5120, 8, {4, 2, 55}},
+    {34816, 5120, 16, {2, 1, 91}}, {34816, 5120, 64, {1, 2, 55}}, {57344, 8192, 8, {4, 2, 64}}, {57344, 8192, 32, {2, 1, 112}},
 };
 
 // The model, in us, fitted to 15 shapes (on average it takes what is 1.0% slower than the best, also of shapes that were left out). A
@@ -77,6 +77,19 @@ double modelled_us(const Matrix& w, int n, const WgmmaConfig& c, bool gated) {
   return kLaunchUs + smooth_max(waves * (smooth_max(compute, stream, 5) + store) + kWaveUs * (waves - 1), memory, 6);
 }
 
+// What x costs at the power limit, where time is energy: every pass of a CTA reads its part through the L2. Large matrices meet the limit from 32
+// columns on, and there, with four warp groups that split K, read many times what they would with a row block each: 128256x4096 198 us, 180.
+// With fewer columns there is no such limit, with more the model finds the same without this, or better.
+constexpr double kXUsPerByte = 3.6e-8;
+constexpr int kXColumns = 32;
+constexpr long long kLargeMatrix = 50000000;
+
+double x_us(const Matrix& w, int n, const WgmmaConfig& c) {
+  if (n <= kXColumns / 2 || n > kXColumns || static_cast<long long>(w.m) * w.k < kLargeMatrix) return 0;
+  const int passes = divide_up(divide_up(w.m_blocks(), c.clusters), wgmma_groups(n) / c.k_groups);
+  return kXUsPerByte * c.clusters * passes * w.k_blocks() * kBlock * kXColumns * 2.0;
+}
+
 // Calls `visit(config)` with what fits n columns, and so fewer, for so many groups that split K and such a cluster.
 template <class Visit>
 void each_fitting(const Matrix& w, int n, int k_groups, int cluster, bool gated, const Visit& visit) {
@@ -113,7 +126,7 @@ WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained, bool gated) {
   const Measured* row = gated ? find(kMeasuredGated) : chained ? find(kMeasuredChained) : nullptr;
   if (!row && !gated) row = find(kMeasured);
   if (row) return row->config;
-  return least_modelled(w, n, gated, [&](const WgmmaConfig& c) { return modelled_us(w, n, c, gated); });
+  return least_modelled(w, n, gated, [&](const WgmmaConfig& c) { return modelled_us(w, n, c, gated) + (gated ? 0 : x_us(w, n, c)); });
 }
 
 MatmulConfig with_tail(const Matrix& w, int n, const WgmmaConfig& whole, bool gated) {

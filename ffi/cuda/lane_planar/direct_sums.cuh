@@ -1,7 +1,8 @@
 // The end of the small-N matmul: sums over the warps that share a row group, then over the CTAs of a cluster, in the order of k; epilogue.
 //
 // Where there are few columns a warp or two have all of the results, and every instruction between the last product and the end of the
-// launch is time, those that have to be fetched twice over. So a thread then takes one row of a column and not four, by code of its own.
+// launch is time, those that have to be fetched twice over. So a thread then takes one or two rows of a column and not four, by code of its
+// own.
 #pragma once
 #include "direct_plan.cuh"
 #include "epilogue.cuh"
@@ -9,7 +10,8 @@
 
 namespace jaxzip::lane_planar {
 
-constexpr int kFewColumns = 4;  // up to so many a thread takes one row
+// Rows of a column that a thread takes at once.
+__host__ __device__ constexpr int rows_at_once(int columns) { return columns <= 4 ? 1 : columns <= 8 ? 2 : 4; }
 
 template <int kRows>
 struct SumsOfRows;
@@ -26,6 +28,12 @@ template <>
 struct SumsOfRows<1> {
   float value = 0;
   __device__ __forceinline__ void add(const SumsOfRows& o) { value += o.value; }
+};
+
+template <>
+struct SumsOfRows<2> {
+  float2 value = {0, 0};
+  __device__ __forceinline__ void add(const SumsOfRows& o) { value = make_float2(value.x + o.value.x, value.y + o.value.y); }
 };
 
 // Epilogue of such rows; `row` is the first one, of the matrix, and `shifts` points to its shift.
@@ -78,6 +86,24 @@ class Results<1> {
  private:
   const Epilogue& e_;
   int m_;
+};
+
+template <>
+class Results<2> {
+ public:
+  __device__ __forceinline__ Results(const Epilogue& e, int m) : one_(e, m) {}
+  __device__ __forceinline__ void store(int n, int row, const uint8_t* shifts, const SumsOfRows<2>& sums) const {
+    one_.store(n, row, shifts, {sums.value.x});
+    one_.store(n, row + 1, shifts + 1, {sums.value.y});
+  }
+  __device__ __forceinline__ void store_gated(int n, int row, const uint8_t* shifts, const SumsOfRows<2>& gate, const uint8_t* up_shifts,
+                                              const SumsOfRows<2>& up) const {
+    one_.store_gated(n, row, shifts, {gate.value.x}, up_shifts, {up.value.x});
+    one_.store_gated(n, row + 1, shifts + 1, {gate.value.y}, up_shifts + 1, {up.value.y});
+  }
+
+ private:
+  Results<1> one_;
 };
 
 // What warps have left in shared memory, as `plan` says. Of one CTA, all of whose threads call `finish`, once.

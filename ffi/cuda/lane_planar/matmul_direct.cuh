@@ -226,10 +226,10 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   __syncthreads();
 
   const DirectSums<kGroupRows, kPitch, kThreads> sums_of_all{args, memory, shared, sums_barrier, owners, ranks, rank, cluster, groups, total > 0};
-  if (kColumnTiles == 1 && args.n <= kFewColumns)
+  if (kColumnTiles == 1 && rows_at_once(args.n) == 1)
     sums_of_all.template finish<1>();
   else
-    sums_of_all.template finish<4>();
+    sums_of_all.template finish<rows_at_once(8 * kColumnTiles)>();
 }
 
 }  // namespace jaxzip::lane_planar

@@ -115,6 +115,12 @@ __device__ __forceinline__ void store_cluster(uint32_t local_address, uint32_t l
       " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [a],%3,[b];}" ::"r"(local_address), "r"(local_barrier),
       "r"(rank), "f"(v) : "memory");
 }
+__device__ __forceinline__ void store_cluster(uint32_t local_address, uint32_t local_barrier, int rank, float2 v) {
+  asm volatile(
+      "{.reg .u32 a, b; mapa.shared::cluster.u32 a,%0,%2; mapa.shared::cluster.u32 b,%1,%2;"
+      " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [a],{%3,%4},[b];}" ::"r"(local_address), "r"(local_barrier),
+      "r"(rank), "f"(v.x), "f"(v.y) : "memory");
+}
 __device__ __forceinline__ float reciprocal(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
