@@ -1,4 +1,4 @@
-"""Makes exponents.json: exponents of real tensors as a window per tensor sees them, for weights of the TCA-TBE benchmark.
+"""Makes exponents.json: exponents of real tensors as a window per tensor sees them, for the TCA-TBE benchmark.
 
 From the linear layers of SmolLM2-135M and all-MiniLM-L6-v2, whose packages the demo needs. Each tensor is scaled by a
 power of two so that its window of 7 exponents is 120..126; its 64x64 blocks are sorted by how many weights are outside
@@ -31,7 +31,7 @@ def blocks_of(w: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    linear = [w for package in PACKAGES for name, w in real_model(*package) if "embed" not in name and "Embedding" not in name]
+    linear = [w for package in PACKAGES for name, w in real_model(*package) if "embed" not in name.lower()]
     blocks = np.concatenate([blocks_of(w) for w in linear])
     inside = (blocks >= FIRST_OF_WINDOW) & (blocks < FIRST_OF_WINDOW + WINDOW)
     blocks = blocks[np.argsort((~inside).sum(1), kind="stable")]

@@ -20,20 +20,19 @@ constexpr Measured kMeasured[] = {
     {1024, 4096, 8, {4, 4, 16}}, {1024, 4096, 16, {2, 5, 16}}, {1024, 4096, 32, {2, 6, 16}}, {4096, 4096, 8, {2, 2, 64}},
     {4096, 4096, 32, {2, 2, 64}}, {4096, 14336, 8, {1, 6, 16}}, {4096, 14336, 64, {1, 5, 22}}, {4096, 14336, 256, {1, 3, 32}},
     {6144, 4096, 64, {2, 2, 48}}, {7168, 5120, 64, {1, 3, 38}}, {7168, 5120, 128, {2, 1, 112}}, {8192, 8192, 64, {2, 2, 64}},
-    {8192, 8192, 128, {2, 2, 64}}, {10240, 8192, 8, {2, 1, 80}}, {10240, 8192, 16, {2, 1, 80}}, {10240, 8192, 32, {1, 2, 54}},
-    {28672, 4096, 8, {1, 2, 64}}, {34816, 5120, 8, {4, 2, 61}}, {34816, 5120, 32, {2, 1, 91}}, {34816, 5120, 64, {2, 1, 109}},
-    {57344, 8192, 32, {1, 1, 128}}, {57344, 8192, 64, {1, 1, 128}},
+    {8192, 8192, 128, {2, 2, 64}}, {10240, 8192, 8, {2, 1, 80}}, {10240, 8192, 16, {2, 1, 80}}, {28672, 4096, 8, {1, 2, 64}},
+    {34816, 5120, 8, {4, 2, 61}}, {34816, 5120, 32, {2, 1, 91}}, {34816, 5120, 64, {2, 1, 109}}, {57344, 8192, 32, {1, 1, 128}},
+    {57344, 8192, 64, {1, 1, 128}},
 };
 
 // The same of a decode step's chain, where kernels overlap (`chain_bench search=12`).
 constexpr Measured kMeasuredChained[] = {
-    {4096, 4096, 8, {2, 3, 32}}, {4096, 4096, 32, {2, 3, 32}}, {4096, 14336, 8, {4, 2, 64}}, {4096, 14336, 32, {2, 3, 32}},
-    {4096, 14336, 64, {1, 5, 22}}, {6144, 4096, 32, {1, 4, 24}},
+    {4096, 4096, 8, {2, 3, 32}}, {4096, 4096, 32, {2, 3, 32}}, {4096, 14336, 8, {4, 2, 64}}, {3840, 15360, 32, {4, 2, 60}},
 };
 // And of its gated products, also under load.
 constexpr Measured kMeasuredGated[] = {
-    {28672, 4096, 32, {1, 1, 112}}, {30720, 3840, 32, {2, 1, 120}}, {30720, 3840, 64, {2, 1, 120}}, {34816, 5120, 8, {4, 2, 55}},
-    {34816, 5120, 16, {2, 1, 91}}, {34816, 5120, 64, {1, 2, 55}}, {57344, 8192, 8, {4, 2, 64}}, {57344, 8192, 32, {2, 1, 112}},
+    {30720, 3840, 32, {2, 1, 120}}, {30720, 3840, 64, {2, 1, 120}}, {34816, 5120, 8, {4, 2, 55}}, {34816, 5120, 16, {2, 1, 91}},
+    {34816, 5120, 64, {1, 2, 55}}, {57344, 8192, 8, {4, 2, 64}},
 };
 
 // The model, in us, fitted to 15 shapes (on average it takes what is 1.0% slower than the best, also of shapes that were left out). A
@@ -78,8 +77,8 @@ double modelled_us(const Matrix& w, int n, const WgmmaConfig& c, bool gated) {
 }
 
 // What x costs at the power limit, where time is energy: every pass of a CTA reads its part through the L2. Large matrices meet the limit from 32
-// columns on, and there, with four warp groups that split K, read many times what they would with a row block each: 128256x4096 198 us, 180.
-// With fewer columns there is no such limit, with more the model finds the same without this, or better.
+// columns on, and there four warp groups that split K read it once for every row block: 128256x4096 took 198 us, 180 with a row block each. With
+// fewer columns there is no such limit, with more the model finds the same without this, or better.
 constexpr double kXUsPerByte = 3.6e-8;
 constexpr int kXColumns = 32;
 constexpr long long kLargeMatrix = 50000000;
