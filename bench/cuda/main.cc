@@ -13,32 +13,19 @@
 #include <algorithm>
 #include <cstring>
 #include <fstream>
-#include <sstream>
 
 #include "check_kernels.h"
 #include "cublas_timing.h"
 #include "kernels.h"
 #include "measure_chosen.h"
 #include "measure_load.h"
+#include "options.h"
 
 namespace {
 
 constexpr size_t kColdBytes = 420u << 20;  // seven times the L2
 constexpr double kCopyBandwidth = 4.3e12;
 std::FILE* timings = nullptr;  // of every configuration: m k n cublas us name
-
-std::string option(int argc, char** argv, const std::string& name, const std::string& otherwise) {
-  for (int i = 2; i < argc; ++i)
-    if (!std::strncmp(argv[i], (name + "=").c_str(), name.size() + 1)) return argv[i] + name.size() + 1;
-  return otherwise;
-}
-
-std::vector<std::string> split(const std::string& s) {
-  std::vector<std::string> parts;
-  std::stringstream stream(s);
-  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
-  return parts;
-}
 
 void measure(const Problem& p, const std::vector<Candidate>& kernels, int n, size_t variants, cudaStream_t stream, CublasReference& cublas, std::ostream& json) {
   using namespace jaxzip::lane_planar;

@@ -9,11 +9,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "decode_chain/attention.h"
+#include "options.h"
 #include "weights.h"
 
 namespace {
@@ -267,12 +267,6 @@ int speed(const std::vector<int>& rows, int seen, bool search) {
   return 0;
 }
 
-std::string option(int argc, char** argv, const std::string& name, const std::string& otherwise) {
-  for (int i = 2; i < argc; ++i)
-    if (!std::strncmp(argv[i], (name + "=").c_str(), name.size() + 1)) return argv[i] + name.size() + 1;
-  return otherwise;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -280,9 +274,8 @@ int main(int argc, char** argv) {
   if (what == "check") return check_all();
   if (what == "speed") {
     std::vector<int> rows;
-    std::stringstream stream(option(argc, argv, "n", "1,8,32,64"));
-    for (std::string part; std::getline(stream, part, ',');) rows.push_back(std::atoi(part.c_str()));
-    return speed(rows, std::atoi(option(argc, argv, "seen", "576").c_str()), option(argc, argv, "search", "0") == "1");
+    for (const std::string& n : split(option(argc, argv, "n", "1,8,32,64"))) rows.push_back(std::stoi(n));
+    return speed(rows, std::stoi(option(argc, argv, "seen", "576")), option(argc, argv, "search", "0") == "1");
   }
   std::printf("usage: attention_bench check | speed [n=1,8,32,64] [seen=576]\n");
   return 2;

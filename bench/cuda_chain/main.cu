@@ -17,12 +17,12 @@
 #include <cstring>
 #include <functional>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "decode_chain/chain.h"
 #include "matmul.h"
+#include "options.h"
 #include "product.h"
 #include "timing.h"
 #include "under_load.h"
@@ -52,16 +52,6 @@ constexpr Model kModels[] = {{"llama-3.1-8b", 4096, 4096, 14336, 6144, 128},
                              {"qwen3-14b", 5120, 5120, 17408, 7168, 128, true},
                              {"llama-3.1-70b", 8192, 8192, 28672, 10240, 128},
                              {"gemma-3-12b", 4096, 3840, 15360, 8192, 256, true, true}};
-
-std::vector<std::string> option(int argc, char** argv, const std::string& name, const std::string& otherwise) {
-  std::string value = otherwise;
-  for (int i = 1; i < argc; ++i)
-    if (!std::strncmp(argv[i], (name + "=").c_str(), name.size() + 1)) value = argv[i] + name.size() + 1;
-  std::vector<std::string> parts;
-  std::stringstream stream(value);
-  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
-  return parts;
-}
 
 struct Layer {
   Problem weights[4];  // in the order of the chain's products
@@ -256,23 +246,24 @@ int main(int argc, char** argv) {
   cudaStream_t stream;
   CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const ExponentClasses classes = read_exponents("bench/cuda/exponents.json");
-  const auto names = option(argc, argv, "models", "llama-3.1-8b"), most = option(argc, argv, "search", "0");
-  const int tokens = std::stoi(option(argc, argv, "attention", "0")[0]);
-  const double seconds = std::stod(option(argc, argv, "load", "0")[0]);
-  before_timing.steady_ms = std::stoi(option(argc, argv, "steady", "0")[0]);
+  const auto names = split(option(argc, argv, "models", "llama-3.1-8b"));
+  const size_t most = std::stoul(option(argc, argv, "search", "0"));
+  const int tokens = std::stoi(option(argc, argv, "attention", "0"));
+  const double seconds = std::stod(option(argc, argv, "load", "0"));
+  before_timing.steady_ms = std::stoi(option(argc, argv, "steady", "0"));
   for (const Model& model : kModels) {
     if (std::find(names.begin(), names.end(), model.name) == names.end()) continue;
     const Layer layer(model, classes);
-    for (const std::string& n : option(argc, argv, "n", "1,8,32,64")) {
+    for (const std::string& n : split(option(argc, argv, "n", "1,8,32,64"))) {
       Buffers buffers(model, std::stoi(n), tokens);
       ChainOptions apart;
       apart.overlap = false;
       const float us = layer_us(layer, buffers, {}, stream);
       std::printf("%s N=%s: %.2f us a layer, %.2f without overlap\n", model.name, n.c_str(), us, layer_us(layer, buffers, apart, stream));
       std::vector<std::string> given[4];
-      for (int i = 0; i < 4; ++i) given[i] = option(argc, argv, Layer::kNames[i], "");
+      for (int i = 0; i < 4; ++i) given[i] = split(option(argc, argv, Layer::kNames[i], ""));
       if (seconds > 0) under_load(layer, buffers, given, seconds, stream);
-      if (std::stoul(most[0])) search(layer, buffers, us, std::stoul(most[0]), stream);
+      if (most) search(layer, buffers, us, most, stream);
       std::fflush(stdout);
     }
   }

@@ -5,11 +5,11 @@
 #include <cmath>
 #include <cstring>
 #include <fstream>
-#include <sstream>
 
 #include "cublas_reference.h"
 #include "decompress.h"
 #include "matmul.h"
+#include "options.h"
 #include "problem.h"
 #include "product.h"
 #include "timing.h"
@@ -20,18 +20,6 @@ using namespace jaxzip::tca_tbe;
 namespace {
 
 constexpr size_t kColdBytes = 420u << 20;  // seven times the L2
-
-std::string option(int argc, char** argv, const std::string& name, const std::string& otherwise) {
-  for (int i = 2; i < argc; ++i)
-    if (!std::strncmp(argv[i], (name + "=").c_str(), name.size() + 1)) return argv[i] + name.size() + 1;
-  return otherwise;
-}
-std::vector<std::string> split(const std::string& s) {
-  std::vector<std::string> parts;
-  std::stringstream stream(s);
-  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
-  return parts;
-}
 
 int check_decompression(const TcaProblem& p, cudaStream_t stream) {
   const size_t size = static_cast<size_t>(p.m) * p.k;
