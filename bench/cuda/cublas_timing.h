@@ -6,6 +6,8 @@
 #include "product.h"
 #include "timing.h"
 
+constexpr int kLeastLaunches = 40;  // in a graph: more where there are more copies
+
 class CublasTiming {
  public:
   // Times all ways for n rows of x, to y of [n][m].
@@ -23,7 +25,6 @@ class CublasTiming {
   float gemm_ex_us() const { return gemm_ex_us_; }
 
  private:
-  static constexpr int kLeastLaunches = 40;
   DenseProduct product(int i) const {
     return {p_.dense->get() + static_cast<size_t>(p_.m) * p_.k * (i % p_.dense_copies), x_, y_, p_.m, n_, p_.k};
   }

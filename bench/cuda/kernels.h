@@ -1,7 +1,6 @@
 // The kernels under test behind one interface: each lists its configurations for a problem and runs one of them.
 #pragma once
 #include <algorithm>
-#include <array>
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -17,14 +16,6 @@ struct Candidate {
   jaxzip::lane_planar::WgmmaConfig wgmma;
   bool is_wide = false;  // instead of both: it has no configurations
 };
-
-inline bool is_same(const Candidate& a, const Candidate& b) {
-  const auto key = [](const Candidate& c) {
-    return c.is_wgmma ? std::array{1, c.wgmma.k_groups, c.wgmma.cluster, c.wgmma.clusters, 0}
-                      : std::array{c.direct.tiles_per_warp, c.direct.warps, c.direct.ctas_per_sm, c.direct.cluster, c.direct.clusters};
-  };
-  return a.is_wgmma == b.is_wgmma && a.is_wide == b.is_wide && key(a) == key(b);
-}
 
 inline Candidate candidate(const std::string& name, const jaxzip::lane_planar::DirectConfig& c) { return {name, false, c, {}}; }
 inline Candidate candidate(const std::string& name, const jaxzip::lane_planar::WgmmaConfig& c) { return {name, true, {}, c}; }

@@ -12,7 +12,6 @@
 namespace {
 
 constexpr double kCopyBandwidth = 4.3e12;
-constexpr int kLeastLaunches = 40;
 
 // What is launched for n rows, in the words of `show`.
 std::string chosen(const Problem& p, int n) {

@@ -1,8 +1,7 @@
 // The end of the small-N matmul: sums over the warps that share a row group, then over the CTAs of a cluster, in the order of k; epilogue.
 //
 // Where there are few columns a warp or two have all of the results, and every instruction between the last product and the end of the
-// launch is time, those that have to be fetched twice over. So a thread then takes one or two rows of a column and not four, by code of its
-// own.
+// launch is time, and so is fetching it. So a thread then takes one or two rows of a column and not four, by code of its own.
 #pragma once
 #include "direct_plan.cuh"
 #include "epilogue.cuh"
@@ -17,14 +16,6 @@ template <int kRows>
 struct SumsOfRows;
 
 template <>
-struct SumsOfRows<4> {
-  float4 value = {0, 0, 0, 0};
-  __device__ __forceinline__ void add(const SumsOfRows& o) {
-    value = make_float4(value.x + o.value.x, value.y + o.value.y, value.z + o.value.z, value.w + o.value.w);
-  }
-};
-
-template <>
 struct SumsOfRows<1> {
   float value = 0;
   __device__ __forceinline__ void add(const SumsOfRows& o) { value += o.value; }
@@ -36,36 +27,22 @@ struct SumsOfRows<2> {
   __device__ __forceinline__ void add(const SumsOfRows& o) { value = make_float2(value.x + o.value.x, value.y + o.value.y); }
 };
 
-// Epilogue of such rows; `row` is the first one, of the matrix, and `shifts` points to its shift.
-template <int kRows>
-class Results;
-
 template <>
-class Results<4> {
- public:
-  __device__ __forceinline__ Results(const Epilogue& e, int m) : e_(e), m_(m), fours_(in_fours(e, m)) {}
-  __device__ __forceinline__ void store(int n, int row, const uint8_t* shifts, const SumsOfRows<4>& sums) const {
-    store_rows(e_, m_, fours_, n, rows(row, shifts), sums.value);
+struct SumsOfRows<4> {
+  float4 value = {0, 0, 0, 0};
+  __device__ __forceinline__ void add(const SumsOfRows& o) {
+    value = make_float4(value.x + o.value.x, value.y + o.value.y, value.z + o.value.z, value.w + o.value.w);
   }
-  // Of a gate and of the rows that it is for, whose shifts are `up_shifts`.
-  __device__ __forceinline__ void store_gated(int n, int row, const uint8_t* shifts, const SumsOfRows<4>& gate, const uint8_t* up_shifts,
-                                              const SumsOfRows<4>& up) const {
-    lane_planar::store_gated(e_, m_, n, row, rounded(rows(row, shifts).finish(gate.value)), rounded(rows(row, up_shifts).finish(up.value)));
-  }
-
- private:
-  __device__ __forceinline__ FourRows rows(int row, const uint8_t* shifts) const {
-    return FourRows(e_, m_, row, *reinterpret_cast<const uint32_t*>(shifts));
-  }
-  const Epilogue& e_;
-  int m_;
-  bool fours_;
 };
 
+// Epilogue of such rows; `row` is the first one, of the matrix, and `shifts` points to its shift.
+template <int kRows>
+class RowResults;
+
 template <>
-class Results<1> {
+class RowResults<1> {
  public:
-  __device__ __forceinline__ Results(const Epilogue& e, int m) : e_(e), m_(m) {}
+  __device__ __forceinline__ RowResults(const Epilogue& e, int m) : e_(e), m_(m) {}
   __device__ __forceinline__ void store(int n, int row, const uint8_t* shift, const SumsOfRows<1>& sum) const {
     if (row >= m_) return;
     const size_t at = static_cast<size_t>(n) * m_ + row;
@@ -76,6 +53,7 @@ class Results<1> {
     else
       static_cast<__nv_bfloat16*>(e_.y)[at] = __float2bfloat16_rn(v);
   }
+  // Of a gate and of the rows that it is for, whose shifts are `up_shift`.
   __device__ __forceinline__ void store_gated(int n, int row, const uint8_t* shift, const SumsOfRows<1>& gate, const uint8_t* up_shift,
                                               const SumsOfRows<1>& up) const {
     const auto finished = [](const SumsOfRows<1>& sum, const uint8_t* shift) { return pack(sum.value * unscale(static_cast<int8_t>(*shift)), 0); };
@@ -89,9 +67,9 @@ class Results<1> {
 };
 
 template <>
-class Results<2> {
+class RowResults<2> {
  public:
-  __device__ __forceinline__ Results(const Epilogue& e, int m) : one_(e, m) {}
+  __device__ __forceinline__ RowResults(const Epilogue& e, int m) : one_(e, m) {}
   __device__ __forceinline__ void store(int n, int row, const uint8_t* shifts, const SumsOfRows<2>& sums) const {
     one_.store(n, row, shifts, {sums.value.x});
     one_.store(n, row + 1, shifts + 1, {sums.value.y});
@@ -103,7 +81,28 @@ class Results<2> {
   }
 
  private:
-  Results<1> one_;
+  RowResults<1> one_;
+};
+
+template <>
+class RowResults<4> {
+ public:
+  __device__ __forceinline__ RowResults(const Epilogue& e, int m) : e_(e), m_(m), fours_(in_fours(e, m)) {}
+  __device__ __forceinline__ void store(int n, int row, const uint8_t* shifts, const SumsOfRows<4>& sums) const {
+    store_rows(e_, m_, fours_, n, rows(row, shifts), sums.value);
+  }
+  __device__ __forceinline__ void store_gated(int n, int row, const uint8_t* shifts, const SumsOfRows<4>& gate, const uint8_t* up_shifts,
+                                              const SumsOfRows<4>& up) const {
+    lane_planar::store_gated(e_, m_, n, row, rounded(rows(row, shifts).finish(gate.value)), rounded(rows(row, up_shifts).finish(up.value)));
+  }
+
+ private:
+  __device__ __forceinline__ FourRows rows(int row, const uint8_t* shifts) const {
+    return FourRows(e_, m_, row, *reinterpret_cast<const uint32_t*>(shifts));
+  }
+  const Epilogue& e_;
+  int m_;
+  bool fours_;
 };
 
 // What warps have left in shared memory, as `plan` says. Of one CTA, all of whose threads call `finish`, once.
@@ -126,7 +125,7 @@ struct DirectSums {
     const uint32_t columns = 1u << plan.log_n, per_rank = groups * plan.chunks << plan.log_n;  // chunks of four rows
     const uint32_t received = plan.received;
     using Sums = SumsOfRows<kRows>;
-    const Results<kRows> results(args.epilogue, args.w.m);
+    const RowResults<kRows> results(args.epilogue, args.w.m);
     const auto sums_at = [&](uint32_t offset) { return *reinterpret_cast<const Sums*>(memory + offset); };
     const auto row_of = [&](int group, int row) {  // of the matrix
       return (cluster + (group >> plan.gated) * plan.clusters + (group & plan.gated ? plan.half : 0)) * kGroupRows + row;
