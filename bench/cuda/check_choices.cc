@@ -1,11 +1,13 @@
 // Whether what the library chooses for a shape fits into an SM, for each width of a block, for the raw control and for gated products; and
-// whether what it lists for the autotuner does, under names that say what it is. Needs no GPU.
+// whether what it lists for the autotuner does, under names that say what it is; and whether all clusters of what it chooses for the matrices
+// that are measured run at once. Needs no GPU.
 #include "check_kernels.h"
 
 #include <cstdio>
 #include <random>
 
 #include "matmul_config.h"
+#include "resident.h"
 
 using namespace jaxzip::lane_planar;
 
@@ -95,6 +97,25 @@ int check_configs() {
   return wrong;
 }
 
+// Configurations are for clusters that run at once: a kernel may have registers and shared memory for more, until it is compiled another time.
+int check_waves() {
+  constexpr int kShapes[][2] = {{1024, 4096},  {4096, 4096},  {5120, 5120},   {6144, 4096},  {7168, 5120},   {4096, 14336}, {14336, 4096}, {8192, 8192},
+                                {10240, 8192}, {5120, 17408}, {28672, 4096},  {34816, 5120}, {8192, 28672},  {57344, 8192}, {128256, 4096}};
+  constexpr int kMostRows = 128;  // beyond, K is split for a second wave
+  int cases = 0, wrong = 0;
+  for (const auto& [m, k] : kShapes)
+    for (const int n : kRows) {
+      if (n > kMostRows) continue;
+      const MatmulConfig c = choose_matmul(shape(m, k, kMaxBlockWords), n);
+      const bool at_once = c.direct.clusters ? c.direct.clusters <= kResident[c.direct.ctas_per_sm - 1][c.direct.cluster - 1]
+                                             : c.wgmma.clusters <= kResident[0][c.wgmma.cluster - 1];
+      ++cases;
+      if (!at_once && ++wrong <= 10) std::printf("WRONG: more clusters than run at once, M%d K%d N%d %s\n", m, k, n, show(c, n).c_str());
+    }
+  std::printf("check waves: %d cases, %d wrong\n", cases, wrong);
+  return wrong;
+}
+
 }  // namespace
 
 int check_choices() {
@@ -113,5 +134,5 @@ int check_choices() {
       }
   }
   std::printf("check choices: %d cases, %d wrong\n", cases, wrong);
-  return wrong + check_configs();
+  return wrong + check_configs() + check_waves();
 }
