@@ -31,6 +31,17 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 #define JAXZIP_BULK_COPIES 1
 #endif
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // the host's compiler wants to see them, too
+// The reverse of load_matrices, with each matrix turned if `kTransposed`.
+template <bool kTransposed>
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&v)[4]) {
+  if (kTransposed)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3]) : "memory");
+  else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3]) : "memory");
+}
+
 // Several barriers are made one by one, and then one barrier_init_done serves all of them.
 __device__ __forceinline__ void barrier_init_only(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(barrier), "r"(arrivals) : "memory");

@@ -14,8 +14,8 @@
 
 #include "../lane_planar/ptx.cuh"
 #include "../lane_planar/resident.h"
-#include "../lane_planar/tensor_maps.h"
 #include "../launch.h"
+#include "../tensor_maps.h"
 #include "attention.cuh"
 #include "cache_ring.cuh"
 
@@ -229,7 +229,7 @@ cudaError_t launch(const Attention& a, int splits, cudaStream_t stream) {
   if (rows > INT32_MAX) return cudaErrorInvalidValue;
   Arguments args = {a};
   for (const auto& [map, cache] : {std::pair(&args.keys, a.keys), std::pair(&args.values, a.values)})
-    if (const cudaError_t error = lane_planar::make_rows_map(map, cache, static_cast<int>(rows), kD, kUnit, kD / 64, true)) return error;
+    if (const cudaError_t error = make_rows_map(map, cache, static_cast<int>(rows), kD, kUnit, kD / 64, true)) return error;
   // No more than a warp's units, or than keeps memory busy: the next kernel's CTAs begin in what the rings leave.
   constexpr int kMostSlots = std::max(3, (12 << 10) / kSlotBytes);
   const int units_of_warp = (a.slots + kUnit * splits * kWarps - 1) / (kUnit * splits * kWarps), behind_rings = splits == 1 ? 0 : sizeof(FoundHere);

@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "../launch.h"
+#include "../tensor_maps.h"
 #include "matmul_wgmma.cuh"
-#include "tensor_maps.h"
 
 namespace jaxzip::lane_planar {
 

@@ -4,9 +4,9 @@
 #include <algorithm>
 
 #include "../launch.h"
+#include "../tensor_maps.h"
 #include "matmul_wide.cuh"
 #include "resident.h"
-#include "tensor_maps.h"
 
 namespace jaxzip::lane_planar {
 namespace {

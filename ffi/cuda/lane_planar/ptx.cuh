@@ -45,16 +45,6 @@ __device__ __forceinline__ void load_stream(uint32_t* v, const uint32_t* p) {
   load_stream(v, p, std::integral_constant<int, kWords>());
 }
 
-// The reverse of load_matrices, with each matrix turned if `kTransposed`.
-template <bool kTransposed>
-__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&v)[4]) {
-  if (kTransposed)
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
-                 "r"(v[2]), "r"(v[3]) : "memory");
-  else
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
-                 "r"(v[2]), "r"(v[3]) : "memory");
-}
 // The mask's bits of x, the others of y: one instruction, which the compiler does not find.
 template <uint32_t kMask>
 __device__ __forceinline__ uint32_t select_bits(uint32_t x, uint32_t y) {

@@ -1,5 +1,6 @@
 // x as the A operand of mma.m16n8k16.
 #pragma once
+#include <cuda.h>
 #include <cuda_bf16.h>
 
 #include "jaxzip/layout.h"
@@ -12,27 +13,38 @@ struct Activations {
   int n, k;
   uint32_t zero;  // 0, what the compiler must not know
   bool aligned;   // rows start on 16 bytes
+  bool mapped;    // by the tensor map
+  CUtensorMap map;
 };
 
-// x of one block's k, as the A operand: lane 4 g + t has rows g and g + 8 of a tile and of each k 8 t .. 8 t + 7 and 32 more. The order of
-// k inside an instruction is the lanes', the same for x and the weights. Zeros outside x. The next block's x is fetched meanwhile, to
-// registers or, where there are too few, to shared memory.
+// x of one block's k, as the A operand: lane 4 g + t has rows g and g + 8 of a tile. Zeros outside x. The next block's x is fetched meanwhile:
+// to registers, where a lane has of each row k 8 t .. 8 t + 7 and 32 more, so that the order of k inside an instruction is the lanes' (`Band`
+// has the same for the weights), or, where registers are too few, to shared memory, by a tensor copy if x has a map, and from there in the
+// order that k has.
 template <int kColumns>  // 8, 16 or 32
 struct Columns {
   static constexpr int tiles = (kColumns + 15) / 16;    // rows of mma.m16n8k16 hold x, its columns the weight's rows
   static constexpr int halves = kColumns == 8 ? 1 : 2;  // of a tile that hold anything
-  static constexpr int shared_bytes = kColumns < 32 ? 0 : kColumns * layout::kBlock * 2;
+  static constexpr int kColumnBytes = layout::kBlock * 2, shared_bytes = kColumns < 32 ? 0 : kColumns * kColumnBytes;
   // A fetch takes 16 bytes a lane, lane l from column l / kPieces of its columns and piece l % kPieces.
   static constexpr int kPieces = shared_bytes ? 8 : 4, kFetches = kColumns * 8 / 32;
   uint32_t a[tiles][4][4];
   uint4 fetched[kFetches];
-  uint32_t shared;
+  uint32_t shared;             // 128-byte aligned
   const __nv_bfloat16* first;  // the lane's of a block's first fetch, for k = 0
 
   __device__ __forceinline__ Columns(const Activations& g, int column0, uint32_t shared, int lane)
       : shared(shared), first(g.x + static_cast<size_t>(column0 + lane / kPieces) * g.k + lane % kPieces * 8) {}
-  __device__ __forceinline__ void fetch(const Activations& g, int column0, int k_block, int lane) {
+  // Bytes that `barrier` of a fetch has to expect.
+  static __device__ __forceinline__ uint32_t expected_bytes(const Activations& g) { return g.mapped ? shared_bytes : 0; }
+  __device__ __forceinline__ void fetch(const Activations& g, int column0, int k_block, int lane, uint32_t barrier = 0) {
     const int k0 = k_block * layout::kBlock;
+#ifdef JAXZIP_BULK_COPIES
+    if (shared_bytes && barrier && g.mapped) {
+      if (elect_one()) tensor_copy(shared, &g.map, k0, column0, 0, barrier);
+      return;
+    }
+#endif
     if (g.aligned && column0 + kColumns <= g.n && k0 + layout::kBlock <= g.k) {
       each_fetch(g, k0, [&](int i, int, int, const __nv_bfloat16* from) { fetch_8(i, true, from, lane); });
     } else {
@@ -47,14 +59,22 @@ struct Columns {
       });
     }
   }
-  // What was fetched together is not what an instruction takes together: joined to a zero that the compiler does not know, words are
-  // moved here once and not again before each instruction.
   __device__ __forceinline__ void arrange(const Activations& g, int lane) {
+    if constexpr (shared_bytes > 0) {
+      const uint32_t of_lane = place(lane % 16, lane / 16);
+#pragma unroll
+      for (int tile = 0; tile < tiles; ++tile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) load_matrices(a[tile][i], (of_lane ^ i * 32) + tile * 16 * kColumnBytes);
+      return;
+    }
+    // What was fetched together is not what an instruction takes together: joined to a zero that the compiler does not know, words are
+    // moved here once and not again before each instruction.
 #pragma unroll
     for (int column_tile = 0; column_tile < kColumns / 8; ++column_tile)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint4 v = shared_bytes ? load_16(place(column_tile * 8 + lane / 4, lane % 4 + i * 4)) : fetched[column_tile * 2 + i];
+        const uint4 v = fetched[column_tile * 2 + i];
         const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -83,9 +103,10 @@ struct Columns {
       fetched[i] = load_if(valid, from);
     }
   }
-  // Of 8 k of a column in shared memory: no bank conflicts for 8 pieces of a column and for 4 of two.
+  // Of 8 k of a column in shared memory, by the 128-byte swizzle of tensor copies, which counts from address 0 on.
   __device__ __forceinline__ uint32_t place(int column, int piece) const {
-    return shared + column * (layout::kBlock * 2) + (piece ^ column % 2 * 4) * 16;
+    const uint32_t at = shared + column * kColumnBytes;
+    return at + (piece ^ at / kColumnBytes % 8) * 16;
   }
   // The first `count` of 8 values at any address.
   static __device__ __forceinline__ uint4 gather(const __nv_bfloat16* from, int count) {

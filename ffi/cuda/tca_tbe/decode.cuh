@@ -17,7 +17,7 @@ constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 constexpr int kBands = layout::kBandsPerBlock;
 constexpr int kFullStaged = 512;  // fallbacks of a block in shared memory, 12.5%; a block with more fetches them a band at a time
 constexpr int kStages = 2;
-constexpr int kEarly = 2;  // fallbacks of a half-FragTile whose loads go out first
+constexpr int kEarly = 3;  // fallbacks of a half-FragTile whose loads go out first
 // A stage has sign_mantissa in whole lines of memory, since other copies take longer and more energy, then fallbacks.
 constexpr uint32_t kLine = 128;
 constexpr int kFullStart = layout::kBlockSize + kLine, kStageBytes = kFullStart + 2 * kFullStaged;
@@ -88,20 +88,21 @@ struct Ring {
   __device__ __forceinline__ uint32_t stage(uint32_t turn) const { return stages + turn % kStages * kStageBytes; }
   static __device__ __forceinline__ uint32_t before_run(const Runs& runs) { return runs.low % kLine; }  // in its first line
 
-  // Starts the copies of a block; its bitmaps' place must be free.
-  __device__ __forceinline__ void copy(const Source& s, uint32_t turn, int block, const Runs& runs, int lane) const {
+  __device__ __forceinline__ uint32_t barrier(uint32_t turn) const { return barriers + turn % kStages * 8; }
+
+  // Starts the copies of a block; its bitmaps' place must be free. On its barrier `others` more bytes will come.
+  __device__ __forceinline__ void copy(const Source& s, uint32_t turn, int block, const Runs& runs, int lane, uint32_t others = 0) const {
     const uint32_t full_bytes = runs.full_bytes(), low_to = stage(turn), full_to = low_to + kFullStart;
     const uint32_t low = runs.low - before_run(runs);
     const uint32_t low_bytes = runs.low_bytes() ? min(before_run(runs) + runs.low_bytes() + kLine - 1 & ~(kLine - 1), (s.sign_mantissa_len & ~15u) - low) : 0;
     const int64_t word = int64_t{block} * (kBitmapBytes / 4);
 #ifdef JAXZIP_BULK_COPIES
-    const uint32_t barrier = barriers + turn % kStages * 8;
     if (elect_one()) {
-      barrier_expect(barrier, 3 * kBitmapBytes + low_bytes + full_bytes);
+      barrier_expect(barrier(turn), 3 * kBitmapBytes + low_bytes + full_bytes + others);
 #pragma unroll
-      for (int i = 0; i < 3; ++i) bulk_copy(bitmaps + i * kBitmapBytes, s.bitmap[i] + word, kBitmapBytes, barrier);
-      if (low_bytes) bulk_copy(low_to, s.sign_mantissa + low, low_bytes, barrier);
-      if (full_bytes) bulk_copy(full_to, s.full + runs.full, full_bytes, barrier);
+      for (int i = 0; i < 3; ++i) bulk_copy(bitmaps + i * kBitmapBytes, s.bitmap[i] + word, kBitmapBytes, barrier(turn));
+      if (low_bytes) bulk_copy(low_to, s.sign_mantissa + low, low_bytes, barrier(turn));
+      if (full_bytes) bulk_copy(full_to, s.full + runs.full, full_bytes, barrier(turn));
     }
 #else
 #pragma unroll
@@ -118,7 +119,7 @@ struct Ring {
   __device__ __forceinline__ void wait(uint32_t turn) const {
     copy_async_wait();
 #ifdef JAXZIP_BULK_COPIES
-    barrier_wait(barriers + turn % kStages * 8, turn / kStages & 1);
+    barrier_wait(barrier(turn), turn / kStages & 1);
 #endif
     __syncwarp();
   }

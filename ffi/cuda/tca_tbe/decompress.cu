@@ -9,13 +9,16 @@
 namespace jaxzip::tca_tbe {
 namespace {
 
-constexpr int kMaxWarps = 12;  // more are slower: 16, 19 by 1-4%
+constexpr int kMaxWarps = 7;  // 6 and 8 are 3 to 5% slower, 9 to 14 6 to 10%
 constexpr int kManyRounds = 6;
 
-// Transposed: what is arranged, 64 rows of 4 16-byte pieces, padded so that they are free of bank conflicts.
-constexpr int kBandsArranged = 2, kPieces = 2 * kBandsArranged, kPitch = kPieces * 16 + 16;
+// Transposed: what is arranged, 64 rows of 4 16-byte pieces. Where a piece lies in its row depends on the row, so that 8 rows of a piece are
+// as free of bank conflicts as 2 rows are.
+constexpr int kBandsArranged = 2, kPieces = 2 * kBandsArranged, kPitch = kPieces * 16;
+__device__ __forceinline__ uint32_t place(uint32_t arranged, int row, int piece) { return arranged + row * kPitch + (piece ^ row / 2 % kPieces) * 16; }
+constexpr int kArrangedBytes = layout::kBlock * kPitch;
 template <bool kTransposed>
-constexpr int kWarpBytes = whole_lines(kStages * kStageBytes + kScratchBytes + (kTransposed ? layout::kBlock * kPitch : 0));
+constexpr int kWarpBytes = whole_lines(kStages * kStageBytes + kScratchBytes + (kTransposed ? kArrangedBytes : 0));
 
 struct Arguments {
   Source source;
@@ -53,13 +56,17 @@ __device__ __forceinline__ void store_band(const Arguments& g, uint32_t plane, i
 // A band of the plane, transposed, to its columns of what is arranged.
 __device__ __forceinline__ void transpose_band(uint32_t plane, uint32_t arranged, int band, int lane) {
   const uint32_t from = plane + lane / 8 * kFragBytes + lane % 8 * kRowBytes;
-  const uint32_t to = arranged + lane / 4 * kPitch + lane % 4 * 4 + band % kBandsArranged * 32;
+  const int piece = band % kBandsArranged * 2;
 #pragma unroll
   for (int tile = 0; tile < layout::kFragsPerBand / 4; ++tile) {
-    uint32_t v[4];
-    load_transposed(v, from + tile * 4 * kFragBytes);
+    uint32_t v[4];  // of FragTiles below each other, then of those to their right
+    load_matrices_transposed(v, from + tile * 4 * kFragBytes);
+#if __CUDA_ARCH__ >= 900
+    store_matrices<false>(place(arranged, tile * 16 + lane / 16 * 8 + lane % 8, piece + lane / 8 % 2), v);
+#else
 #pragma unroll
-    for (int f = 0; f < 4; ++f) store_word(to + (tile * 2 + f / 2) * 8 * kPitch + f % 2 * 16, v[f]);
+    for (int f = 0; f < 4; ++f) store_word(place(arranged, tile * 16 + f / 2 * 8 + lane / 4, piece + f % 2) + lane % 4 * 4, v[f]);
+#endif
   }
 }
 
@@ -67,7 +74,7 @@ __device__ __forceinline__ void store_arranged(const Arguments& g, uint32_t arra
 #pragma unroll
   for (int i = 0; i < layout::kBlock / 8; ++i) {
     const int r = i * 8 + lane / kPieces, piece = lane % kPieces;
-    store_piece(g, arranged + r * kPitch + piece * 16, row0 + r, column0 + piece * 8, g.k, g.m);
+    store_piece(g, place(arranged, r, piece), row0 + r, column0 + piece * 8, g.k, g.m);
   }
 }
 
@@ -82,8 +89,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
   const int first = cta * g.share + min(cta, g.extra);
   const int last = together ? g.k_blocks * g.row_blocks : first + g.share + (cta < g.extra);
   const int mine = (together ? cta * warps : first) + warp, step = together ? static_cast<int>(gridDim.x) * warps : warps;
-  const uint32_t own = shared_address(shared) + warp * kWarpBytes<kTransposed>, scratch = own + kStages * kStageBytes;
-  const uint32_t plane = scratch + 3 * kBitmapBytes, arranged = scratch + kScratchBytes, start_exp = *g.source.start_exp;
+  const uint32_t own = shared_address(shared) + warp * kWarpBytes<kTransposed>, arranged = own + kStages * kStageBytes;
+  const uint32_t scratch = arranged + (kTransposed ? kArrangedBytes : 0), plane = scratch + 3 * kBitmapBytes, start_exp = *g.source.start_exp;
   // Neighbours in the result are neighbours in this order.
   const auto block_at = [&](int i) { return kTransposed ? i % g.row_blocks * g.k_blocks + i / g.row_blocks : i; };
   const Ring ring(own, scratch, lane);

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "../launch.h"
+#include "../tensor_maps.h"
 #include "columns.cuh"
 #include "decode.cuh"
 #include "epilogue.cuh"
@@ -40,16 +41,41 @@ struct Arguments {
 
 __device__ __forceinline__ int cta_start(const Arguments& g, int cta) { return cta * g.share + min(cta, g.extra); }
 
-// A band's weights, as the B operand: of rows g of its two rows of FragTiles the k that x has.
+// A band's weights, as the B operand of two rows of FragTiles: of row g of each the k that x has there, see `Columns`.
+template <int kColumns>
 struct Band {
-  uint4 w[2][2];
-  template <class Load>  // (f): the lane's row of the f-th FragTile past its first
-  __device__ __forceinline__ void load(Load&& load) {
+  static constexpr bool kInOrder = Columns<kColumns>::shared_bytes > 0;  // of k
+  uint32_t w[4][4];
+  // Of the m-th row of FragTiles for x's i-th operand.
+  __device__ __forceinline__ const uint32_t* operand(int i, int m) const { return kInOrder ? w[i] + 2 * m : w[i / 2 * 2 + m] + i % 2 * 2; }
+  // From a plane, see `Decoder`; FragTile 2 c + m of a band has 8 k, those from 8 c on.
+  __device__ __forceinline__ void load(uint32_t plane, int lane) {
+    if constexpr (kInOrder) {
+      const uint32_t of_lane = plane + (lane / 16 + lane / 8 % 2 * 2) * kFragBytes + lane % 8 * kRowBytes;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 4; ++i) load_matrices(w[i], of_lane + 4 * i * kFragBytes);
+    } else {
+      const uint32_t of_lane = plane + lane % 4 * (2 * kFragBytes) + lane / 4 * kRowBytes;
 #pragma unroll
-      for (int m = 0; m < 2; ++m) w[i][m] = load(8 * i + m);
+      for (int i = 0; i < 4; ++i) set(i, load_16(of_lane + (i / 2 * 8 + i % 2) * kFragBytes));
+    }
   }
+  // The same from the control's FragTiles in global memory, 128 bytes each.
+  __device__ __forceinline__ void load(const uint4* frags, int lane) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kInOrder) {
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(frags) + lane;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) w[i][j] = load_stream(words + (4 * i + j / 2 + j % 2 * 2) * 32);
+      } else {
+        set(i, load_stream(frags + lane % 4 * 16 + lane / 4 + (i / 2 * 8 + i % 2) * 8));
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void set(int i, uint4 v) { w[i][0] = v.x, w[i][1] = v.y, w[i][2] = v.z, w[i][3] = v.w; }
 };
 
 template <int kColumns>
@@ -77,15 +103,15 @@ struct Sums {
 #pragma unroll
         for (int i = 0; i < 4; ++i) c[r][t][i] = 0;
   }
-  __device__ __forceinline__ void add(int band, const Columns<kColumns>& x, const Band& weights) {
+  __device__ __forceinline__ void add(int band, const Columns<kColumns>& x, const Band<kColumns>& weights) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int t = 0; t < S::tiles; ++t)
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          const uint4& v = weights.w[i / 2][m];
-          mma(c[2 * band + m][t], x.a[t][i], i % 2 ? v.z : v.x, i % 2 ? v.w : v.y);
+          const uint32_t* w = weights.operand(i, m);
+          mma(c[2 * band + m][t], x.a[t][i], w[0], w[1]);
         }
   }
   // Two neighbouring rows of the weight at a time.
@@ -114,13 +140,15 @@ __global__ void __launch_bounds__(32 * Shape<kColumns>::max_warps, 1) product(co
   };
   const int begin = warp_start(warp), end = warp_start(warp + 1), blocks = g.row_blocks * g.k_blocks;
   const int column0 = blockIdx.y * kColumns;
-  const uint32_t own = shared_address(shared) + warp * S::warp_bytes, scratch = own + kStages * kStageBytes;
+  const uint32_t own = shared_address(shared) + warp * S::warp_bytes, its_x = own + kStages * kStageBytes;
+  const uint32_t scratch = its_x + Columns<kColumns>::shared_bytes;
   launch_dependents();
 
   const uint32_t plane = scratch + 3 * kBitmapBytes;
   int row_block = begin / g.k_blocks, k_block = begin - row_block * g.k_blocks;
-  Columns<kColumns> x(g.x, column0, scratch + kScratchBytes, lane);
-  if (begin < end) x.fetch(g.x, column0, k_block, lane);
+  Columns<kColumns> x(g.x, column0, its_x, lane);
+  constexpr bool kXWithBlock = Columns<kColumns>::shared_bytes > 0;  // its copy is one of the block's
+  if (!kXWithBlock && begin < end) x.fetch(g.x, column0, k_block, lane);
   const uint32_t start_exp = kRaw ? 0 : *g.source.start_exp;
   const Ring ring(own, scratch, lane);
   Runs runs, next_runs;  // of 32 blocks from `runs_from` on, one a lane; of the last block whose copies were started
@@ -128,23 +156,23 @@ __global__ void __launch_bounds__(32 * Shape<kColumns>::max_warps, 1) product(co
   const auto load_runs = [&](int block) {
     runs_from = block, runs.load(g.source, min(block + lane, blocks), min(block + lane + 1, blocks));
   };
-  const auto copy = [&](int block) {
+  const auto copy = [&](int block, int k_block) {
+    if (block >= end) return;
     if constexpr (!kRaw) {
-      if (block >= end) return;
       if (block - runs_from == 32) load_runs(block);
       next_runs = runs.of_lane(block - runs_from, lane);
-      ring.copy(g.source, block - begin, block, next_runs, lane);
+      ring.copy(g.source, block - begin, block, next_runs, lane, kXWithBlock ? x.expected_bytes(g.x) : 0);
     }
+    if constexpr (kXWithBlock) x.fetch(g.x, column0, k_block, lane, kRaw ? 0 : ring.barrier(block - begin));
   };
   if constexpr (!kRaw) {
     if (begin < end) load_runs(begin);
   }
-  copy(begin);
+  copy(begin, k_block);
 
   Sums<kColumns> sums;
   sums.clear();
   Decoder decoder(start_exp, plane, lane);
-  const uint32_t lane_rows = plane + lane % 4 * (2 * kFragBytes) + lane / 4 * kRowBytes;
   bool whole = k_block == 0;  // the sums' row block was begun by this warp
   for (int block = begin; block < end; ++block) {
     const uint32_t turn = block - begin;
@@ -157,13 +185,16 @@ __global__ void __launch_bounds__(32 * Shape<kColumns>::max_warps, 1) product(co
     } else {
       ring.wait(turn);
       bits.load(ring.bitmaps, lane);
-      __syncwarp();
-      const Runs its_runs = next_runs;
-      copy(block + 1);
+    }
+    if constexpr (kXWithBlock) x.arrange(g.x, lane);
+    __syncwarp();
+    const Runs its_runs = next_runs;
+    copy(block + 1, next_k);
+    if constexpr (!kRaw) {
       ranks.count(bits);
       decoder.begin_block(g.source, block, ring.stage(turn), its_runs, ranks, lane);
     }
-    Band weights;
+    Band<kColumns> weights;
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
       const auto add_last = [&] {
@@ -171,19 +202,15 @@ __global__ void __launch_bounds__(32 * Shape<kColumns>::max_warps, 1) product(co
       };
       if constexpr (kRaw) {
         add_last();
-        const uint4* from = g.raw + ((int64_t{block} * kBands + band) * layout::kFragsPerBand + lane % 4 * 2) * 8 + lane / 4;
-        weights.load([&](int frag) { return load_stream(from + frag * 8); });
+        weights.load(g.raw + (int64_t{block} * kBands + band) * layout::kFragsPerBand * 8, lane);
       } else {
         decoder.band(bits.b[band], ranks.before[band], band, lane, add_last);
         __syncwarp();
-        weights.load([&](int frag) { return load_16(lane_rows + frag * kFragBytes); });
+        weights.load(plane, lane);
         __syncwarp();
       }
-      if (band == 0) x.arrange(g.x, lane);
-      if (band == (Columns<kColumns>::shared_bytes ? 0 : 2)) {
-        if (Columns<kColumns>::shared_bytes) __syncwarp();
-        if (block + 1 < end) x.fetch(g.x, column0, next_k, lane);
-      }
+      if (!kXWithBlock && band == 0) x.arrange(g.x, lane);
+      if (!kXWithBlock && band == 2 && block + 1 < end) x.fetch(g.x, column0, next_k, lane);
     }
     sums.add(kBands - 1, x, weights);
     k_block = next_k;
@@ -267,6 +294,10 @@ cudaError_t launch(Arguments& g, const MatmulOptions& options, cudaStream_t stre
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
 
+  // One instruction instead of four a lane; those do where there is no map.
+  if (Columns<kColumns>::shared_bytes && major >= 9 && g.x.aligned)
+    g.x.mapped = make_rows_map(&g.x.map, g.x.x, g.n, g.k, kColumns, 1, false) == cudaSuccess;
+
   const int64_t blocks = int64_t{g.row_blocks} * g.k_blocks;
   int ctas = std::min(kMaxCtas, options.max_ctas > 0 ? options.max_ctas : multiprocessors);
   ctas = static_cast<int>(std::min<int64_t>(ctas, blocks));
@@ -293,7 +324,7 @@ cudaError_t launch_matmul(const Payload& w, const __nv_bfloat16* x, int n, const
   Arguments g = {};
   g.source = MakeSource(w);
   g.raw = reinterpret_cast<const uint4*>(raw);
-  g.x = {x, n, static_cast<int>(w.k), 0, w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0};
+  g.x = {x, n, static_cast<int>(w.k), 0, w.k % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0, false, {}};
   g.epilogue = epilogue;
   g.workspace = workspace;
   g.m = static_cast<int>(w.m), g.k = static_cast<int>(w.k), g.n = n;

@@ -72,6 +72,11 @@ __device__ __forceinline__ uint4 load_stream(const uint4* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
+__device__ __forceinline__ uint32_t load_stream(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0,[%1];" : "=r"(v) : "l"(p));
+  return v;
+}
 
 // 16 bytes, or zeros. Where it stands: not moved to where the value is used.
 __device__ __forceinline__ uint4 load_if(bool valid, const void* p) {
@@ -102,12 +107,6 @@ __device__ __forceinline__ bool elect_one() {
   return elected;
 }
 #endif
-
-// Four transposed 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_transposed(uint32_t (&v)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address));
-}
 
 // Adds the value of the lane `step` below, where there is one.
 __device__ __forceinline__ void add_from_below(uint32_t& v, uint32_t step) {

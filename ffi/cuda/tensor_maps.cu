@@ -3,10 +3,10 @@
 
 #include <cudaTypedefs.h>
 
-#include "layout.h"
-
-namespace jaxzip::lane_planar {
+namespace jaxzip {
 namespace {
+
+constexpr int kBlock = 64;  // k, or rows of y, in a box: 128 bytes
 
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encoder = [] {
@@ -45,4 +45,4 @@ cudaError_t make_y_map(CUtensorMap* map, __nv_bfloat16* y, int n, int rows, int 
   return made == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-}  // namespace jaxzip::lane_planar
+}  // namespace jaxzip
