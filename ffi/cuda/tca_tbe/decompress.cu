@@ -9,7 +9,8 @@
 namespace jaxzip::tca_tbe {
 namespace {
 
-constexpr int kMaxWarps = 7;  // 6 and 8 are 3 to 5% slower, 9 to 14 6 to 10%
+// Of a CTA. With 6 or 8 warps large matrices take 3 to 5% longer, with 9 to 14 6 to 10%; small ones are short of blocks in flight.
+constexpr int kWarps = 7, kMaxWarps = 12, kFewBlocks = 32;
 constexpr int kManyRounds = 6;
 
 // Transposed: what is arranged, 64 rows of 4 16-byte pieces. Where a piece lies in its row depends on the row, so that 8 rows of a piece are
@@ -146,13 +147,13 @@ cudaError_t launch(Arguments& g, cudaStream_t stream) {
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
-  const int warps = std::min(kMaxWarps, limit / kWarpBytes<kTransposed>), bytes = warps * kWarpBytes<kTransposed>;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status != cudaSuccess) return status;
   const int64_t blocks = int64_t{g.row_blocks} * g.k_blocks;
   const int ctas = static_cast<int>(std::min<int64_t>(blocks, multiprocessors));
   g.share = static_cast<int>(blocks / ctas);
   g.extra = static_cast<int>(blocks % ctas);
+  const int warps = std::min(g.share < kFewBlocks ? kMaxWarps : kWarps, limit / kWarpBytes<kTransposed>), bytes = warps * kWarpBytes<kTransposed>;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) return status;
   kernel<<<ctas, 32 * warps, bytes, stream>>>(g);
   return cudaGetLastError();
 }
