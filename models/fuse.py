@@ -90,7 +90,7 @@ def _fuse_block(block: Mapping[str, Any], name: str, parts: Sequence[str]) -> di
 def concatenate_stacks(weights: Sequence[Any]) -> Any:
     """``jnp.concatenate(weights, axis=2)`` of stacks ``[E, K, M]``, dense or compressed, bit for bit."""
     if not any(isinstance(w, CompressedTensor) for w in weights):
-        return _like(weights)(weights, axis=2)
+        return _side_by_side(weights, 2)
     if not _stand_below_each_other(weights):
         return _encoded_again(weights)
     experts = range(weights[0].shape[0])
@@ -111,12 +111,12 @@ def concatenate_outputs(weights: Sequence[Any]) -> Any:
     if any(w.ndim != 2 or w.shape[0] != first.shape[0] for w in weights):
         raise ValueError(f"kernels [K, M] of one K are needed, got {[w.shape for w in weights]}")
     if not any(isinstance(w, CompressedTensor) for w in weights):
-        return _like(weights)(weights, axis=1)
+        return _side_by_side(weights, 1)
     if any(isinstance(w, CompressedTensor) and w.output_axis != KERNEL_AXIS for w in weights):
         raise ValueError("a compressed table is no kernel; take its .T")
     formats_found = {w.format if isinstance(w, CompressedTensor) else "raw" for w in weights}
     if formats_found == {"raw"}:
-        return raw_kernel(_like(_arrays(weights))(_arrays(weights), axis=1))
+        return raw_kernel(_side_by_side(_arrays(weights), 1))
     if _stand_below_each_other(weights):
         return _lane_planar(weights)
     return _encoded_again(weights)
@@ -138,6 +138,16 @@ def _values(z: CompressedTensor) -> Any:
 def raw_kernel(values: Any) -> CompressedTensor:
     """Dense kernels ``[..., K, M]`` as a tensor in the ``raw`` format, which the fused kernels take."""
     return CompressedTensor({"values": values}, tuple(values.shape[-2:]), np.dtype(values.dtype), "raw", KERNEL_AXIS)
+
+
+def _side_by_side(weights, axis: int) -> Any:
+    """Dense weights, concatenated as bits: where a CPU has no bf16, XLA quiets NaNs of bf16 that it concatenates."""
+    dtypes = {jnp.dtype(w.dtype) for w in weights}
+    if len(dtypes) > 1 or all(isinstance(w, np.ndarray) for w in weights):
+        return _like(weights)(weights, axis=axis)
+    (dtype,) = dtypes
+    bits = [jax.lax.bitcast_convert_type(jnp.asarray(w), f"uint{8 * dtype.itemsize}") for w in weights]
+    return jax.lax.bitcast_convert_type(jnp.concatenate(bits, axis=axis), dtype)
 
 
 def _like(arrays, function: str = "concatenate"):

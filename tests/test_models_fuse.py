@@ -79,6 +79,20 @@ def test_other_formats(formats):
     assert np.array_equal(bits(jaxzip.decompress(jax.tree.map(jnp.asarray, fused))), bits(np.concatenate(parts, 1)))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dense_parts_keep_every_bit_pattern(dtype):
+    parts = [
+        np.arange(65536, dtype=np.uint16).reshape(256, 256),
+        np.arange(65536, dtype=np.uint16)[::-1].reshape(256, 256),
+    ]
+    if dtype == "float32":
+        parts = [(p.astype(np.uint32) << 16) | p for p in parts]
+    fused = concatenate_outputs([jnp.asarray(p.view(jnp.dtype(dtype))) for p in parts])
+    assert fused.dtype == dtype and np.array_equal(
+        np.asarray(fused).view(parts[0].dtype), np.concatenate(parts, axis=1)
+    )
+
+
 def test_raw_transposed_parts():
     parts = [hard_weights((512, m), m, 0.0) for m in (64, 128)]
     encoded = [jaxzip.compress(w.T, format="raw", output_axis=-2, on_host=True).T for w in parts]
