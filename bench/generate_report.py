@@ -64,6 +64,7 @@ def plot(about: dict[str, dict], path: pathlib.Path) -> None:
         layers, of = about[model]["layers"], about[model]["of"]
         panel.set_title(model if layers == of else f"{model}, {layers} of {of} layers")
         panel.set_xlabel("batch")
+        panel.set_xticks(batches, batches)
         panel.legend(fontsize=8)
     panels[0][0].set_ylabel("ms per decode step")
     figure.tight_layout()
