@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxzip.models import Llama, LlamaConfig, fuse_projections, generate, load_model, random_params
-from jaxzip.models.fuse import concatenate_outputs, is_fused
+from jaxzip.models.fuse import concatenate_outputs, concatenate_stacks, is_fused, raw_kernel
 from test_cli import converted, source  # noqa: F401 - fixtures
 
 import jaxzip
@@ -79,18 +79,24 @@ def test_other_formats(formats):
     assert np.array_equal(bits(jaxzip.decompress(jax.tree.map(jnp.asarray, fused))), bits(np.concatenate(parts, 1)))
 
 
+FUSIONS = {
+    "kernels": concatenate_outputs,
+    "raw": lambda parts: concatenate_outputs(list(map(raw_kernel, parts))).payload["values"],
+    "stacks": concatenate_stacks,
+}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_dense_parts_keep_every_bit_pattern(dtype):
-    parts = [
-        np.arange(65536, dtype=np.uint16).reshape(256, 256),
-        np.arange(65536, dtype=np.uint16)[::-1].reshape(256, 256),
-    ]
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_dense_parts_keep_every_bit_pattern(fusion, dtype):
+    patterns = np.arange(65536, dtype=np.uint16)
+    shape = (2, 128, 256) if fusion == "stacks" else (256, 256)
+    parts = [patterns.reshape(shape), patterns[::-1].reshape(shape)]
     if dtype == "float32":
         parts = [(p.astype(np.uint32) << 16) | p for p in parts]
-    fused = concatenate_outputs([jnp.asarray(p.view(jnp.dtype(dtype))) for p in parts])
-    assert fused.dtype == dtype and np.array_equal(
-        np.asarray(fused).view(parts[0].dtype), np.concatenate(parts, axis=1)
-    )
+    fused = FUSIONS[fusion]([jnp.asarray(p.view(jnp.dtype(dtype))) for p in parts])
+    assert fused.dtype == dtype
+    assert np.array_equal(np.asarray(fused).view(parts[0].dtype), np.concatenate(parts, axis=-1))
 
 
 def test_raw_transposed_parts():
