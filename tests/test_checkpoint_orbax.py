@@ -41,6 +41,18 @@ def test_round_trip_of_every_orbax_layout(save, tree, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "dst", "src"]
 
 
+@pytest.mark.parametrize("save", cases.ORBAX_WRITERS, ids=lambda f: f.__name__)
+def test_paths_may_go_up(save, tmp_path, monkeypatch):
+    save(tmp_path / "src", cases.flat_tree())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    checkpoint.convert("../src", "../dst")
+    assert checkpoint.verify("../src", "../dst")
+    assert checkpoint.verify_checksums("../dst")
+    checkpoint.restore("../dst", "../here/../back")
+    cases.assert_same_tree(cases.flat_tree(), ocp_v1.load(tmp_path / "back"))
+
+
 def test_strings_and_custom_metadata_come_back(tmp_path):
     tree = {"name": "hello", "w": cases.gaussian_weights((64, 64)), "nothing": None}
     cases.save_v1(tmp_path / "src", tree)

@@ -40,7 +40,7 @@ def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{directory / name}/"},
+            "kvstore": {"driver": "file", "path": f"{directory.resolve() / name}/"},
             "metadata": {
                 "shape": list(array.shape),
                 "data_type": str(array.dtype),
@@ -108,10 +108,11 @@ def read_array(
 
 def open_array(directory: Path, name: str, *, driver: str = "zarr3", ocdbt: bool = False) -> ts.TensorStore:
     """Opens an array without reading its elements; raises like :func:`read_array`."""
+    root = directory.resolve()  # tensorstore takes no path with ".."
     if ocdbt:
-        kvstore = {"driver": "ocdbt", "base": f"file://{directory.absolute()}/", "path": f"{name}/"}
+        kvstore = {"driver": "ocdbt", "base": f"file://{root}/", "path": f"{name}/"}
     else:
-        kvstore = {"driver": "file", "path": f"{directory.absolute() / name}/"}
+        kvstore = {"driver": "file", "path": f"{root / name}/"}
     spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False, "open": True}
     try:
         return ts.open(spec, context=_CONTEXT, read=True).result()
