@@ -22,14 +22,15 @@ void DecompressRows(const Payload& p, int64_t block_row, uint16_t* out, int64_t 
     const int64_t outer = transposed ? cols : rows, inner = transposed ? rows : cols;
     uint16_t* dst = transposed ? out + bc * kBlock * stride : out + bc * kBlock;
     if (outer == kBlock && inner == kBlock) {
-      StoreTile(frags, dst, stride, transposed);
+      StoreTile<true>(frags, dst, stride, transposed);
     } else {
-      StoreTile(frags, edge, kBlock, transposed);
+      StoreTile<false>(frags, edge, kBlock, transposed);
       for (int64_t o = 0; o < outer; ++o) {
         std::memcpy(dst + o * stride, edge + o * kBlock, static_cast<size_t>(inner) * 2);
       }
     }
   }
+  StreamFence();
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cuda/lane_planar/layout.h"
+#include "isa/lines.h"
 #include "isa/vec128.h"
 
 namespace jaxzip {
@@ -30,40 +31,6 @@ constexpr LpPlaces MakeLpPlaces() {
   return places;
 }
 constexpr LpPlaces kLpPlaces = MakeLpPlaces();
-
-// `lines` lines of `length` elements from one matrix to another.
-inline void CopyLines(const uint16_t* src, int64_t src_stride, uint16_t* dst, int64_t dst_stride, int64_t lines,
-                      int64_t length) {
-  if (length == kLpBlock) {
-    for (int64_t i = 0; i < lines; ++i) std::memcpy(dst + i * dst_stride, src + i * src_stride, 2 * kLpBlock);
-  } else {
-    for (int64_t i = 0; i < lines; ++i) {
-      std::memcpy(dst + i * dst_stride, src + i * src_stride, static_cast<size_t>(length) * 2);
-    }
-  }
-}
-
-// Copies eight lines of 64 elements past the cache, which lines of a large matrix would only push each other out of
-// (measured: twice as fast). StreamFence() orders them before what other threads see next.
-inline void StreamLines(const uint16_t* src, uint16_t* dst, int64_t dst_stride) {
-#if defined(__SSE2__)
-  if ((reinterpret_cast<uintptr_t>(dst) | static_cast<uintptr_t>(2 * dst_stride)) % 64 == 0) {
-    for (int i = 0; i < 8; ++i, src += kLpBlock, dst += dst_stride) {
-      for (int c = 0; c < kLpBlock; c += 8) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(dst + c), LoadVec<__m128i>(src + c));
-      }
-    }
-    return;
-  }
-#endif
-  CopyLines(src, kLpBlock, dst, dst_stride, 8, kLpBlock);
-}
-
-inline void StreamFence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 // dst[j * dst_stride + i] = src[i * src_stride + j], 64x64. Lines of either side are read and written whole: in a large
 // matrix they often lie a power of two apart, and then fall out of the cache before long. kStream: see StreamLines.

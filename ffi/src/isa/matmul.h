@@ -49,18 +49,16 @@ JAXZIP_INLINE void MultiplyBand(const uint16_t* tile, const float* x, float* sum
     meanwhile(g);
 #pragma GCC unroll 4
     for (int step = 0; step < 4; ++step) {
-      Vec w[kVecs];
+      Vec b[kRows];  // before the weights, which then need one register at a time
+#pragma GCC unroll 8
+      for (int n = 0; n < kRows; ++n) b[n] = BroadcastPair(x + n * 8 + step * 2);
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
         const int lane = v * kLanes;
         const uint16_t* p = tile + lane / 16 * layout::kFragSize + (step >> 1) * 32 + lane % 16 * 2;
-        w[v] = step & 1 ? LoadOdd(p) : LoadEven(p);
-      }
+        const Vec w = step & 1 ? LoadOdd(p) : LoadEven(p);
 #pragma GCC unroll 8
-      for (int n = 0; n < kRows; ++n) {
-        const Vec b = BroadcastPair(x + n * 8 + step * 2);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) acc[n][v] = MulAdd(w[v], b, acc[n][v]);
+        for (int n = 0; n < kRows; ++n) acc[n][v] = MulAdd(w, b[n], acc[n][v]);
       }
     }
   }
@@ -82,10 +80,26 @@ JAXZIP_INLINE void MultiplyBandDispatch(int rows, const uint16_t* tile, const fl
 // FragTile `f` of a band of a dense weight, as decoding would lay it out; outside the matrix it holds zeros.
 inline void CopyFrag(const Weight& w, int64_t row0, int64_t col0, int f, uint16_t* tile) {
   const int64_t r0 = row0 + layout::FragRow(f) * 8, c0 = col0 + layout::FragCol(f) * 8;
+  uint16_t* out = tile + f * layout::kFragSize;
+  if (r0 + 8 <= w.m && c0 + 8 <= w.k && (w.col_stride == 1 || w.row_stride == 1)) {
+    alignas(16) uint16_t turned[layout::kFragSize];
+    const uint16_t* rows = w.dense + r0 * w.row_stride + c0 * w.col_stride;
+    int64_t stride = w.row_stride;
+    if (w.col_stride != 1) {
+      Transpose8x8(rows, w.col_stride, turned, 8);
+      rows = turned;
+      stride = 8;
+    }
+    for (int r = 0; r < 8; ++r) {
+      std::memcpy(out + ArrangeIndex(Arrange::kMatmul, r, 0), rows + r * stride, 8);
+      std::memcpy(out + ArrangeIndex(Arrange::kMatmul, r, 4), rows + r * stride + 4, 8);
+    }
+    return;
+  }
   for (int r = 0; r < 8; ++r) {
     for (int c = 0; c < 8; ++c) {
       const bool inside = r0 + r < w.m && c0 + c < w.k;
-      tile[f * layout::kFragSize + ArrangeIndex(Arrange::kMatmul, r, c)] =
+      out[ArrangeIndex(Arrange::kMatmul, r, c)] =
           inside ? w.dense[(r0 + r) * w.row_stride + (c0 + c) * w.col_stride] : 0;
     }
   }

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "isa/lines.h"
 #include "jaxzip/layout.h"
 #if defined(__AVX512BW__)
 #include <immintrin.h>
@@ -29,7 +30,9 @@ inline void TransposeLanes(__m512i v[4]) {
 }
 #endif
 
-// scratch (each FragTile with its `inner` direction contiguous) -> out[outer * stride + inner].
+// scratch (each FragTile with its `inner` direction contiguous) -> out[outer * stride + inner]. kStream: see StreamLines;
+// not with AVX-512, where nobody has measured it.
+template <bool kStream>
 inline void StoreTile(const uint16_t* scratch, uint16_t* out, int64_t stride, bool transposed) {
   for (int o = 0; o < 8; ++o) {
 #if defined(__AVX512BW__)
@@ -44,10 +47,15 @@ inline void StoreTile(const uint16_t* scratch, uint16_t* out, int64_t stride, bo
       }
     }
 #else
-    for (int r = 0; r < 8; ++r) {
-      for (int i = 0; i < 8; ++i) {
-        std::memcpy(out + (o * 8 + r) * stride + i * 8, scratch + FragAt(o, i, transposed) + r * 8, 16);
-      }
+    alignas(64) uint16_t lines[8 * layout::kBlock];
+    for (int i = 0; i < 8; ++i) {
+      const uint16_t* frag = scratch + FragAt(o, i, transposed);
+      for (int r = 0; r < 8; ++r) std::memcpy(lines + r * layout::kBlock + i * 8, frag + r * 8, 16);
+    }
+    if (kStream) {
+      StreamLines(lines, out + o * 8 * stride, stride);
+    } else {
+      CopyLines(lines, layout::kBlock, out + o * 8 * stride, stride, 8, layout::kBlock);
     }
 #endif
   }

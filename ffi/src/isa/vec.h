@@ -32,7 +32,7 @@ inline Vec Load(const float* p) { return _mm512_loadu_ps(p); }
 inline void Store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
-constexpr int kMaxRows = 3;
+constexpr int kMaxRows = 2;  // of 3 accumulators spill: 2.2 instead of 1.6 ns a FragTile and row of x
 using Vec = __m256;
 inline Vec LoadEven(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)), 16));
