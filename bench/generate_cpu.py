@@ -5,11 +5,12 @@ What ``make demo`` shows, as JSON with commit and machine. Takes the compressed 
 
 from __future__ import annotations
 
+import argparse
 import pathlib
-import sys
 
 import numpy as np
 from harness import write_result
+from jaxzip.ffi import cpu_module
 
 from jaxzip.cli.demo import MODEL, PROMPT, generate_all
 
@@ -17,8 +18,11 @@ TOKENS = 48
 
 
 def main() -> None:
-    ckpt = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "demo/smollm2-135m-instruct-jaxzip")
-    runs = generate_all(ckpt, PROMPT, TOKENS)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ckpt", type=pathlib.Path, nargs="?", default="demo/smollm2-135m-instruct-jaxzip")
+    parser.add_argument("--name", default="generate_cpu", help="of the file under bench/results")
+    args = parser.parse_args()
+    runs = generate_all(args.ckpt, PROMPT, TOKENS)
     control = runs[1].logits.view(np.uint32)
     rows = [
         {
@@ -32,7 +36,8 @@ def main() -> None:
     ]
     for row in rows:
         print(row)
-    write_result("generate_cpu", {"model": MODEL, "batch": 1, "new_tokens": TOKENS, "sampling": "greedy", "runs": rows})
+    setup = {"model": MODEL, "batch": 1, "new_tokens": TOKENS, "sampling": "greedy", "isa": cpu_module().isa()}
+    write_result(args.name, setup | {"runs": rows})
 
 
 if __name__ == "__main__":

@@ -63,11 +63,11 @@ void PackRows(const void* x, bool x_is_f32, int64_t n, int64_t k, float* packed,
   const KernelTable& kernels = Kernels();
   // Groups of kMatmulRows first, since each call of matmul_rows sees one of these.
   const int64_t per_call = layout::CeilDiv(kMatmulRows, RowsPerPack());
-  parallel_for(layout::CeilDiv(n, kMatmulRows) * per_call, [&](int64_t unit) {
+  const int64_t calls = n / kMatmulRows, rest = n % kMatmulRows;
+  parallel_for(calls * per_call + layout::CeilDiv(rest, RowsPerPack()), [&](int64_t unit) {
     const int64_t call0 = unit / per_call * kMatmulRows;
     const int64_t n0 = call0 + unit % per_call * RowsPerPack();
     const int64_t end = std::min(n, call0 + kMatmulRows);
-    if (n0 >= end) return;
     kernels.pack_x(x, x_is_f32, k, n0, static_cast<int>(std::min<int64_t>(RowsPerPack(), end - n0)),
                    packed + PackedSize(n0, k));
   });
