@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import checkpoint_cases as cases
+import gguf
 import numpy as np
 import pytest
 
@@ -427,3 +428,25 @@ def test_gguf_truncated_and_corrupt(tmp_path):
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF" + b"\xff" * 40)
     fail_to_convert(file, CorruptDataError, "m.gguf is no readable GGUF")
+
+
+def write_gguf(path: Path, **options) -> None:
+    writer = gguf.GGUFWriter(path, "foo", **options)
+    for name in ("a", "b", "c"):
+        writer.add_tensor(name, np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_of_the_other_byte_order(tmp_path):
+    write_gguf(tmp_path / "m.gguf", endianess=gguf.GGUFEndian.BIG)
+    fail_to_convert(tmp_path / "m.gguf", CheckpointError, "m.gguf is not in this machine's byte order .*convert-endian")
+
+
+def test_gguf_in_several_files(tmp_path):
+    write_gguf(tmp_path / "m.gguf", split_max_tensors=1)
+    for number in (1, 2, 3):
+        file = tmp_path / f"m-0000{number}-of-00003.gguf"
+        fail_to_convert(file, CheckpointError, f"{file.name} is file {number} of the 3 .*llama-gguf-split --merge")

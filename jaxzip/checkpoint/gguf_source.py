@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class GgufSource:
                 f"{path} is no readable GGUF file ({error}); it is truncated or corrupt, get it again"
             ) from None
         self._fields = _Fields(self._reader)
+        self._check_whole()
         self._llama = self._fields.get("general.architecture") == "llama"
         self._tensors = {}
         size, types = path.stat().st_size, set()
@@ -67,6 +69,20 @@ class GgufSource:
         self.hf_config = hf_config(self._fields, self._tensors) if self._llama else None
         self.notes = (self._derived,) if self._derived else ()
         self.extra_files = self._tokenizer()
+
+    def _check_whole(self) -> None:
+        """Refuses a file in the other byte order, and one of a model's several."""
+        if self._reader.byte_order == "S":
+            raise CheckpointError(
+                f"{self.path} is not in this machine's byte order ({sys.byteorder}-endian); "
+                f"change a copy of it with gguf-convert-endian COPY {sys.byteorder} and convert that"
+            )
+        count = int(self._fields.get("split.count", 1))
+        if count > 1:
+            raise CheckpointError(
+                f"{self.path} is file {int(self._fields.get('split.no', 0)) + 1} of the {count} that the model is "
+                "split into; merge them with llama-gguf-split --merge FIRST MERGED and convert that"
+            )
 
     def tensors(self) -> tuple[TensorInfo, ...]:
         return self._infos
