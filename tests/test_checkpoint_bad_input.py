@@ -147,6 +147,20 @@ def test_names_that_leave_the_checkpoint(tmp_path):
     assert only(tmp_path, "evil.safetensors")
 
 
+@pytest.mark.parametrize("names", [("w", "w/c"), ("w/x/y", "w"), ("w.bitmap1/x", "w")])
+def test_names_of_which_one_is_the_others_directory(tmp_path, names):
+    arrays = {name: cases.gaussian_weights((128, 128)) for name in names}
+    cases.write_safetensors(tmp_path / "w.safetensors", arrays)
+    fail_to_convert(tmp_path / "w.safetensors", CheckpointError, "'w.*/.*' would be stored inside 'w")
+    cases.save_standard(tmp_path / "tree", arrays)
+    fail_to_convert(tmp_path / "tree", CheckpointError, "'w.*/.*' would be stored inside 'w")
+
+
+def test_names_that_are_the_same_in_another_tree(tmp_path):
+    cases.save_standard(tmp_path / "tree", {"a/b": np.arange(10.0), "a": {"b": np.arange(5.0)}})
+    fail_to_convert(tmp_path / "tree", CheckpointError, r"tree: .* would both be called 'a/b'")
+
+
 # Destinations.
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxzip.checkpoint import kernel_layout, layout
 from jaxzip.checkpoint.checksum import checksum
-from jaxzip.checkpoint.partial import PartialCheckpoint, check_name
+from jaxzip.checkpoint.partial import PartialCheckpoint, StoredNames, check_name
 from jaxzip.checkpoint.progress import ProgressCallback, Tracker
 from jaxzip.checkpoint.source import Source, TensorInfo, identity, open_source
 from jaxzip.checkpoint.tree_metadata import DICT_KEY, Leaf
@@ -208,8 +208,10 @@ def check_apart(source: Path, destination: Path) -> None:
 
 
 def _check_names(source: Source) -> None:
+    """Refuses leaves that a checkpoint cannot hold side by side, before anything is written."""
+    infos, others = source.tensors(), source.other_leaves()
     seen: dict[str, str] = {}
-    for leaf in (*(info.leaf for info in source.tensors()), *source.other_leaves()):
+    for leaf in (*(info.leaf for info in infos), *others):
         check_name(leaf.store_name)
         if leaf.store_name in seen:
             raise CheckpointError(
@@ -217,3 +219,12 @@ def _check_names(source: Source) -> None:
                 f"{leaf.store_name!r}; rename one of them"
             )
         seen[leaf.store_name] = "/".join(leaf.path)
+    stored, called = StoredNames(), {}
+    for info in infos:
+        stored.add(info.leaf.store_name)
+        if info.name in called:
+            raise CheckpointError(
+                f"{source.path}: {info.path} and {called[info.name]} would both be called {info.name!r}; "
+                "rename one of them"
+            )
+        called[info.name] = info.path

@@ -62,7 +62,7 @@ class PartialCheckpoint:
         self._resume = resume
         self._root = destination.parent / (destination.name + layout.PARTIAL_SUFFIX)
         self._tree = self._root / "checkpoint"
-        self._names: set[str] = set()
+        self._names = StoredNames()
         self._journal = self._lock = None
 
     def __enter__(self) -> PartialCheckpoint:
@@ -95,14 +95,16 @@ class PartialCheckpoint:
         """Writes the arrays of one tensor (``{"": array}`` for the leaf itself), then its journal entry.
 
         Raises:
-          CheckpointError: the disk is full or cannot be written, or a name is not possible in a checkpoint.
+          CheckpointError: the disk is full or cannot be written, or a name is not possible in a checkpoint (what was
+            written is deleted).
         """
         stored = {child_name(leaf, field): array for field, array in arrays.items()}
-        for name in stored:
-            check_name(name)
-            if name in self._names:
-                raise CheckpointError(f"two tensors would both be stored as {name!r}; rename one in the source")
-        self._names.update(stored)
+        try:
+            for name in stored:
+                self._names.add(name)
+        except CheckpointError:
+            self.discard()
+            raise
         array_store.write_arrays(self._tree, stored)
         self._append(entry | {"path": list(leaf.path)})
         self.entries[leaf.path] = entry
@@ -155,7 +157,8 @@ class PartialCheckpoint:
                 for entry in entries:
                     self.entries[tuple(entry["path"])] = entry
                     leaf = Leaf(tuple(entry["path"]), (), "")
-                    self._names.update(child_name(leaf, field) for field in entry.get("payload") or [""])
+                    for field in entry.get("payload") or [""]:
+                        self._names.add(child_name(leaf, field))
             else:
                 shutil.rmtree(self._tree, ignore_errors=True)
                 self._tree.mkdir()
@@ -189,6 +192,32 @@ class PartialCheckpoint:
             os.fsync(self._journal.fileno())
         except OSError as error:
             raise array_store.write_error(error, self._root / "journal.jsonl") from error
+
+
+class StoredNames:
+    """Names of stored arrays: each is a directory of its own, so that none may lie inside another."""
+
+    def __init__(self):
+        self._names: set[str] = set()
+        #: Directories above names with slashes, and a name in each.
+        self._above: dict[str, str] = {}
+
+    def add(self, name: str) -> None:
+        """Adds a name.
+
+        Raises:
+          CheckpointError: it cannot be a name, or it is another's, or one of the two would lie inside the other.
+        """
+        check_name(name)
+        above = [name[:i] for i, character in enumerate(name) if character == "/"]
+        outer = next((other for other in above if other in self._names), None)
+        if name in self._names:
+            raise CheckpointError(f"two tensors would both be stored as {name!r}; rename one in the source")
+        if outer is not None or name in self._above:
+            inner, outer = (name, outer) if outer is not None else (self._above[name], name)
+            raise CheckpointError(f"{inner!r} would be stored inside {outer!r}, an array; rename one in the source")
+        self._names.add(name)
+        self._above |= dict.fromkeys(above, name)
 
 
 def child_name(leaf: Leaf, field: str) -> str:
