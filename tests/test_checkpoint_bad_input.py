@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxzip import checkpoint, formats
-from jaxzip.checkpoint import layout
+from jaxzip.checkpoint import layout, tree_metadata
 from jaxzip.errors import (
     CheckpointError,
     CorruptDataError,
@@ -359,6 +359,17 @@ def test_metadata_and_arrays_that_disagree(dst):
     edit_document(dst, lambda d: [e.update(shape=[64, 192]) for e in d["tensors"] if "/".join(e["path"]) == KERNEL])
     with pytest.raises(CorruptDataError, match=f"{KERNEL} .*tca-tbe: bitmap1"):
         checkpoint.open_checkpoint(dst).load(KERNEL)
+
+
+def test_a_tensor_below_another(dst):
+    edit_document(dst, lambda d: d["tensors"][0].update(path=[*KERNEL.split("/"), "more"]))
+    with pytest.raises(CheckpointError, match=f"'{KERNEL}/more' is below '{KERNEL}', which is a tensor"):
+        checkpoint.restore(dst, dst.parent / "back")
+    assert only(dst.parent, "dst")
+    above, below = (tree_metadata.Leaf(path, (2,) * len(path), "np.ndarray") for path in (("a",), ("a", "b")))
+    for pairs in ([(above, 1), (below, 2)], [(below, 2), (above, 1)]):
+        with pytest.raises(CheckpointError, match="'a/b' is below 'a'"):
+            tree_metadata.nest(pairs)
 
 
 def test_metadata_truncated_or_missing(dst):

@@ -100,6 +100,46 @@ def test_unknown_architecture_keeps_names_and_rows(tmp_path):
     assert filecmp.cmp(tmp_path / "model.safetensors", tmp_path / "back" / "model.safetensors", shallow=False)
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_a_tensor_whose_name_goes_on_after_anothers(tmp_path, kind, backwards):
+    tensors = {"a.weight": cases.gaussian_weights((128, 64)).astype(np.float32), "a.weight.absmax": np.ones(3, "f4"),
+               "a.weight.absmax.scale": np.zeros(2, "f4"), "a.bias": np.ones(2, "f4")}  # fmt: skip
+    src = tmp_path / f"m.{kind}"
+    in_order = dict(reversed(tensors.items())) if backwards else tensors
+    if kind == "safetensors":
+        cases.write_safetensors(src, in_order)
+    else:
+        writer = gguf.GGUFWriter(src, "foo")
+        for name, array in in_order.items():
+            writer.add_tensor(name, array)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    checkpoint.convert(src, tmp_path / "dst")
+    assert checkpoint.verify(src, tmp_path / "dst")
+    tree = checkpoint.open_checkpoint(tmp_path / "dst").load_tree()
+    assert set(tree) == {"a", "a.weight.absmax", "a.weight.absmax.scale"} and set(tree["a"]) == {"weight", "bias"}
+    checkpoint.restore(tmp_path / "dst", tmp_path / "tree")
+    back = checkpoint_tree(tmp_path / "tree")
+    np.testing.assert_array_equal(back["a"]["weight"], tensors["a.weight"])
+    np.testing.assert_array_equal(back["a.weight.absmax"], tensors["a.weight.absmax"])
+
+
+def test_a_tensor_of_no_model_below_one_of_the_model(tmp_path):
+    tensors = cases.write_llama(tmp_path / "hf")
+    with_more = {"layers": np.ones(2, np.float32), "embedder.embedding.absmax": np.ones(2, np.float32)}
+    cases.write_safetensors(tmp_path / "hf" / "model-00002-of-00002.safetensors", tensors | with_more)
+    (tmp_path / "hf" / "model-00001-of-00002.safetensors").unlink()
+    (tmp_path / "hf" / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match="'layers/.*' is below 'layers', which is a tensor"):
+        checkpoint.convert(tmp_path / "hf", tmp_path / "dst")
+    assert [f.name for f in tmp_path.iterdir()] == ["hf"]
+    paths = {info.path for info in checkpoint.open_source(tmp_path / "hf").tensors()}
+    assert ("embedder", "embedding") in paths and ("embedder.embedding.absmax",) in paths
+
+
 def test_rounded_weights_do_not_pass_for_the_original_files(tmp_path):
     cases.write_safetensors(tmp_path / "w.safetensors", {"w": np.ones((64, 128), np.float32)})
     checkpoint.convert(tmp_path / "w.safetensors", tmp_path / "dst", cast="bfloat16")

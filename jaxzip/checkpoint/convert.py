@@ -16,7 +16,7 @@ from jaxzip.checkpoint.checksum import checksum
 from jaxzip.checkpoint.partial import PartialCheckpoint, StoredNames, check_name
 from jaxzip.checkpoint.progress import ProgressCallback, Tracker
 from jaxzip.checkpoint.source import Source, TensorInfo, identity, open_source
-from jaxzip.checkpoint.tree_metadata import DICT_KEY, Leaf
+from jaxzip.checkpoint.tree_metadata import DICT_KEY, Leaf, check_paths
 from jaxzip.compress import compress, format_for
 from jaxzip.errors import CheckpointError, JaxzipError
 from jaxzip.rules import (
@@ -210,6 +210,7 @@ def check_apart(source: Path, destination: Path) -> None:
 def _check_names(source: Source) -> None:
     """Refuses leaves that a checkpoint cannot hold side by side, before anything is written."""
     infos, others = source.tensors(), source.other_leaves()
+    check_paths(leaf.path for leaf in (*(info.leaf for info in infos), *others))
     seen: dict[str, str] = {}
     for leaf in (*(info.leaf for info in infos), *others):
         check_name(leaf.store_name)

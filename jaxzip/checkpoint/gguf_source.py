@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxzip.checkpoint import hf_names
-from jaxzip.checkpoint.source import BF16, TensorInfo, dict_leaf
+from jaxzip.checkpoint.source import BF16, TensorInfo, dict_leaf, dotted_paths
 from jaxzip.checkpoint.tree_metadata import Leaf
 from jaxzip.errors import CheckpointError, CorruptDataError
 from jaxzip.tensor import TABLE_AXIS
@@ -65,6 +65,7 @@ class GgufSource:
         elif self._llama and {"BF16", "F32"} <= types:
             self._derived = "F32 vectors rounded to bf16"
         self._quantised = bool(quantised)
+        self._paths = self._tree_paths()
         self._infos = tuple(self._info(tensor, kind) for tensor, kind in self._tensors.values())
         self.hf_config = hf_config(self._fields, self._tensors) if self._llama else None
         self.notes = (self._derived,) if self._derived else ()
@@ -126,24 +127,31 @@ class GgufSource:
         return out.reshape(shape)
 
     def _info(self, tensor, kind: str) -> TensorInfo:
-        name = hf_names.hf_name(tensor.name) if self._llama else None
-        path = hf_names.tree_path(name) if name else tuple(tensor.name.split("."))
         shape = tuple(int(n) for n in reversed(tensor.shape))
         if self._transposed(tensor):
             shape = shape[::-1]
         rounds = kind not in _PLAIN or self._rounds(kind, len(shape))
         dtype = BF16 if rounds else _PLAIN[kind]
-        axis = None if name or len(shape) < 2 else TABLE_AXIS
+        axis = None if self._known(tensor.name) or len(shape) < 2 else TABLE_AXIS
         derived = self._derived if rounds else None
-        return TensorInfo(dict_leaf(path), shape, dtype, axis, tensor.name, derived)
+        return TensorInfo(dict_leaf(self._paths[tensor.name]), shape, dtype, axis, tensor.name, derived)
 
     def _rounds(self, kind: str, ndim: int) -> bool:
         """Whether a tensor that is not quantised becomes bf16."""
         return kind in ("F16", "F32", "F64") and self._derived is not None and (self._quantised or ndim == 1)
 
     def _transposed(self, tensor) -> bool:
-        name = hf_names.hf_name(tensor.name) if self._llama else None
-        return name is not None and len(tensor.shape) == 2 and hf_names.is_kernel(hf_names.tree_path(name))
+        path = self._known(tensor.name)
+        return path is not None and len(tensor.shape) == 2 and hf_names.is_kernel(path)
+
+    def _known(self, name: str) -> tuple[str, ...] | None:
+        """Path of a Llama's tensor in the model's tree, or ``None``."""
+        name = hf_names.hf_name(name) if self._llama else None
+        return None if name is None else hf_names.tree_path(name)
+
+    def _tree_paths(self) -> dict[str, tuple[str, ...]]:
+        known = {name: path for name in self._tensors if (path := self._known(name)) is not None}
+        return known | dotted_paths(self._tensors.keys() - known.keys(), known.values())
 
     def _permuted_heads(self, name: str) -> int:
         if not self._llama or not name.startswith("blk."):

@@ -15,7 +15,7 @@ from jaxzip.checkpoint.partial import PartialCheckpoint, sync_directory
 from jaxzip.checkpoint.progress import ProgressCallback, Tracker
 from jaxzip.checkpoint.read import Checkpoint, dense, open_checkpoint
 from jaxzip.checkpoint.safetensors_source import HEADER_SUFFIX, INDEX_FILE, parse_header
-from jaxzip.checkpoint.tree_metadata import Leaf, write_file
+from jaxzip.checkpoint.tree_metadata import Leaf, check_paths, write_file
 from jaxzip.errors import CheckpointError, CorruptDataError
 
 FORMATS = ("orbax", "safetensors")
@@ -59,6 +59,7 @@ def restore(
 
 
 def _restore_orbax(checkpoint: Checkpoint, destination: Path, progress: ProgressCallback | None, resume: bool) -> None:
+    check_paths(tuple(entry["path"]) for entry in checkpoint.tensors.values())
     plan = {
         "operation": "restore",
         "source": str(checkpoint.path),

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxzip.checkpoint import hf_names
-from jaxzip.checkpoint.source import TensorInfo, dict_leaf, model_config, small_files
+from jaxzip.checkpoint.source import TensorInfo, dict_leaf, dotted_paths, model_config, small_files
 from jaxzip.checkpoint.tree_metadata import Leaf, read_json
 from jaxzip.errors import CheckpointError, CorruptDataError
 from jaxzip.tensor import TABLE_AXIS
@@ -117,8 +117,8 @@ class SafetensorsSource:
     """Tensors of one or several safetensors files.
 
     A model of a family that jaxzip knows (``config.json`` says so) gets the tree of ``jaxzip.models``: kernels as
-    transposed views, experts of a layer as one stack. Anything else keeps its names, split at the dots, and PyTorch's
-    ``[M, K]`` matrices.
+    transposed views, experts of a layer as one stack. Anything else keeps its names, split at the dots (see
+    ``dotted_paths``), and PyTorch's ``[M, K]`` matrices.
     """
 
     kind = "safetensors"
@@ -132,11 +132,16 @@ class SafetensorsSource:
         self.notes: tuple[str, ...] = () if self.hf_config is not None else (_NO_MODEL,)
         #: The entries of each tensor: one, or those of a stack by number.
         self._entries: dict[tuple[str, ...], dict[int | None, Entry]] = {}
+        entries: list[Entry] = []
         for file in self._files:
-            header, entries = read_header(file)
+            header, found = read_header(file)
             self.extra_files[file.name + HEADER_SUFFIX] = header
-            for entry in entries:
-                self._add(entry)
+            entries += found
+        places = {entry.name: self._place(entry.name) for entry in entries}
+        own = (name for name, place in places.items() if place is None)
+        paths = dotted_paths(own, (place.path for place in places.values() if place is not None))
+        for entry in entries:
+            self._add(entry, places[entry.name] or hf_names.Place(paths[entry.name]))
         self._infos = tuple(self._info(path, found) for path, found in self._entries.items())
 
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -166,8 +171,7 @@ class SafetensorsSource:
         known = self._place(next(iter(self._entries[path].values())).name) is not None
         return known and hf_names.is_kernel(path) and ndim >= 2
 
-    def _add(self, entry: Entry) -> None:
-        place = self._place(entry.name) or hf_names.Place(tuple(entry.name.split(".")))
+    def _add(self, entry: Entry, place: hf_names.Place) -> None:
         found = self._entries.setdefault(place.path, {})
         if place.expert in found:
             raise CorruptDataError(

@@ -102,6 +102,17 @@ def dict_leaf(path: Iterable[str]) -> Leaf:
     return Leaf(path, (DICT_KEY,) * len(path), "np.ndarray")
 
 
+def dotted_paths(names: Iterable[str], known: Iterable[tuple[str, ...]] = ()) -> dict[str, tuple[str, ...]]:
+    """Paths of tensors whose names are split at the dots, beside tensors at ``known`` paths.
+
+    A tensor has nothing below it: "a.weight.absmax" beside "a.weight" stays one key.
+    """
+    paths = {name: tuple(name.split(".")) for name in names}
+    taken = {*paths.values(), *known}
+    below = {name for name, path in paths.items() if any(path[:i] in taken for i in range(1, len(path)))}
+    return {name: (name,) if name in below else path for name, path in paths.items()}
+
+
 def small_files(directory: Path) -> dict[str, bytes]:
     """The files beside the weights that a model needs (configuration, tokenizer), by name."""
     files = (f for f in sorted(directory.iterdir()) if f.is_file() and f.suffix in _SMALL_SUFFIXES)

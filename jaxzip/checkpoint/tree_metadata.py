@@ -169,12 +169,33 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def check_paths(paths: Iterable[tuple[str, ...]]) -> None:
+    """Refuses leaves that one tree of dicts cannot hold.
+
+    Raises:
+      CheckpointError: a leaf is below another.
+    """
+    leaves = set(paths)
+    for path in leaves:
+        above = next((path[:i] for i in range(1, len(path)) if path[:i] in leaves), None)
+        if above is not None:
+            raise CheckpointError(
+                f"{'/'.join(path)!r} is below {'/'.join(above)!r}, which is a tensor: no tree holds both; load them "
+                "one by one, or rename one in the source"
+            )
+
+
 class _Branch(dict):
     """A node of the tree, as opposed to a leaf that is an empty dict."""
 
 
 def nest(pairs: Sequence[tuple[Leaf, Any]]) -> Any:
-    """Builds the tree of ``(leaf, value)`` pairs: dicts, and lists where Orbax recorded a sequence."""
+    """Builds the tree of ``(leaf, value)`` pairs: dicts, and lists where Orbax recorded a sequence.
+
+    Raises:
+      CheckpointError: see :func:`check_paths`.
+    """
+    check_paths(leaf.path for leaf, _ in pairs)
     root, sequences = _Branch(), set()
     for leaf, value in pairs:
         if not leaf.path:
