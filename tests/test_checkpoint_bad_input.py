@@ -201,6 +201,39 @@ def test_destination_locked_by_another_process(src, tmp_path):
             checkpoint.convert(src, tmp_path / "new")
 
 
+def test_one_process_at_a_time_writes_a_destination(weights, tmp_path):
+    def convert(progress=None):
+        checkpoint.convert(weights, tmp_path / "dst", progress=progress)
+
+    def restore(progress=None):
+        checkpoint.restore(tmp_path / "made", tmp_path / "dst", format="safetensors", progress=progress)
+
+    def others(done, *_):
+        if done > 0:
+            for other in (convert, restore):
+                with pytest.raises(CheckpointError, match="another process is writing .*dst; wait"):
+                    other()
+
+    checkpoint.convert(weights, tmp_path / "made")
+    convert(others)
+    assert checkpoint.verify(weights, tmp_path / "dst")
+    shutil.rmtree(tmp_path / "dst")
+    restore(others)
+    assert (tmp_path / "dst" / weights.name).read_bytes() == weights.read_bytes()
+    assert only(tmp_path, "dst", "made", weights.name)
+
+
+def test_restored_files_that_cannot_be_written(weights, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoint.convert(weights, tmp_path / "made")
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(CheckpointError, match="disk full while writing .*dst"):
+        checkpoint.restore(tmp_path / "made", tmp_path / "dst", format="safetensors")
+    assert only(tmp_path, "made", weights.name)
+
+
 @pytest.mark.parametrize("failing", [0, 5, 11])
 def test_full_disk_then_room(src, tmp_path, monkeypatch, failing):
     from jaxzip.checkpoint import array_store

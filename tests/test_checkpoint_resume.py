@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,21 @@ def test_other_rules_start_anew(source, tmp_path):
 
 def test_resume_false_starts_anew(source, tmp_path):
     assert first_call(source / "src", interrupted(source, tmp_path), resume=False)[0] == 0
+
+
+def test_a_deletion_that_was_interrupted_leaves_nothing_to_go_on_with(source, tmp_path, monkeypatch):
+    dst = interrupted(source, tmp_path)
+    real = shutil.rmtree
+
+    def interrupted_rmtree(path, *args, **kwargs):
+        real(next(Path(path).rglob("zarr.json")).parent)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupted_rmtree)
+        checkpoint.convert(source / "src", dst, resume=False)
+    assert first_call(source / "src", dst)[0] == 0
+    assert checkpoint.verify(source / "src", dst)
 
 
 def test_a_changed_source_starts_anew(source, tmp_path):

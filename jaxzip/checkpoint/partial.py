@@ -1,5 +1,7 @@
 """``PartialCheckpoint``: a checkpoint while it is written; survives ``kill -9``, appears at its path in one step.
 
+``PartialDirectory`` is the same for files that are written in one go.
+
     model.jaxzip-partial/
       lock           held (flock) by the process that writes
       journal.jsonl  first line: what is being made; then one line per tensor, added when its arrays are on the disk
@@ -13,13 +15,14 @@ would write without OCDBT, and Orbax opens it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -38,36 +41,31 @@ _RESERVED = (
 )
 
 
-class PartialCheckpoint:
-    """Writes a tree of arrays tensor by tensor.
+class PartialDirectory:
+    """A directory while it is written: under a lock, and moved to its path in one step.
 
-    Use as a context manager; leaving it releases the lock and keeps what was written, for the next run with the same
-    ``plan``. ``entries`` has the journal: the JSON entry of each tensor that is complete, by path.
+    Use as a context manager; leaving it releases the lock. What an earlier process left there is deleted.
 
     Args:
-      destination: where the checkpoint will be.
-      plan: JSON that says what is made from what; a partial checkpoint with another plan is discarded.
-      resume: ``False`` discards one with the same plan, too.
+      destination: where the directory will be.
+
+    Attributes:
+      tree: what becomes ``destination``.
 
     Raises:
       CheckpointError: the destination exists, its folder does not, or another process is writing there.
     """
 
-    def __init__(self, destination: Path, plan: dict[str, Any], *, resume: bool = True):
+    def __init__(self, destination: Path):
         self.destination = destination
-        self.entries: dict[tuple[str, ...], Entry] = {}
-        #: An earlier run put the checkpoint in its place and was killed before it could clean up.
-        self.finished = False
-        self._plan = json.loads(json.dumps(plan))
-        self._resume = resume
         self._root = destination.parent / (destination.name + layout.PARTIAL_SUFFIX)
-        self._tree = self._root / "checkpoint"
-        self._names = StoredNames()
-        self._journal = self._lock = None
+        self.tree = self._root / "checkpoint"
+        self._journal_file = self._root / "journal.jsonl"
+        self._lock = None
 
-    def __enter__(self) -> PartialCheckpoint:
-        if self.destination.exists() and not self._root.exists():
-            raise CheckpointError(f"{self.destination} exists; give another destination, or delete it first")
+    def __enter__(self) -> Self:
+        if not self._root.exists():
+            self._check_free()
         if not self.destination.parent.is_dir():
             raise CheckpointError(f"{self.destination.parent} is no directory; create it, or give another destination")
         try:
@@ -77,6 +75,8 @@ class PartialCheckpoint:
             raise array_store.write_error(error, self._root) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._lock.fileno()).st_nlink == 0:  # deleted by the process that held it
+                raise BlockingIOError
             self._open()
         except BlockingIOError:
             self._lock.close()
@@ -87,9 +87,78 @@ class PartialCheckpoint:
         return self
 
     def __exit__(self, *_) -> None:
+        self._lock.close()
+
+    def place(self) -> None:
+        """Moves what was written to its place.
+
+        Raises:
+          CheckpointError: the disk is full, or the destination has come into being meanwhile.
+        """
+        try:
+            sync_directory(self.tree)
+            self._check_free()
+            os.rename(self.tree, self.destination)
+            sync_directory(self.destination.parent)
+        except OSError as error:
+            raise array_store.write_error(error, self.tree) from error
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Deletes everything that was written."""
+        with contextlib.suppress(OSError):
+            self._empty()
+            # Last, when nothing is left that a process with a new lock could lose.
+            (self._root / "lock").unlink(missing_ok=True)
+            self._root.rmdir()
+
+    def _open(self) -> None:
+        self._check_free()
+        try:
+            self._empty()
+            self.tree.mkdir()
+        except OSError as error:
+            raise array_store.write_error(error, self._root) from error
+
+    def _empty(self) -> None:
+        # The journal first: without it no array of the tree is taken for complete.
+        self._journal_file.unlink(missing_ok=True)
+        shutil.rmtree(self.tree, ignore_errors=True)
+
+    def _check_free(self) -> None:
+        if self.destination.exists():
+            raise CheckpointError(f"{self.destination} exists; give another destination, or delete it first")
+
+
+class PartialCheckpoint(PartialDirectory):
+    """Writes a tree of arrays tensor by tensor.
+
+    Leaving the context keeps what was written, for the next run with the same ``plan``. ``entries`` has the journal:
+    the JSON entry of each tensor that is complete, by path.
+
+    Args:
+      destination: where the checkpoint will be.
+      plan: JSON that says what is made from what; a partial checkpoint with another plan is discarded.
+      resume: ``False`` discards one with the same plan, too.
+
+    Raises:
+      CheckpointError: see :class:`PartialDirectory`.
+    """
+
+    def __init__(self, destination: Path, plan: dict[str, Any], *, resume: bool = True):
+        super().__init__(destination)
+        self.entries: dict[tuple[str, ...], Entry] = {}
+        #: An earlier run put the checkpoint in its place and was killed before it could clean up.
+        self.finished = False
+        self._plan = json.loads(json.dumps(plan))
+        self._resume = resume
+        self._names = StoredNames()
+        self._journal = None
+
+    def __exit__(self, *_) -> None:
         if self._journal is not None:
             self._journal.close()
-        self._lock.close()
+        super().__exit__()
 
     def add(self, leaf: Leaf, arrays: Mapping[str, np.ndarray], entry: Entry) -> None:
         """Writes the arrays of one tensor (``{"": array}`` for the leaf itself), then its journal entry.
@@ -105,7 +174,7 @@ class PartialCheckpoint:
         except CheckpointError:
             self.discard()
             raise
-        array_store.write_arrays(self._tree, stored)
+        array_store.write_arrays(self.tree, stored)
         self._append(entry | {"path": list(leaf.path)})
         self.entries[leaf.path] = entry
 
@@ -122,47 +191,37 @@ class PartialCheckpoint:
           CheckpointError: the disk is full, or the destination has come into being meanwhile.
         """
         try:
-            write_tree(self._tree, leaves)
+            write_tree(self.tree, leaves)
             for name, content in extra_files.items():
-                (self._tree / extra_directory).mkdir(exist_ok=True)
-                write_file(self._tree / extra_directory / name, content)
-            layout.write_checkpoint_file(self._tree, custom_metadata)
-            write_file(self._tree / layout.COMMIT_FILE, b"commit_success")
-            sync_directory(self._tree)
-            if self.destination.exists():
-                raise CheckpointError(f"{self.destination} exists; give another destination, or delete it first")
-            os.rename(self._tree, self.destination)
-            sync_directory(self.destination.parent)
+                (self.tree / extra_directory).mkdir(exist_ok=True)
+                write_file(self.tree / extra_directory / name, content)
+            layout.write_checkpoint_file(self.tree, custom_metadata)
+            write_file(self.tree / layout.COMMIT_FILE, b"commit_success")
         except OSError as error:
-            raise array_store.write_error(error, self._tree) from error
-        shutil.rmtree(self._root)
-
-    def discard(self) -> None:
-        """Deletes everything that was written."""
-        shutil.rmtree(self._root, ignore_errors=True)
+            raise array_store.write_error(error, self.tree) from error
+        self.place()
 
     def _open(self) -> None:
         plan, entries, end = self._read_journal()
-        moved = self.destination.exists()
-        if moved and (plan != self._plan or self._tree.exists()):
-            raise CheckpointError(f"{self.destination} exists; give another destination, or delete it first")
-        path = self._root / "journal.jsonl"
+        moved = self.destination.exists() and plan == self._plan and not self.tree.exists()
+        if not moved:
+            self._check_free()
         try:
             if moved:
                 self.finished = True
                 shutil.rmtree(self._root)
-            elif plan == self._plan and self._resume and self._tree.is_dir():
-                os.truncate(path, end)
-                self._journal = open(path, "ab")
+            elif plan == self._plan and self._resume and self.tree.is_dir():
+                os.truncate(self._journal_file, end)
+                self._journal = open(self._journal_file, "ab")
                 for entry in entries:
                     self.entries[tuple(entry["path"])] = entry
                     leaf = Leaf(tuple(entry["path"]), (), "")
                     for field in entry.get("payload") or [""]:
                         self._names.add(child_name(leaf, field))
             else:
-                shutil.rmtree(self._tree, ignore_errors=True)
-                self._tree.mkdir()
-                self._journal = open(path, "wb")
+                self._empty()
+                self.tree.mkdir()
+                self._journal = open(self._journal_file, "wb")
                 self._append(self._plan)
         except OSError as error:
             raise array_store.write_error(error, self._root) from error
@@ -173,7 +232,7 @@ class PartialCheckpoint:
         """The plan, the entries and the length of what is intact: a kill may have torn the last line."""
         lines, end = [], 0
         try:
-            with open(self._root / "journal.jsonl", "rb") as file:
+            with open(self._journal_file, "rb") as file:
                 for line in file:
                     if not line.endswith(b"\n"):
                         break
@@ -191,7 +250,7 @@ class PartialCheckpoint:
             self._journal.flush()
             os.fsync(self._journal.fileno())
         except OSError as error:
-            raise array_store.write_error(error, self._root / "journal.jsonl") from error
+            raise array_store.write_error(error, self._journal_file) from error
 
 
 class StoredNames:

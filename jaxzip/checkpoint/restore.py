@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from jaxzip.checkpoint import array_store, checksum, layout
 from jaxzip.checkpoint.convert import check_apart
-from jaxzip.checkpoint.partial import PartialCheckpoint, sync_directory
+from jaxzip.checkpoint.partial import PartialCheckpoint, PartialDirectory
 from jaxzip.checkpoint.progress import ProgressCallback, Tracker
 from jaxzip.checkpoint.read import Checkpoint, dense, open_checkpoint
 from jaxzip.checkpoint.safetensors_source import HEADER_SUFFIX, INDEX_FILE, parse_header
@@ -103,38 +102,36 @@ def _restore_safetensors(checkpoint: Checkpoint, destination: Path, progress: Pr
         raise CheckpointError(f'{checkpoint.path} was made from {source["kind"]}, not safetensors; use format="orbax"')
     if any("derived" in entry for entry in checkpoint.tensors.values()):
         raise CheckpointError(f'{checkpoint.path} holds rounded weights, not its source\'s bits; use format="orbax"')
-    if destination.exists():
-        raise CheckpointError(f"{destination} exists; give another destination, or delete it first")
-    if not destination.parent.is_dir():
-        raise CheckpointError(f"{destination.parent} is no directory; create it, or give another destination")
+    with PartialDirectory(destination) as partial:
+        try:
+            _write_files(checkpoint, partial.tree, progress)
+            partial.place()
+        except OSError as error:
+            partial.discard()
+            raise array_store.write_error(error, partial.tree) from error
+        except BaseException:
+            partial.discard()
+            raise
+
+
+def _write_files(checkpoint: Checkpoint, directory: Path, progress: ProgressCallback | None) -> None:
     names, tensors = _places_by_source_name(checkpoint), _Recent(checkpoint)
     tracker = Tracker(progress, _total_bytes(checkpoint))
-    partial = destination.parent / (destination.name + layout.PARTIAL_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        for file in checkpoint.metadata["extra_files"]:
-            content = checkpoint.extra_file(file)
-            if not file.endswith(HEADER_SUFFIX):
-                write_file(partial / file, content)
-                continue
-            path = partial / file.removesuffix(HEADER_SUFFIX)
-            with open(path, "wb") as out:
-                out.write(content)
-                for tensor in parse_header(path, content):
-                    name, expert = names[tensor.name]
-                    bits = checksum.as_bytes(tensors.dense(name, expert))
-                    out.write(bits.data)
-                    tracker.advance(name, bits.nbytes)
-                out.flush()
-                os.fsync(out.fileno())
-        sync_directory(partial)
-        os.rename(partial, destination)
-        sync_directory(destination.parent)
-    except OSError as error:
-        raise array_store.write_error(error, partial) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    for file in checkpoint.metadata["extra_files"]:
+        content = checkpoint.extra_file(file)
+        if not file.endswith(HEADER_SUFFIX):
+            write_file(directory / file, content)
+            continue
+        path = directory / file.removesuffix(HEADER_SUFFIX)
+        with open(path, "wb") as out:
+            out.write(content)
+            for tensor in parse_header(path, content):
+                name, expert = names[tensor.name]
+                bits = checksum.as_bytes(tensors.dense(name, expert))
+                out.write(bits.data)
+                tracker.advance(name, bits.nbytes)
+            out.flush()
+            os.fsync(out.fileno())
 
 
 def _places_by_source_name(checkpoint: Checkpoint) -> dict[str, tuple[str, int | None]]:
