@@ -224,6 +224,20 @@ def test_gguf_of_quantised_weights_is_decoded_and_says_so(tmp_path):
     assert "dequantised from Q8_0, rounded to bf16" in opened.metadata["source"]["notes"]
 
 
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_a_rule_for_everything_leaves_an_embedding_a_table(tmp_path, kind):
+    tensors = cases.llama_tensors()
+    if kind == "hf":
+        cases.write_llama(tmp_path / "hf")
+    else:
+        write_gguf(tmp_path / "gguf", tensors, quantised=False)
+    checkpoint.convert(tmp_path / kind, tmp_path / "dst", rules=[jaxzip.CompressionRule(format="lane-planar")])
+    opened = checkpoint.open_checkpoint(tmp_path / "dst")
+    z = opened.load("embedder/embedding")
+    assert (z.format, z.output_axis) == ("lane-planar", -2) and opened.load("lm_head/kernel").output_axis == -1
+    np.testing.assert_array_equal(cases.bits(jaxzip.decompress(z)), cases.bits(tensors["model.embed_tokens.weight"]))
+
+
 def test_gguf_truncated(tmp_path):
     write_gguf(tmp_path / "m.gguf", cases.llama_tensors(), quantised=True)
     data = (tmp_path / "m.gguf").read_bytes()

@@ -132,9 +132,11 @@ class GgufSource:
             shape = shape[::-1]
         rounds = kind not in _PLAIN or self._rounds(kind, len(shape))
         dtype = BF16 if rounds else _PLAIN[kind]
-        axis = None if self._known(tensor.name) or len(shape) < 2 else TABLE_AXIS
+        axis, path = None, self._paths[tensor.name]
+        if len(shape) >= 2:
+            axis = hf_names.output_axis(path) if self._known(tensor.name) else TABLE_AXIS
         derived = self._derived if rounds else None
-        return TensorInfo(dict_leaf(self._paths[tensor.name]), shape, dtype, axis, tensor.name, derived)
+        return TensorInfo(dict_leaf(path), shape, dtype, axis, tensor.name, derived)
 
     def _rounds(self, kind: str, ndim: int) -> bool:
         """Whether a tensor that is not quantised becomes bf16."""

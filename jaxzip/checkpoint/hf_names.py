@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxzip.tensor import TABLE_AXIS
+
 #: Families whose tensors have these names, by ``model_type``, and what ``architectures`` calls their models.
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -112,6 +114,11 @@ def hf_name(gguf_name: str) -> str | None:
     if match is None or match[2] not in _GGUF_PARTS:
         return None
     return f"model.layers.{match[1]}.{_GGUF_PARTS[match[2]]}.{match[3]}"
+
+
+def output_axis(path: tuple[str, ...]) -> int | None:
+    """The axis of output features of a model's tensor where rules have no say: an embedding's rows are looked up."""
+    return TABLE_AXIS if path[-1] == "embedding" else None
 
 
 def is_kernel(path: tuple[str, ...]) -> bool:

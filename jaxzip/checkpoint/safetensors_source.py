@@ -181,8 +181,10 @@ class SafetensorsSource:
 
     def _info(self, path: tuple[str, ...], entries: dict[int | None, Entry]) -> TensorInfo:
         entry = next(iter(entries.values()))
-        known = self._place(entry.name) is not None
-        axis = None if known or len(entry.shape) < 2 else TABLE_AXIS
+        axis = None
+        if len(entry.shape) >= 2:
+            known = self._place(entry.name) is not None
+            axis = hf_names.output_axis(path) if known else TABLE_AXIS
         if None in entries:
             shape = entry.shape[::-1] if len(entry.shape) == 2 and self._transposed(path, 2) else entry.shape
             return TensorInfo(dict_leaf(path), shape, entry.dtype, axis, entry.name)
