@@ -105,6 +105,19 @@ def test_source_tree_metadata_of_another_structure(src):
     fail_to_convert(src, CorruptDataError, "_METADATA is not a tree description")
 
 
+OF_ANOTHER_STRUCTURE = [
+    *((name, text) for name in ("_CHECKPOINT_METADATA", "array_metadatas/process_0") for text in ("[]", "null", "3")),
+    *(("array_metadatas/process_0", f'{{"array_metadatas": {text}}}') for text in ("[3]", "null", '[{"a": 1}]')),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), OF_ANOTHER_STRUCTURE)
+def test_source_files_of_another_structure(src, name, content):
+    (src / name).parent.mkdir(exist_ok=True)
+    (src / name).write_text(content)
+    fail_to_convert(src, CorruptDataError, f"{name} .*get the checkpoint again")
+
+
 def test_source_tree_metadata_missing(src):
     (src / "_METADATA").unlink()
     fail_to_convert(src, CheckpointError, "_METADATA is missing")

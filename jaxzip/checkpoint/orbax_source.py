@@ -13,6 +13,7 @@ from jaxzip.checkpoint.kernel_layout import kernel_axes, names
 from jaxzip.checkpoint.layout import CHECKPOINT_FILE
 from jaxzip.checkpoint.source import TensorInfo, model_config, small_files
 from jaxzip.checkpoint.tree_metadata import Leaf, read_json, read_tree
+from jaxzip.errors import CorruptDataError
 from jaxzip.tensor import TABLE_AXIS
 
 
@@ -31,7 +32,7 @@ class OrbaxSource:
         self.hf_config = model_config(self.extra_files)
         self._directory = tree
         top = next((d for d in (tree, tree.parent) if (d / CHECKPOINT_FILE).exists()), None)
-        self.custom_metadata = read_json(top / CHECKPOINT_FILE).get("custom_metadata") if top else None
+        self.custom_metadata = _custom_metadata(top / CHECKPOINT_FILE) if top else None
         self._tree = read_tree(tree)
         self._infos: tuple[TensorInfo, ...] | None = None
         if self.hf_config is None and gemma_names.is_gemma(leaf.path for leaf in self._tree.leaves):
@@ -72,3 +73,12 @@ class OrbaxSource:
         store = array_store.open_array(self._directory, leaf.store_name, **self._storage)
         axis = TABLE_AXIS if names(leaf.path)[-1] == gemma_names.TABLE else None
         return TensorInfo(leaf, tuple(store.shape), np.dtype(store.dtype.numpy_dtype), axis)
+
+
+def _custom_metadata(file: Path) -> Any:
+    document = read_json(file)
+    if not isinstance(document, dict):
+        raise CorruptDataError(
+            f"{file} holds {type(document).__name__}, not Orbax's description of a checkpoint; get the checkpoint again"
+        )
+    return document.get("custom_metadata")

@@ -92,10 +92,7 @@ def read_tree(directory: Path) -> TreeMetadata:
     strings = read_json(directory / STRINGS_FILE) if (directory / STRINGS_FILE).exists() else {}
     extensions = {}
     for file in sorted((directory / EXTENSIONS_FILE).parent.glob("process_*")):
-        for item in read_json(file).get("array_metadatas", ()):
-            entry = item["array_metadata"]
-            if entry.get("ext_metadata"):
-                extensions[entry["param_name"]] = entry["ext_metadata"]
+        extensions |= _read_extensions(file)
     leaves = []
     try:
         for entry in document["tree_metadata"].values():
@@ -120,6 +117,17 @@ def read_tree(directory: Path) -> TreeMetadata:
     if ocdbt and not (directory / OCDBT_FILE).exists():
         raise CheckpointError(f"{directory / OCDBT_FILE} is missing; the checkpoint is incomplete, get it again")
     return TreeMetadata(tuple(leaves), bool(ocdbt), bool(document.get("use_zarr3", False)))
+
+
+def _read_extensions(file: Path) -> dict[str, Any]:
+    document = read_json(file)
+    try:
+        entries = [item["array_metadata"] for item in document.get("array_metadatas", ())]
+        return {entry["param_name"]: entry["ext_metadata"] for entry in entries if entry.get("ext_metadata")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptDataError(
+            f"{file} does not describe arrays as Orbax does ({type(error).__name__}: {error}); get the checkpoint again"
+        ) from error
 
 
 def write_tree(directory: Path, leaves: Iterable[Leaf]) -> None:
