@@ -154,6 +154,23 @@ def test_a_changed_source_starts_anew(source, tmp_path):
     assert checkpoint.verify(src, tmp_path / "dst")
 
 
+def test_a_changed_configuration_starts_anew(source, tmp_path):
+    cases.write_llama(tmp_path / "hf")
+    config = (tmp_path / "hf" / "config.json").read_bytes()
+    (tmp_path / "hf" / "config.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.convert(tmp_path / "hf", tmp_path / "dst", progress=interrupt_after_a_tensor)
+    (tmp_path / "hf" / "config.json").write_bytes(config)
+    assert first_call(tmp_path / "hf", tmp_path / "dst")[0] == 0
+    checkpoint.convert(tmp_path / "hf", tmp_path / "whole")
+    assert cases.content_digest(tmp_path / "dst") == cases.content_digest(tmp_path / "whole")
+
+
+def interrupt_after_a_tensor(done, *_):
+    if done > 0:
+        raise KeyboardInterrupt
+
+
 MEASURE = """
 import resource, sys
 import jaxzip.checkpoint as checkpoint

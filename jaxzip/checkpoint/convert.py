@@ -44,8 +44,9 @@ def convert(
 
     ``dst`` appears in one step, complete, or not at all. Until then the work is in ``dst`` + ".jaxzip-partial"; the
     same call after a crash or ``kill -9`` goes on after the tensors that are complete there, provided that the source's
-    files (names, sizes, times), the rules and ``cast`` are the same. ``src`` is only read. Leaves that no rule takes,
-    and those that compression would not shrink, are carried over unchanged.
+    files (names, sizes, times; of small ones beside the weights, such as config.json, the contents), the rules and
+    ``cast`` are the same. ``src`` is only read. Leaves that no rule takes, and those that compression would not shrink,
+    are carried over unchanged.
 
     Args:
       src: see :func:`jaxzip.checkpoint.open_source`.
@@ -69,6 +70,7 @@ def convert(
     infos = source.tensors()
     _check_names(source)
     source_identity = identity(source)
+    extra_files = {name: hashlib.sha256(content).hexdigest() for name, content in source.extra_files.items()}
     plan = {
         "operation": "convert",
         "layout_version": layout.LAYOUT_VERSION,
@@ -76,6 +78,8 @@ def convert(
         "source": source_identity | {"path": str(source.path)},
         "rules": [dataclasses.asdict(rule) for rule in rules],
         "cast": cast,
+        "hf_config": source.hf_config,
+        "extra_files": extra_files,
     }
     with PartialCheckpoint(destination, plan, resume=resume) as partial:
         todo = [info for info in infos if info.path not in partial.entries]
@@ -92,7 +96,7 @@ def convert(
                 "source": source_identity | {"cast": cast, "notes": list(source.notes)},
                 "source_custom_metadata": source.custom_metadata,
                 "hf_config": source.hf_config,
-                "extra_files": {n: hashlib.sha256(c).hexdigest() for n, c in source.extra_files.items()},
+                "extra_files": extra_files,
                 "tensors": entries,
                 "other_leaves": [leaf.to_json() for leaf in source.other_leaves()],
             }
