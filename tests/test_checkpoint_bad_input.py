@@ -160,6 +160,12 @@ def test_names_that_leave_the_checkpoint(tmp_path):
     assert only(tmp_path, "evil.safetensors")
 
 
+@pytest.mark.parametrize("name", ["commit_success.txt", "manifest.ocdbt", "_METADATA", "_jaxzip/x"])
+def test_names_of_a_checkpoints_own_files(tmp_path, name):
+    cases.write_safetensors(tmp_path / "w.safetensors", {name: np.ones((2, 2), np.float32)})
+    fail_to_convert(tmp_path / "w.safetensors", CheckpointError, f"'{name}', which cannot be a name")
+
+
 @pytest.mark.parametrize("names", [("w", "w/c"), ("w/x/y", "w"), ("w.bitmap1/x", "w")])
 def test_names_of_which_one_is_the_others_directory(tmp_path, names):
     arrays = {name: cases.gaussian_weights((128, 128)) for name in names}
@@ -183,6 +189,13 @@ def test_destination_exists(src, tmp_path):
         with pytest.raises(CheckpointError, match="there exists; give another destination"):
             call(src if call is checkpoint.convert else checkpoint_of(src), tmp_path / "there")
     assert only(tmp_path / "there")
+
+
+def test_destination_is_a_link_to_nothing(src, tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="link exists; give another destination"):
+        checkpoint.convert(src, tmp_path / "link")
+    assert only(tmp_path, "link", "src")
 
 
 def checkpoint_of(src: Path) -> Path:

@@ -119,6 +119,16 @@ def test_a_damaged_journal_starts_anew(source, tmp_path):
     assert first_call(source / "src", dst)[0] == 0
 
 
+@pytest.mark.parametrize("line", [b"{}\n", b"[1]\n", b"null\n", b'{"path": [1]}\n'])
+def test_a_journal_with_a_foreign_line_starts_anew(source, tmp_path, line):
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.convert(source / "src", tmp_path / "dst", progress=interrupt_after_a_tensor)
+    journal = tmp_path / f"dst{layout.PARTIAL_SUFFIX}" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes() + line)
+    assert first_call(source / "src", tmp_path / "dst")[0] == 0
+    assert cases.content_digest(tmp_path / "dst") == cases.content_digest(source / "whole")
+
+
 def test_other_rules_start_anew(source, tmp_path):
     dst = interrupted(source, tmp_path)
     assert first_call(source / "src", dst, rules=[jaxzip.CompressionRule(format="raw")])[0] == 0

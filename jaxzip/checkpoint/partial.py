@@ -27,7 +27,7 @@ from typing import Any, Self
 import numpy as np
 
 from jaxzip.checkpoint import array_store, layout
-from jaxzip.checkpoint.tree_metadata import Leaf, write_file, write_tree
+from jaxzip.checkpoint.tree_metadata import OCDBT_FILE, Leaf, write_file, write_tree
 from jaxzip.errors import CheckpointError
 
 Entry = dict[str, Any]
@@ -37,6 +37,8 @@ _RESERVED = (
     "_strings.json",
     "_sharding",
     "array_metadatas",
+    OCDBT_FILE,
+    layout.COMMIT_FILE,
     layout.EXTRA_DIRECTORY,
 )
 
@@ -126,7 +128,7 @@ class PartialDirectory:
         shutil.rmtree(self.tree, ignore_errors=True)
 
     def _check_free(self) -> None:
-        if self.destination.exists():
+        if os.path.lexists(self.destination):
             raise CheckpointError(f"{self.destination} exists; give another destination, or delete it first")
 
 
@@ -213,11 +215,8 @@ class PartialCheckpoint(PartialDirectory):
             elif plan == self._plan and self._resume and self.tree.is_dir():
                 os.truncate(self._journal_file, end)
                 self._journal = open(self._journal_file, "ab")
-                for entry in entries:
-                    self.entries[tuple(entry["path"])] = entry
-                    leaf = Leaf(tuple(entry["path"]), (), "")
-                    for field in entry.get("payload") or [""]:
-                        self._names.add(child_name(leaf, field))
+                self.entries = {tuple(entry["path"]): entry for entry in entries}
+                self._names = _names_in(entries)
             else:
                 self._empty()
                 self.tree.mkdir()
@@ -230,6 +229,8 @@ class PartialCheckpoint(PartialDirectory):
 
     def _read_journal(self) -> tuple[Any, list[Entry], int]:
         """The plan, the entries and the length of what is intact: a kill may have torn the last line."""
+        if not self._journal_file.exists():
+            return None, [], 0
         lines, end = [], 0
         try:
             with open(self._journal_file, "rb") as file:
@@ -238,9 +239,8 @@ class PartialCheckpoint(PartialDirectory):
                         break
                     lines.append(json.loads(line))
                     end += len(line)
-        except FileNotFoundError:
-            pass
-        except ValueError:
+            _names_in(lines[1:])
+        except (ValueError, TypeError, KeyError, AttributeError, CheckpointError):  # these are no entries
             return None, [], 0
         return (lines[0] if lines else None), lines[1:], end
 
@@ -277,6 +277,16 @@ class StoredNames:
             raise CheckpointError(f"{inner!r} would be stored inside {outer!r}, an array; rename one in the source")
         self._names.add(name)
         self._above |= dict.fromkeys(above, name)
+
+
+def _names_in(entries: Sequence[Entry]) -> StoredNames:
+    """Names of the arrays of a journal's entries."""
+    names = StoredNames()
+    for entry in entries:
+        leaf = Leaf(tuple(entry["path"]), (), "")
+        for field in entry.get("payload") or [""]:
+            names.add(child_name(leaf, field))
+    return names
 
 
 def child_name(leaf: Leaf, field: str) -> str:
