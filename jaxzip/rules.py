@@ -138,7 +138,10 @@ def rule_for(path: str, shape: Sequence[int], dtype: Any, rules: Sequence[Compre
         return f"dtype {dtype} is not compressed"
     if len(shape) < 2:
         return f"rank {len(shape)} is below 2"
-    if np.prod(shape, dtype=np.int64) < rule.min_size:
+    size = np.prod(shape, dtype=np.int64)
+    if size == 0:
+        return "no elements"
+    if size < rule.min_size:
         return f"fewer than {rule.min_size} elements"
     return rule
 

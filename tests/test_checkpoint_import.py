@@ -140,6 +140,17 @@ def test_a_tensor_of_no_model_below_one_of_the_model(tmp_path):
     assert ("embedder", "embedding") in paths and ("embedder.embedding.absmax",) in paths
 
 
+def test_tensors_without_elements_are_carried_over(tmp_path):
+    tensors = {"w": cases.gaussian_weights((128, 128)), "none": np.zeros((0, 5), cases.BF16)}
+    cases.write_safetensors(tmp_path / "w.safetensors", tensors)
+    rules = [jaxzip.CompressionRule(format="tca-tbe", min_size=0)]
+    report = checkpoint.convert(tmp_path / "w.safetensors", tmp_path / "dst", rules=rules)
+    assert {row.path: (row.format, row.note) for row in report.tensors}["none"] == ("raw", "no elements")
+    assert checkpoint.verify(tmp_path / "w.safetensors", tmp_path / "dst")
+    checkpoint.restore(tmp_path / "dst", tmp_path / "back", format="safetensors")
+    assert filecmp.cmp(tmp_path / "w.safetensors", tmp_path / "back" / "w.safetensors", shallow=False)
+
+
 def test_rounded_weights_do_not_pass_for_the_original_files(tmp_path):
     cases.write_safetensors(tmp_path / "w.safetensors", {"w": np.ones((64, 128), np.float32)})
     checkpoint.convert(tmp_path / "w.safetensors", tmp_path / "dst", cast="bfloat16")
