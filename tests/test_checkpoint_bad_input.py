@@ -452,6 +452,12 @@ def test_no_such_tensor(dst):
         checkpoint.open_checkpoint(dst).load("layers/0/mlp/kernal")
 
 
+@pytest.mark.parametrize("name", [KERNEL, "layers/0/mlp/bias"])
+def test_load_in_an_unknown_format(dst, name):
+    with pytest.raises(ValueError, match="zip-9000"):
+        checkpoint.open_checkpoint(dst).load(name, format="zip-9000")
+
+
 def test_restore_to_an_unknown_format_and_to_the_wrong_one(dst, tmp_path):
     with pytest.raises(ValueError, match="unknown format 'pickle'"):
         checkpoint.restore(dst, tmp_path / "back", format="pickle")

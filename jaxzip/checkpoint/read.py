@@ -104,6 +104,8 @@ class Checkpoint:
           CorruptDataError: a file is truncated, has a wrong checksum, or contradicts the format.
         """
         entry = self.entry(name)
+        if format not in (None, AUTO):
+            formats.get(format)  # also where nothing is changed to it
         leaf = Leaf.from_json(entry["leaf"])
         if entry["format"] == "raw":
             value = self._read(leaf, "", entry)
