@@ -78,6 +78,19 @@ def test_save_and_restore(tmp_path):
         save_module(model, tmp_path / "saved")
 
 
+def test_paths_may_go_up(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path / "x")
+    model = jaxzip.compress_module(nnx.Linear(128, 128, param_dtype=BF16, rngs=nnx.Rngs(0)))
+    for path in (tmp_path / "x" / ".." / "m", "../n"):
+        save_module(model, path)
+        structure = nnx.eval_shape(lambda: nnx.Linear(128, 128, param_dtype=BF16, rngs=nnx.Rngs(0)))
+        assert_same_state(restore_module(structure, path, format=None), model)
+        with pytest.raises(CheckpointError, match="exists"):
+            save_module(model, path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "n", "x"]
+
+
 def test_restore_in_another_format(tmp_path):
     save_module(compressed(), tmp_path / "saved")
     again = restore_module(abstract(), tmp_path / "saved", format="lane-planar")
