@@ -10,6 +10,7 @@ from jaxzip.formats import auto
 from jaxzip.formats.base import pad_axis
 from jaxzip.ops import encode, host, registry
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
+from jaxzip.x64 import check_uncut
 
 AUTO = "auto"
 
@@ -38,7 +39,7 @@ def compress(
       on_host: leave the payload in NumPy arrays instead of moving it to JAX's default device.
 
     Raises:
-      TypeError: ``w`` is a tracer or no array, or ``format`` does not take its dtype.
+      TypeError: ``w`` is a tracer or no array, ``format`` does not take its dtype, or JAX would cut its 64 bits to 32.
       ValueError: unknown format, bad ``output_axis``, an array without elements, or rank below 2 with a matrix format.
     """
     if isinstance(w, jax.core.Tracer):
@@ -51,6 +52,8 @@ def compress(
         raise ValueError(f"compress: output_axis is {output_axis}, expected -1 ([K, M]) or -2 ([M, K])")
     if format != AUTO:
         _check_explicit(w, formats.get(format))
+    if not on_host:
+        check_uncut(w.dtype, "compress: w", "keep it in NumPy arrays with on_host=True")
     if format == AUTO:
         format = (auto.for_storage if on_host else best_format)(w.dtype) if w.ndim >= 2 and w.size else "raw"
     z = CompressedTensor({"values": w}, tuple(w.shape[-2:]), np.dtype(w.dtype), "raw", output_axis)

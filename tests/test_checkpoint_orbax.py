@@ -62,6 +62,13 @@ def test_strings_and_custom_metadata_come_back(tmp_path):
     assert ocp_v1.metadata(tmp_path / "back").custom_metadata == {"author": "test"}
 
 
+def test_leaves_of_64_bits_are_loaded_as_they_are(tmp_path):
+    tree = {"ids": np.array([2**40 + 1, 5]), "third": np.array([[1 / 3, 5.0]])}
+    cases.save_v1(tmp_path / "src", tree)
+    checkpoint.convert(tmp_path / "src", tmp_path / "dst")
+    cases.assert_same_tree(tree, checkpoint.open_checkpoint(tmp_path / "dst").load_tree())
+
+
 def test_a_sharded_checkpoint_is_read_on_one_host(tmp_path):
     w = cases.gaussian_weights((256, 128))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))

@@ -78,6 +78,18 @@ def test_buckets_hold_their_payload(share, shape):
     assert all(lengths.values())
 
 
+def float64_on_host():
+    return jaxzip.compress(np.array([[1 / 3, 5.0]]), on_host=True)
+
+
+def test_64_bits_stay_64_bits():
+    z = float64_on_host()
+    assert z.dtype == np.float64 and z.payload["values"].tolist() == [[1 / 3, 5.0]]
+    assert jaxzip.transcode(z, on_host=True).payload["values"].dtype == np.float64
+    with jax.enable_x64(True):
+        assert jaxzip.decompress(jaxzip.compress(np.array([2**40 + 1, 5]))).tolist() == [2**40 + 1, 5]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -89,6 +101,9 @@ def test_buckets_hold_their_payload(share, shape):
         (lambda: jaxzip.compress([1.0]), TypeError, "list"),
         (lambda: jax.jit(jaxzip.compress)(gaussian_weights((64, 64))), TypeError, "traced"),
         (lambda: jaxzip.CompressionRule(format="gzip"), ValueError, "gzip"),
+        (lambda: jaxzip.compress(np.array([2**40 + 1, 5])), TypeError, "int64.*int32.*jax_enable_x64.*on_host"),
+        (lambda: jaxzip.decompress(float64_on_host()), TypeError, "float64.*float32.*jax_enable_x64"),
+        (lambda: jaxzip.transcode(float64_on_host()), TypeError, "float64.*float32.*on_host"),
     ],
 )
 def test_bad_arguments(call, error, words):

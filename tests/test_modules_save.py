@@ -140,6 +140,23 @@ def test_orbax_saves_and_restores_the_state_itself(tmp_path):
     assert_same_state(model, other)
 
 
+class Counter(nnx.Module):
+    """A weight and a variable that holds ``value``."""
+
+    def __init__(self, value=None):
+        self.w = nnx.Param(np.array([1 / 3]))
+        self.count = nnx.Variable(value)
+
+
+def test_64_bits_come_back_as_they_were(tmp_path):
+    model = Counter(np.array([2**40]))
+    save_module(model, tmp_path / "saved")
+    again = restore_module(model, tmp_path / "saved")
+    assert again.count.get_value().tolist() == [2**40] and again.w.get_value().tolist() == [1 / 3]
+    with pytest.raises(ValueError, match="float32.*float64.*jax_enable_x64"):
+        restore_module(nnx.eval_shape(lambda: model), tmp_path / "saved")
+
+
 def test_errors(tmp_path):
     save_module(compressed(), tmp_path / "saved")
     with pytest.raises(TensorNotFoundError, match="embedder/embedding.*did you mean decoder/embedder"):

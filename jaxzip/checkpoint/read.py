@@ -22,6 +22,7 @@ from jaxzip.errors import CheckpointError, CorruptDataError, TensorNotFoundError
 from jaxzip.ops import host
 from jaxzip.ops.transcode import transcode
 from jaxzip.tensor import CompressedTensor
+from jaxzip.x64 import is_cut
 
 if TYPE_CHECKING:
     from jaxzip.modules.kernel import CompressedKernel, KernelAxes
@@ -132,7 +133,8 @@ class Checkpoint:
         """Reads the whole tree: nested dicts (lists where the source had sequences) of CompressedTensors and arrays.
 
         Args:
-          on_host: leave NumPy arrays instead of moving each tensor to the device as it is read.
+          on_host: leave NumPy arrays instead of moving each tensor to the device as it is read. Tensors of 64 bits,
+            which JAX would cut to 32 (unless jax_enable_x64 is set), stay NumPy arrays in any case.
           sharding: for all tensors, or a function of a tensor's name; it applies to each payload array.
           format: see :meth:`load`; ``"auto"`` is the fastest one where the tensor goes.
           verify: see :meth:`load`.
@@ -147,7 +149,7 @@ class Checkpoint:
             leaf = Leaf.from_json(entry["leaf"])
             if leaf.value_type == "scalar":
                 value = value.item()
-            elif not on_host:
+            elif not on_host and not is_cut(value.dtype):
                 value = jax.device_put(value, where)
             pairs.append((leaf, value))
         empty = {"Dict": {}, "List": [], "Tuple": ()}

@@ -35,6 +35,7 @@ from jaxzip.modules.rule import KernelRule
 from jaxzip.ops import decompress
 from jaxzip.rules import DEFAULT_RULES, CompressionReport, CompressionRule, path_name, rule_for
 from jaxzip.tensor import CompressedTensor
+from jaxzip.x64 import to_device
 
 Uses = Mapping[str, KernelUse | str]
 
@@ -131,7 +132,7 @@ def compress_linen(
       TypeError: a rule's format does not take a leaf's dtype.
     """
     rows = []
-    put = (lambda leaf: leaf) if on_host else jnp.asarray
+    put = (lambda leaf: leaf) if on_host else to_device
 
     def load(name, leaf, rule):
         """A tensor that is compressed already, from a checkpoint."""

@@ -27,6 +27,7 @@ from jaxzip.modules.variables import own_variables
 from jaxzip.ops import host
 from jaxzip.rules import DEFAULT_RULES, CompressionRule, rule_for
 from jaxzip.tensor import CompressedTensor
+from jaxzip.x64 import is_cut, to_device
 
 #: Key of a tensor's metadata entry: the axes of a kernel whose matrix is stored.
 AXES_KEY = "kernel_axes"
@@ -92,7 +93,8 @@ def restore_module(
 
     The checkpoint was written by :func:`save_module`, or by ``jaxzip convert`` from an Orbax checkpoint of the model's
     state. A kernel that was converted in another layout than its layer multiplies with is encoded anew; one whose layer
-    takes no compressed weights is decoded.
+    takes no compressed weights is decoded. Variables of 64 bits, which JAX would cut to 32 (unless jax_enable_x64 is
+    set), get NumPy arrays.
 
     Args:
       model: gives the structure, for instance ``nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(0)))``: nothing of it is
@@ -120,7 +122,7 @@ def restore_module(
         else:
             z = compress_for(use, value, rule.format)[0]
         if z is None:
-            variable.set_value(jnp.asarray(logical_array(value, axes)))
+            variable.set_value(to_device(logical_array(value, axes)))
             return None
         return jax.tree.map(jnp.asarray, z)
 
@@ -128,7 +130,7 @@ def restore_module(
     new = replace_parameters(model, convert, **options)
     for name, variable in own_variables(new, nnx.Not(nnx.Any(nnx.Param, nnx.RngState))):
         value, axes = _load(checkpoint, name, variable, format)
-        variable.set_value(jnp.asarray(logical_array(value, axes)))
+        variable.set_value(to_device(logical_array(value, axes)))
     _seed_generators(new, seed)
     return new
 
@@ -191,8 +193,11 @@ def _load(
         if not isinstance(value, CompressedTensor):
             value, axes = axes.from_matrix(value), None
     if tuple(stored) != tuple(expected.shape) or np.dtype(value.dtype) != np.dtype(expected.dtype):
+        advice = "build the model that the checkpoint was saved from"
+        if is_cut(value.dtype):
+            advice += "; nnx.eval_shape shows 64 bits as 32 unless jax_enable_x64 is set: give the model itself"
         raise ValueError(
             f"{name}: the model has {np.dtype(expected.dtype)}{list(expected.shape)}, {checkpoint.path} has "
-            f"{np.dtype(value.dtype)}{list(stored)}; build the model that the checkpoint was saved from"
+            f"{np.dtype(value.dtype)}{list(stored)}; {advice}"
         )
     return value, axes

@@ -11,6 +11,7 @@ from jaxzip import formats
 from jaxzip.ops import registry
 from jaxzip.ops.other_dtypes import decompress_split, is_split
 from jaxzip.tensor import TABLE_AXIS, CompressedTensor
+from jaxzip.x64 import check_uncut
 
 
 def decompress(z: CompressedTensor, *, implementation: str | None = None) -> jax.Array:
@@ -23,11 +24,12 @@ def decompress(z: CompressedTensor, *, implementation: str | None = None) -> jax
       implementation: ``"xla"``, ``"ffi"``, ``"pallas"``, or ``None`` for the best one here.
 
     Raises:
-      TypeError: ``z`` is no CompressedTensor.
+      TypeError: ``z`` is no CompressedTensor, or JAX would cut its 64 bits to 32.
       ValueError: no such implementation.
       NotImplementedError: nothing here can decode ``z``; the message has every reason.
     """
     require_compressed(z, "decompress")
+    check_uncut(z.dtype, "decompress: z", 'take the array as it is stored, z.payload["values"]')
     return _decompress(z, implementation)
 
 

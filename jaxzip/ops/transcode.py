@@ -10,6 +10,7 @@ from jaxzip.compress import AUTO, best_format, check_dtype, compress, from_paylo
 from jaxzip.ops import host
 from jaxzip.ops.decompress import require_compressed
 from jaxzip.tensor import CompressedTensor
+from jaxzip.x64 import check_uncut
 
 
 def transcode(z: CompressedTensor, format: str = AUTO, *, on_host: bool = False) -> CompressedTensor:
@@ -25,12 +26,15 @@ def transcode(z: CompressedTensor, format: str = AUTO, *, on_host: bool = False)
       on_host: leave the payload in NumPy arrays instead of moving it to JAX's default device.
 
     Raises:
-      TypeError: ``z`` is traced or no CompressedTensor, or ``format`` does not take its dtype.
+      TypeError: ``z`` is traced or no CompressedTensor, ``format`` does not take its dtype, or JAX would cut its
+        64 bits to 32.
       ValueError: unknown format, or a matrix format for a tensor that is no matrix.
     """
     require_compressed(z, "transcode")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in z.payload.values()):
         raise TypeError("transcode runs on the host and cannot be traced; transcode outside of jit")
+    if not on_host:
+        check_uncut(z.dtype, "transcode: z", "keep it in NumPy arrays with on_host=True")
     if format == AUTO:
         kept = None if z.format == "raw" else z.format
         format = best_format(z.dtype, otherwise=kept) if z.ndim >= 2 and z.size else "raw"
