@@ -170,11 +170,11 @@ def compress_params(
         used.update(i for i in [next((i for i, r in enumerate(rules) if r.matches(name)), None)] if i is not None)
         rule = rule_for(name, leaf.shape, leaf.dtype, rules)
         if isinstance(rule, str):
-            rows.append(_plain_row(name, leaf, rule))
+            rows.append(dense_report(name, leaf, rule))
             return leaf
         z = compress(leaf, format=format_for(leaf.dtype, rule.format), output_axis=rule.output_axis, on_host=on_host)
         if z.format == "raw":
-            rows.append(_plain_row(name, leaf, not_smaller(z)))
+            rows.append(dense_report(name, leaf, not_smaller(z)))
             return leaf
         rows.append(tensor_report(name, z))
         return z
@@ -235,6 +235,7 @@ def sizes_by_dtype(tensors: Iterable[TensorReport]) -> dict[str, dict[str, Any]]
     return sizes
 
 
-def _plain_row(path: str, leaf, note: str) -> TensorReport:
-    nbytes = int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
+def dense_report(path: str, leaf: Any, note: str) -> TensorReport:
+    """The report of a leaf that stays as it is; it may have a dtype that NumPy does not know: a typed PRNG key's."""
+    nbytes = int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
     return TensorReport(path, tuple(leaf.shape), str(leaf.dtype), "raw", nbytes, nbytes, None, note)

@@ -46,6 +46,9 @@ class CompressedTensor:
     layout_version: int = 1
     raw_transposed: bool = False
 
+    #: So that NumPy arrays leave ``x @ z`` to ``__rmatmul__``.
+    __array_ufunc__ = None
+
     def tree_flatten_with_keys(self):
         names = tuple(self.payload)
         children = [(jax.tree_util.DictKey(name), self.payload[name]) for name in names]
@@ -96,7 +99,7 @@ class CompressedTensor:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.size
+        return 8 * self.nbytes / max(self.size, 1)
 
     @property
     def T(self) -> CompressedTensor:  # noqa: N802 - the array API's name

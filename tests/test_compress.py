@@ -149,6 +149,25 @@ def test_first_rule_wins_and_unused_rules_are_reported():
     assert "matched nothing" in str(report)
 
 
+def test_typed_prng_keys_stay_as_they_are():
+    params = {"rng": jax.random.key(0), "w": gaussian_weights((64, 128))}
+    tree, report = jaxzip.compress_params(params)
+    rows = {row.path: row for row in report.tensors}
+    assert tree["rng"] is params["rng"] and tree["w"].format == "tca-tbe"
+    assert rows["rng"].dtype == "key<fry>" and rows["rng"].original_bytes == 8
+
+
+def test_an_empty_tensor_has_no_bits():
+    z = jaxzip.compress(np.ones((0, 4), np.float32))
+    assert z.bits_per_weight == 0 and "0.00 bits" in repr(z)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_numpy_multiplies_by_a_compressed_tensor(dtype):
+    x, z = np.ones((2, 64), dtype), jaxzip.compress(gaussian_weights((64, 128)))
+    assert np.array_equal(bits(x @ z), bits(jaxzip.matmul(x, z)))
+
+
 def test_rules_match_the_whole_path():
     assert not jaxzip.CompressionRule("mlp").matches("layers/0/mlp/kernel")
 

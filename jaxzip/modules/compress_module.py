@@ -23,6 +23,7 @@ from jaxzip.rules import (
     CompressionReport,
     CompressionRule,
     TensorReport,
+    dense_report,
     not_smaller,
     rule_for,
     tensor_report,
@@ -199,12 +200,6 @@ def _with_compressed_tables(model: nnx.Module, options: TableOptions) -> nnx.Mod
 
     tables = [m for _, m in nnx.iter_modules(model) if type(m) is nnx.Embed and _is_compressed(m.embedding)]
     return nnx.recursive_map(replace, model) if tables else model
-
-
-def dense_report(name: str, value: Any, note: str) -> TensorReport:
-    """The report row of a parameter that stays dense."""
-    nbytes = int(np.prod(value.shape, dtype=np.int64)) * np.dtype(value.dtype).itemsize
-    return TensorReport(name, tuple(value.shape), str(value.dtype), "raw", nbytes, nbytes, None, note)
 
 
 def compressed_report(name: str, z: CompressedKernel | CompressedTensor) -> TensorReport:

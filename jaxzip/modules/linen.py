@@ -24,7 +24,6 @@ from jaxzip.modules.compress_module import (
     compress_again,
     compress_for,
     compressed_report,
-    dense_report,
     logical_array,
 )
 from jaxzip.modules.embed import TableOptions, attend, lookup
@@ -33,7 +32,7 @@ from jaxzip.modules.kernel import CompressedKernel, Operand
 from jaxzip.modules.nnx_layers import KernelUse
 from jaxzip.modules.rule import KernelRule
 from jaxzip.ops import decompress
-from jaxzip.rules import DEFAULT_RULES, CompressionReport, CompressionRule, path_name, rule_for
+from jaxzip.rules import DEFAULT_RULES, CompressionReport, CompressionRule, dense_report, path_name, rule_for
 from jaxzip.tensor import CompressedTensor
 from jaxzip.x64 import to_device
 
