@@ -42,12 +42,7 @@ def compress(
       TypeError: ``w`` is a tracer or no array, ``format`` does not take its dtype, or JAX would cut its 64 bits to 32.
       ValueError: unknown format, bad ``output_axis``, an array without elements, or rank below 2 with a matrix format.
     """
-    if isinstance(w, jax.core.Tracer):
-        raise TypeError(
-            "compress runs on the host and cannot be traced; compress outside of jit and pass the result in"
-        )
-    if not isinstance(w, jax.Array | np.ndarray):
-        raise TypeError(f"compress: expected an array, got {type(w).__name__}")
+    check_array(w)
     if output_axis not in (KERNEL_AXIS, TABLE_AXIS):
         raise ValueError(f"compress: output_axis is {output_axis}, expected -1 ([K, M]) or -2 ([M, K])")
     if format != AUTO:
@@ -92,6 +87,16 @@ def format_for(dtype: np.dtype, format: str) -> str:
     if format == AUTO or dtype not in auto.DTYPES or auto.BF16 not in formats.get(format).dtypes:
         return format
     return format if dtype in formats.get(format).dtypes else auto.for_storage(dtype)
+
+
+def check_array(w, caller: str = "compress") -> None:
+    """Raises TypeError unless ``w`` is an array with values."""
+    if isinstance(w, jax.core.Tracer):
+        raise TypeError(
+            f"{caller} runs on the host and cannot be traced; compress outside of jit and pass the result in"
+        )
+    if not isinstance(w, jax.Array | np.ndarray):
+        raise TypeError(f"{caller}: expected an array, got {type(w).__name__}")
 
 
 def check_dtype(dtype: np.dtype, fmt: formats.Format, caller: str = "compress") -> None:

@@ -26,3 +26,9 @@ class TensorNotFoundError(CheckpointError, KeyError):
 
 class PromptError(JaxzipError, ValueError):
     """A prompt cannot be run: empty, or longer than the model's context."""
+
+
+def with_name(name: str, error: TypeError | ValueError) -> TypeError | ValueError:
+    """``error`` again with its tensor's name before the message: a subclass may not be made from a message alone."""
+    kind = TypeError if isinstance(error, TypeError) else ValueError
+    return (type(error) if isinstance(error, JaxzipError) else kind)(f"{name}: {error}")

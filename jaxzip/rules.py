@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxzip import formats
 from jaxzip.compress import AUTO, compress, format_for
+from jaxzip.errors import with_name
 from jaxzip.formats import auto
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
 
@@ -159,6 +160,9 @@ def compress_params(
     Returns:
       The tree with CompressedTensors in place of the compressed leaves, and a report; ``report.unused_rules`` lists
       rules that matched no leaf.
+
+    Raises:
+      TypeError: a rule's format does not take a leaf's dtype, or a leaf that a rule takes is traced; names the leaf.
     """
     rows: list[TensorReport] = []
     used: set[int] = set()
@@ -172,7 +176,11 @@ def compress_params(
         if isinstance(rule, str):
             rows.append(dense_report(name, leaf, rule))
             return leaf
-        z = compress(leaf, format=format_for(leaf.dtype, rule.format), output_axis=rule.output_axis, on_host=on_host)
+        try:
+            format = format_for(leaf.dtype, rule.format)
+            z = compress(leaf, format=format, output_axis=rule.output_axis, on_host=on_host)
+        except (TypeError, ValueError) as error:
+            raise with_name(name, error) from error
         if z.format == "raw":
             rows.append(dense_report(name, leaf, not_smaller(z)))
             return leaf

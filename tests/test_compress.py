@@ -149,6 +149,14 @@ def test_first_rule_wins_and_unused_rules_are_reported():
     assert "matched nothing" in str(report)
 
 
+def test_a_rule_that_cannot_be_followed_names_the_leaf():
+    params, rule = {"a": {"kernel": np.ones((64, 64), np.float32)}}, jaxzip.CompressionRule(format="split-fp16")
+    with pytest.raises(TypeError, match="a/kernel.*split-fp16.*float32"):
+        jaxzip.compress_params(params, [rule])
+    with pytest.raises(TypeError, match="kernel: .* compress outside of jit"):
+        jax.jit(jaxzip.compress_params)({"kernel": gaussian_weights((64, 64))})
+
+
 def test_typed_prng_keys_stay_as_they_are():
     params = {"rng": jax.random.key(0), "w": gaussian_weights((64, 128))}
     tree, report = jaxzip.compress_params(params)

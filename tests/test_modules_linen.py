@@ -195,6 +195,11 @@ def test_a_shape_that_does_not_fit_is_flax_s_error():
         nn.Dense(128, param_dtype=BF16).apply({"params": z}, jnp.ones((1, 65), BF16))
 
 
+def test_a_traced_tree_is_refused():
+    with pytest.raises(TypeError, match="kernel: compress_kernel .* compress outside of jit"):
+        jax.jit(compress_linen)({"kernel": jnp.ones((64, 64), BF16)})
+
+
 def test_a_rule_that_cannot_be_followed_names_the_leaf():
     with pytest.raises(TypeError, match="a/kernel.*float16"):
         compress_linen({"a": {"kernel": jnp.ones((64, 64), jnp.float16)}}, [jaxzip.CompressionRule(format="tca-tbe")])

@@ -408,6 +408,8 @@ def test_compressing_twice_changes_nothing(compressed):
 def test_errors():
     with pytest.raises(TypeError, match="expected an nnx.Module, got dict"):
         jaxzip.compress_module({"kernel": jnp.ones((4, 4))})
+    with pytest.raises(TypeError, match="kernel: compress_kernel .* compress outside of jit"):
+        nnx.jit(jaxzip.compress_module)(nnx.Linear(64, 64, param_dtype=BF16, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="second"):
         KernelRule("w", einsum="ij->ji")
     z = jaxzip.compress_module(nnx.Linear(64, 64, param_dtype=BF16, rngs=nnx.Rngs(0)))

@@ -18,7 +18,7 @@ from jaxzip.checkpoint.progress import ProgressCallback, Tracker
 from jaxzip.checkpoint.source import Source, TensorInfo, identity, open_source
 from jaxzip.checkpoint.tree_metadata import DICT_KEY, Leaf, check_paths
 from jaxzip.compress import compress, format_for
-from jaxzip.errors import CheckpointError, JaxzipError
+from jaxzip.errors import CheckpointError, JaxzipError, with_name
 from jaxzip.rules import (
     DEFAULT_RULES,
     CompressionReport,
@@ -138,7 +138,7 @@ def _compress(array: np.ndarray, info: TensorInfo, rule: CompressionRule) -> Com
     try:
         return compress(array, format=format_for(array.dtype, rule.format), output_axis=axis, on_host=True)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{info.name}: {error}") from error
+        raise with_name(info.name, error) from error
 
 
 def _entry(info: TensorInfo, z: CompressedTensor | None, note: str, digest: dict[str, Any]) -> dict[str, Any]:

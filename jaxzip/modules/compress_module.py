@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxzip.compress import compress
+from jaxzip.errors import with_name
 from jaxzip.modules import equation
 from jaxzip.modules.embed import CompressedEmbed, TableOptions
 from jaxzip.modules.kernel import CompressedKernel, KernelAxes, compress_kernel
@@ -57,7 +58,7 @@ def compress_module(
       implementation, batch_invariant: of every product, see :func:`jaxzip.matmul`.
 
     Raises:
-      TypeError: ``model`` is no NNX module, or a rule's format does not take a parameter's dtype.
+      TypeError: ``model`` is no NNX module or is traced, or a rule's format does not take a parameter's dtype.
     """
     return compress_with_report(model, rules, implementation=implementation, batch_invariant=batch_invariant)[0]
 
@@ -85,7 +86,7 @@ def compress_with_report(
         try:
             z, note = compress_for(use, value, rule.format)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
+            raise with_name(name, error) from error
         rows.append(dense_report(name, value, note) if z is None else compressed_report(name, z))
         return z
 

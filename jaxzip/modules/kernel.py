@@ -13,7 +13,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jaxzip.compress import AUTO, compress
+from jaxzip.compress import AUTO, check_array, compress
 from jaxzip.ops import decompress
 from jaxzip.tensor import CompressedTensor
 
@@ -229,11 +229,11 @@ def compress_kernel(
       format, on_host: see :func:`jaxzip.compress`.
 
     Raises:
-      TypeError: ``w`` is no array, or ``format`` does not take its dtype.
+      TypeError: ``w`` is a tracer or no array, or ``format`` does not take its dtype; see also
+        :func:`jaxzip.compress`.
       ValueError: the axes do not fit the shape; see also :func:`jaxzip.compress`.
     """
-    if not isinstance(w, jax.Array | np.ndarray):
-        raise TypeError(f"compress_kernel: expected an array, got {type(w).__name__}")
+    check_array(w, "compress_kernel")
     axes = KernelAxes(tuple(w.shape[stack_ndim:]), tuple(sorted(contract)), tuple(batch))
     # On the host and by bits: XLA's CPU backend may quiet NaNs of 16-bit floats that it moves.
     matrix = compress(np.ascontiguousarray(axes.to_matrix(np.asarray(w))), format=format, on_host=on_host)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxzip.errors import with_name
 from jaxzip.modules import equation
 from jaxzip.modules.compress_module import (
     TABLE,
@@ -128,7 +129,7 @@ def compress_linen(
       The tree with a :class:`KernelBox` in place of the compressed leaves, and the report.
 
     Raises:
-      TypeError: a rule's format does not take a leaf's dtype.
+      TypeError: a rule's format does not take a leaf's dtype, or a leaf that a rule takes is traced.
     """
     rows = []
     put = (lambda leaf: leaf) if on_host else to_device
@@ -159,7 +160,7 @@ def compress_linen(
             try:
                 z, note = compress_for(use, leaf, rule.format, on_host=on_host)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
+                raise with_name(name, error) from error
         rows.append(dense_report(name, leaf, note) if z is None else compressed_report(name, z))
         return leaf if z is None else KernelBox(z)
 
