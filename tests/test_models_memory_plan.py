@@ -106,6 +106,11 @@ def test_command(converted):  # noqa: F811
     total = sum(row["original_bytes"] for row in json.loads(run("inspect", converted, "--json").stdout)["tensors"])
     assert dense["weight_bytes"] == total
     assert min(row["most_sequences"] for row in data["plan"]) >= 3 and dense["longest_context"] == 32
+    default = run("inspect", converted, "--plan", "--memory", "2GiB")
+    assert "1 x 32 tokens (more the model does not take), 31 of them new" in default.stdout
+    nothing = json.loads(run("inspect", converted, "--plan", "--memory", 0, "--json").stdout)
+    assert nothing["context"] == 32
+    assert [(row["most_sequences"], row["longest_context"]) for row in nothing["plan"]] == 3 * [(0, 0)]
     small = json.loads(run("inspect", converted, *options, "--json", "--memory", "1GiB").stdout)
     assert not small["plan"][0]["fits"] and small["plan"][0]["most_sequences"] == 0
 
@@ -116,6 +121,9 @@ def test_command(converted):  # noqa: F811
         (("--memory", "many"), "141GB"),
         (("--memory", "1GB", "--batch", 0), "--batch is 0"),
         (("--memory", "1GB", "--context", 8, "--new-tokens", 8), "--new-tokens is 8"),
+        (("--memory", "1GB", "--context", 33), "--context is 33, but"),
+        (("--memory", f"{10**300}TB"), "--memory '1000"),
+        (("--memory", "1GB", "--batch", 10**400), "--batch"),
         ((), "--memory 141GB"),
     ],
 )

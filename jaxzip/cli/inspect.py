@@ -20,9 +20,17 @@ def inspect_command(
         str,
         typer.Option(help="With --plan: the device's memory, such as 141GB or 80GiB; default: that of the GPU here."),
     ] = "",
-    context: Annotated[int, typer.Option(help="With --plan: tokens of a sequence, prompt and new ones.")] = 4096,
-    batch: Annotated[int, typer.Option(help="With --plan: sequences at a time.")] = 1,
-    new_tokens: Annotated[int, typer.Option(help="With --plan: how many of the context's tokens are new.")] = 256,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="With --plan: tokens of a sequence, prompt and new ones; default: 4096, or all that the model takes."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="With --plan: sequences at a time.", max=2**31 - 1)] = 1,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(help="With --plan: how many of the context's tokens are new; default: 256, or all but one."),
+    ] = None,
 ) -> None:
     """Show shape, format, bits per weight, window coverage and escapes of every tensor; or plan a device's memory."""
     from jaxzip.checkpoint import inspect

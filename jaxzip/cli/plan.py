@@ -5,29 +5,59 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from jaxzip.cli.console import fail, human_bytes, out
 
+if TYPE_CHECKING:
+    from jaxzip.checkpoint import Checkpoint
+    from jaxzip.models import DecoderConfig
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+#: Tokens of a sequence, and of those the new ones, where nothing is asked for.
+CONTEXT, NEW_TOKENS = 4096, 256
 MOST_SEQUENCES = 1 << 16
+MOST_BYTES = 1 << 60
 
 
-def show_plan(ckpt: pathlib.Path, *, memory: str, context: int, batch: int, new_tokens: int, as_json: bool) -> None:
-    """Prints one line for each way to hold the weights: bytes by purpose, whether it fits, and what would at most."""
+def show_plan(
+    ckpt: pathlib.Path, *, memory: str, context: int | None, batch: int, new_tokens: int | None, as_json: bool
+) -> None:
+    """Prints one line for each way to hold the weights: bytes by purpose, whether it fits, and what would at most.
+
+    Args:
+      context: tokens of a sequence; ``None``: CONTEXT, or as many as the model takes.
+      new_tokens: how many of them are new; ``None``: NEW_TOKENS, or all but one.
+
+    Raises:
+      CheckpointError: there is no compressed checkpoint, or it has no model's configuration.
+      UnsupportedConfigError: the model is not one that ``jaxzip.models`` computes.
+    """
+    from jaxzip.checkpoint import open_checkpoint
+    from jaxzip.models.loading import read_config
+
     if batch < 1:
         raise fail(f"--batch is {batch}, expected 1 or more")
+    available = parse_bytes(memory) if memory else _device_memory()
+    checkpoint = open_checkpoint(ckpt)
+    config = read_config(checkpoint, ckpt)
+    most = config.max_position_embeddings
+    if context is not None and context > most:
+        raise fail(f"--context is {context}, but {ckpt} is a model of at most {most} tokens; give {most} or less")
+    limited = context is None and most < CONTEXT
+    context = min(CONTEXT, most) if context is None else context
+    new_tokens = max(1, min(NEW_TOKENS, context - 1)) if new_tokens is None else new_tokens
     if not 1 <= new_tokens < context:
         raise fail(f"--new-tokens is {new_tokens}, expected a number from 1 to --context={context}, without it")
-    available = parse_bytes(memory) if memory else _device_memory()
-    rows = plan_rows(ckpt, available, context, batch, new_tokens)
+    rows = plan_rows(checkpoint, config, available, context, batch, new_tokens)
     if as_json:
         print(json.dumps({"memory": available, "context": context, "batch": batch, "plan": rows}, indent=2))
         return
-    out.print(f"{human_bytes(available)} of memory, {batch} x {context} tokens, {new_tokens} of them new")
+    tokens = f"{batch} x {context} tokens" + (" (more the model does not take)" if limited else "")
+    out.print(f"{human_bytes(available)} of memory, {tokens}, {new_tokens} of them new")
     table = Table(box=None, header_style="bold")
     for name in ("weights", "bytes", "KV cache", "working", "total", "fits", "most sequences", "longest context"):
         table.add_column(name, justify="left" if name in ("weights", "fits") else "right")
@@ -39,20 +69,14 @@ def show_plan(ckpt: pathlib.Path, *, memory: str, context: int, batch: int, new_
     out.print("Total is the peak of JAX's arrays; about 1 GiB more is CUDA's own, and counted in what fits.")
 
 
-def plan_rows(ckpt: pathlib.Path, memory: int, context: int, batch: int, new_tokens: int) -> list[dict[str, Any]]:
-    """The plan as plain data.
-
-    Raises:
-      CheckpointError: there is no compressed checkpoint, or it has no model's configuration.
-      UnsupportedConfigError: the model is not one that ``jaxzip.models`` computes.
-    """
-    from jaxzip.checkpoint import open_checkpoint
+def plan_rows(
+    checkpoint: Checkpoint, config: DecoderConfig, memory: int, context: int, batch: int, new_tokens: int
+) -> list[dict[str, Any]]:
+    """The plan as plain data."""
     from jaxzip.checkpoint.format_sizes import DENSE, format_sizes
-    from jaxzip.models.loading import read_config
     from jaxzip.models.memory_plan import largest, memory_plan
 
-    checkpoint = open_checkpoint(ckpt)
-    config, rows = read_config(checkpoint, ckpt), []
+    rows = []
     others = {entry["format"] for entry in checkpoint.tensors.values()} - {"raw", "lane-planar"}
     formats = {DENSE: None, "as stored": min(others, default="lane-planar"), "lane-planar": "lane-planar"}
     for name, weight_bytes in format_sizes(checkpoint).items():
@@ -72,8 +96,8 @@ def plan_rows(ckpt: pathlib.Path, memory: int, context: int, batch: int, new_tok
                 "fits": here.fits(memory),
                 "most_sequences": largest(lambda n: plan(n, context).fits(memory), MOST_SEQUENCES),  # noqa: B023
                 "longest_context": largest(
-                    lambda n: n < 2 or plan(batch, n).fits(memory),
-                    config.max_position_embeddings,  # noqa: B023
+                    lambda n: plan(batch, max(n, 2)).fits(memory),  # noqa: B023 - a prompt's token and a new one
+                    config.max_position_embeddings,
                 ),
             }
         )
@@ -84,12 +108,15 @@ def parse_bytes(text: str) -> int:
     """``"141GB"``, ``"80 GiB"`` or a plain number as bytes.
 
     Raises:
-      ValueError: it is none of these.
+      ValueError: it is none of these, or more than any device has.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"--memory {text!r}: expected a size such as 141GB or 80GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size >= MOST_BYTES:
+        raise ValueError(f"--memory {text[:40]!r}: expected less than {human_bytes(MOST_BYTES)}")
+    return int(size)
 
 
 def _device_memory() -> int:
