@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jaxzip import formats
+from jaxzip.errors import UnsupportedDtypeError
 from jaxzip.formats import auto
 from jaxzip.formats.base import pad_axis
 from jaxzip.ops import encode, host, registry
@@ -100,10 +101,11 @@ def check_array(w, caller: str = "compress") -> None:
 
 
 def check_dtype(dtype: np.dtype, fmt: formats.Format, caller: str = "compress") -> None:
-    """Raises TypeError unless ``fmt`` takes ``dtype``."""
+    """Raises UnsupportedDtypeError, a TypeError, unless ``fmt`` takes ``dtype``."""
     if fmt.name != "raw" and np.dtype(dtype) not in fmt.dtypes:
         names = ", ".join(str(d) for d in fmt.dtypes)
-        raise TypeError(f'{caller}: {fmt.name} takes {names}, w has dtype {dtype}; use format="auto" or "raw"')
+        message = f'{caller}: {fmt.name} takes {names}, w has dtype {dtype}; use format="auto" or "raw"'
+        raise UnsupportedDtypeError(message)
 
 
 def _check_explicit(w, fmt: formats.Format) -> None:

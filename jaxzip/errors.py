@@ -24,6 +24,10 @@ class TensorNotFoundError(CheckpointError, KeyError):
         return Exception.__str__(self)
 
 
+class UnsupportedDtypeError(JaxzipError, TypeError):
+    """A format was asked for that does not take a tensor's dtype."""
+
+
 class PromptError(JaxzipError, ValueError):
     """A prompt cannot be run: empty, or longer than the model's context."""
 

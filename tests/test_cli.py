@@ -160,6 +160,7 @@ def test_rules_on_the_command_line(source, tmp_path):
         (("convert", "{converted}", "{new}"), ["already compressed"]),
         (("convert", "{source}", "{new}", "--rule", "x"), ["PATTERN=FORMAT"]),
         (("convert", "{source}", "{new}", "--rule", "x=zip"), ["zip", "tca-tbe"]),
+        (("convert", "{source}", "{new}", "--rule", ".*=split-fp16"), ["embedding", "split-fp16", "bfloat16"]),
         (("convert", "{source}", "{new}", "--cast", "int4"), ["int4", "bfloat16"]),
         (("inspect", "{source}"), ["no compressed checkpoint"]),
         (("verify", "{source}", "{missing}"), ["missing", "does not exist"]),
@@ -182,6 +183,12 @@ def test_failures_are_one_line_and_exit_code_1(source, converted, tmp_path, monk
     for word in words:
         assert word in error
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("option", ["--top-k", "--seed"])
+def test_numbers_that_do_not_fit_are_refused(converted, option):
+    result = run("generate", converted, "--prompt", "sky", option, 10**22)
+    assert result.exit_code == 2 and option in result.stderr
 
 
 def test_a_corrupt_checkpoint_is_refused(source, tmp_path):

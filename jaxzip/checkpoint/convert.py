@@ -60,6 +60,7 @@ def convert(
       CheckpointError: unknown or incomplete source, existing destination, full disk (what was written stays and is used
         by the next call).
       CorruptDataError: the source is damaged; what was written is deleted.
+      UnsupportedDtypeError: a rule's format does not take a tensor's dtype; what was written is deleted.
     """
     # Imported here: jaxzip.__init__ imports nothing of this package, and holds the version.
     from jaxzip import __version__

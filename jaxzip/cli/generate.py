@@ -17,9 +17,9 @@ def generate_command(
     prompt: Annotated[str, typer.Option(help="The text to go on from, or the user's message to a chat model.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0 is all.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0 is all.", min=0, max=2**31 - 1)] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this probability mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.", min=-(2**63), max=2**63 - 1)] = 0,
     chat: Annotated[
         bool | None, typer.Option(help="Wrap the prompt as a chat message; default: if the tokenizer has chat tokens.")
     ] = None,

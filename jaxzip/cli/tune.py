@@ -12,6 +12,9 @@ from rich.table import Table
 
 from jaxzip.cli.console import err, out
 
+#: Of x, so that it and the result stay small beside the weights of a model.
+MOST_ROWS = 1 << 16
+
 
 def tune_command(
     ckpt: Annotated[pathlib.Path, typer.Argument(help="A compressed checkpoint.")],
@@ -69,8 +72,10 @@ def parse_rows(text: str) -> list[int]:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         counts = []
-    if not counts or min(counts) < 1:
-        raise ValueError(f"--rows {text!r}: expected numbers of rows with commas between them, such as 1,8,32")
+    if not counts or min(counts) < 1 or max(counts) > MOST_ROWS:
+        raise ValueError(
+            f"--rows {text!r}: expected numbers from 1 to {MOST_ROWS} with commas between them, such as 1,8,32"
+        )
     return counts
 
 
