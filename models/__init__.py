@@ -1,6 +1,7 @@
 """Flax transformers whose weights may be dense or compressed, generation, and tokenizers.
 
-    config      DecoderConfig: sizes and constants      execution   how operations are to be computed
+    config      DecoderConfig: sizes and constants      hf_values   what a Hugging Face config says, checked
+    execution   how operations are to be computed
     layers      Linear, Stack, Embedding, RMSNorm: the only places that touch weights
     rope, attention, mlp, moe             one block of the network each
     decoder     what all families share: embedding, the loop over layers, head

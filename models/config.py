@@ -11,13 +11,19 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
-from jaxzip.errors import JaxzipError
+from jaxzip.models.hf_values import (
+    UnsupportedConfigError,
+    flag,
+    items,
+    mapping,
+    number,
+    or_default,
+    token_id,
+    token_ids,
+    whole,
+)
 
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-class UnsupportedConfigError(JaxzipError, ValueError):
-    """A model configuration asks for something that this implementation does not compute, or contradicts itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +152,8 @@ class DecoderConfig:
         """The configuration that a Hugging Face ``config.json`` (as a dict) describes.
 
         Raises:
-          UnsupportedConfigError: a key is missing, or has a value that this implementation does not compute.
+          UnsupportedConfigError: a key is missing, or has a value of another kind or one that this implementation does
+            not compute.
         """
         hf = {**cls.hf_defaults, **hf}
         for key, accepted, why in cls.hf_accepted():
@@ -177,24 +184,25 @@ class DecoderConfig:
     @classmethod
     def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of this class by the keys of a Hugging Face config; families extend it."""
-        heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
+        heads, hidden = whole(hf, "num_attention_heads"), whole(hf, "hidden_size")
         # transformers 5 moved everything about RoPE to `rope_parameters`.
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        rope = mapping(hf, "rope_parameters") or mapping(hf, "rope_scaling")
+        theta = number(hf, "rope_theta", 10000.0)
         return {
-            "vocab_size": hf["vocab_size"],
+            "vocab_size": whole(hf, "vocab_size"),
             "hidden_size": hidden,
-            "intermediate_size": hf["intermediate_size"],
-            "num_layers": hf["num_hidden_layers"],
+            "intermediate_size": whole(hf, "intermediate_size"),
+            "num_layers": whole(hf, "num_hidden_layers"),
             "num_heads": heads,
-            "num_kv_heads": or_default(hf.get("num_key_value_heads"), heads),
-            "head_dim": or_default(hf.get("head_dim"), hidden // heads),
-            "rope_theta": float(or_default(rope.get("rope_theta"), or_default(hf.get("rope_theta"), 10000.0))),
+            "num_kv_heads": whole(hf, "num_key_value_heads", heads),
+            "head_dim": whole(hf, "head_dim", hidden // heads),
+            "rope_theta": number(rope, "rope_theta", theta, where="config: rope_parameters."),
             "rope_scaling": rope_scaling_from_hf(rope),
-            "rms_norm_eps": float(or_default(hf.get("rms_norm_eps"), 1e-6)),
-            "max_position_embeddings": or_default(hf.get("max_position_embeddings"), 2048),
-            "tie_word_embeddings": bool(or_default(hf.get("tie_word_embeddings"), False)),
-            "bos_token_id": hf.get("bos_token_id"),
-            "eos_token_ids": token_ids(hf.get("eos_token_id")),
+            "rms_norm_eps": number(hf, "rms_norm_eps", 1e-6, zero=True),
+            "max_position_embeddings": whole(hf, "max_position_embeddings", 2048),
+            "tie_word_embeddings": flag(hf, "tie_word_embeddings", False),
+            "bos_token_id": token_id(hf, "bos_token_id"),
+            "eos_token_ids": token_ids(hf, "eos_token_id"),
             "dtype": str(or_default(hf.get("dtype"), or_default(hf.get("torch_dtype"), "bfloat16"))).removeprefix(
                 "torch."
             ),
@@ -259,8 +267,8 @@ class SlidingConfig(DecoderConfig):
     def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
         return {
             **super().fields_from_hf(hf),
-            "sliding_window": hf.get("sliding_window"),
-            "layer_types": tuple(hf.get("layer_types") or ()),
+            "sliding_window": whole(hf, "sliding_window", None, least=0),
+            "layer_types": items(hf, "layer_types", str),
         }
 
 
@@ -280,34 +288,25 @@ _NO_BIAS = "linear layers with bias are not supported"
 _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 
 
-def or_default(value, default):
-    """``value``, and ``default`` for ``None``: a config's ``null``."""
-    return default if value is None else value
-
-
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """Token ids of a config: none, one or a list."""
-    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
 def rope_scaling_from_hf(rope: Mapping[str, Any]) -> RopeScaling | None:
     """The scaling that ``rope_scaling`` or ``rope_parameters`` of a Hugging Face config describe.
 
     Raises:
-      UnsupportedConfigError: it is of a kind that is not computed here.
+      UnsupportedConfigError: it is of a kind that is not computed here, or one of its numbers is none.
     """
+    where = "config: rope_scaling."
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind == "linear":
-        return LinearRopeScaling(float(rope["factor"]))
+        return LinearRopeScaling(number(rope, "factor", where=where))
     if kind != "llama3":
         raise UnsupportedConfigError(
             f"config: rope_scaling has type {kind!r}; only 'llama3', 'linear' and none are supported"
         )
     return Llama3RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+        factor=number(rope, "factor", where=where),
+        low_freq_factor=number(rope, "low_freq_factor", where=where),
+        high_freq_factor=number(rope, "high_freq_factor", where=where),
+        original_max_position_embeddings=int(number(rope, "original_max_position_embeddings", where=where)),
     )

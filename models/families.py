@@ -43,7 +43,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     Raises:
       UnsupportedConfigError: the family is not one of FAMILIES, or see :meth:`DecoderConfig.from_hf`.
     """
-    model_type = hf_names.model_type(hf)
+    try:
+        model_type = hf_names.model_type(hf)
+    except ValueError as error:
+        raise UnsupportedConfigError(f"config: {error}") from None
     if model_type not in FAMILIES:
         raise UnsupportedConfigError(
             f"config: model_type is {hf.get('model_type')!r} (architectures {hf.get('architectures')}); "

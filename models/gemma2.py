@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from flax import nnx
 from jaxzip.models.attention import Attention
-from jaxzip.models.config import FULL, SLIDING, SlidingConfig, or_default
+from jaxzip.models.config import FULL, SLIDING, SlidingConfig
 from jaxzip.models.decoder import Decoder
 from jaxzip.models.execution import DEFAULT
+from jaxzip.models.hf_values import number, whole
 from jaxzip.models.layers import norm
 from jaxzip.models.mlp import MLP
 
@@ -55,14 +56,14 @@ class Gemma2Config(SlidingConfig):
 
     @classmethod
     def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        fields, pattern = super().fields_from_hf(hf), or_default(hf.get("sliding_window_pattern"), cls.pattern)
+        fields, pattern = super().fields_from_hf(hf), whole(hf, "sliding_window_pattern", cls.pattern)
         types = (SLIDING if (i + 1) % pattern else FULL for i in range(fields["num_layers"]))
         return {
             **fields,
             "layer_types": fields["layer_types"] or tuple(types),
-            "query_pre_attn_scalar": hf["query_pre_attn_scalar"],
-            "attn_softcap": hf["attn_logit_softcapping"],
-            "final_softcap": hf["final_logit_softcapping"],
+            "query_pre_attn_scalar": number(hf, "query_pre_attn_scalar"),
+            "attn_softcap": number(hf, "attn_logit_softcapping", None),
+            "final_softcap": number(hf, "final_logit_softcapping", None),
         }
 
 

@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from jaxzip.models.config import FULL, SLIDING, Rope, or_default
+from jaxzip.models.config import FULL, SLIDING, Rope
 from jaxzip.models.gemma2 import Gemma2, Gemma2Config
+from jaxzip.models.hf_values import mapping, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +44,17 @@ class Gemma3Config(Gemma2Config):
     def from_hf(cls, hf: Mapping[str, Any]):
         if hf.get("model_type") == "gemma3":  # with an image encoder beside it
             own = {name: hf[name] for name in ("eos_token_id", "bos_token_id", "dtype", "torch_dtype") if name in hf}
-            hf = {**own, **hf.get("text_config", {}), "model_type": cls.model_type}
+            hf = {**own, **mapping(hf, "text_config"), "model_type": cls.model_type}
         return super().from_hf(hf)
 
     @classmethod
     def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        rope, local = hf.get("rope_parameters") or {}, hf["rope_local_base_freq"]
+        rope, local = mapping(hf, "rope_parameters"), number(hf, "rope_local_base_freq")
         if FULL in rope:  # transformers 5: by kind of layer
-            local = or_default((rope.get(SLIDING) or {}).get("rope_theta"), local)
+            where = "config: rope_parameters."
+            local = number(mapping(rope, SLIDING, where=where), "rope_theta", local, where=f"{where}{SLIDING}.")
             hf = {**hf, "rope_parameters": rope[FULL]}
-        return {**super().fields_from_hf(hf), "local_rope_theta": float(local)}
+        return {**super().fields_from_hf(hf), "local_rope_theta": local}
 
 
 class Gemma3(Gemma2):

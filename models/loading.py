@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxzip.models import gemma_orbax
-from jaxzip.models.config import DecoderConfig, token_ids
+from jaxzip.models.config import DecoderConfig
 from jaxzip.models.decoder import Decoder
 from jaxzip.models.families import config_from_hf, family_of
 from jaxzip.models.fuse import fuse_projections
+from jaxzip.models.hf_values import token_id, token_ids
 from jaxzip.models.tokenizer import Tokenizer
 
 from jaxzip.checkpoint import Checkpoint, open_checkpoint
@@ -92,7 +93,8 @@ def read_config(checkpoint: Checkpoint, path: str | Path) -> DecoderConfig:
 
     Raises:
       CheckpointError: the source had none.
-      UnsupportedConfigError: the model is of another family than those in ``jaxzip.models``.
+      UnsupportedConfigError: the model is of another family than those in ``jaxzip.models``, or a value in its
+        configuration is not what its key asks for.
       CorruptDataError: a configuration is damaged.
     """
     hf = checkpoint.hf_config or _json(checkpoint, "config.json", path)
@@ -103,10 +105,11 @@ def read_config(checkpoint: Checkpoint, path: str | Path) -> DecoderConfig:
         )
     config, generation = config_from_hf(hf), _json(checkpoint, "generation_config.json", path)
     changes: dict[str, Any] = {}
+    where = "generation_config.json: "
     if generation.get("eos_token_id") is not None:
-        changes["eos_token_ids"] = token_ids(generation["eos_token_id"])
+        changes["eos_token_ids"] = token_ids(generation, "eos_token_id", where=where)
     if generation.get("bos_token_id") is not None:
-        changes["bos_token_id"] = generation["bos_token_id"]
+        changes["bos_token_id"] = token_id(generation, "bos_token_id", where=where)
     return dataclasses.replace(config, **changes)
 
 

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from jaxzip.models.config import DecoderConfig, SlidingConfig, UnsupportedConfigError, or_default
+from jaxzip.models.config import DecoderConfig, SlidingConfig, UnsupportedConfigError
+from jaxzip.models.hf_values import whole
 from jaxzip.models.llama import Block, Llama
 from jaxzip.models.moe import MixtureOfExperts
 
@@ -39,8 +40,8 @@ class ExpertsConfig(SlidingConfig):
     @classmethod
     def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
         # Mixtral's name and Qwen's.
-        experts = or_default(hf.get("num_local_experts"), hf.get("num_experts"))
-        chosen = hf["num_experts_per_tok"]
+        experts = whole(hf, "num_local_experts", None) or whole(hf, "num_experts", None)
+        chosen = whole(hf, "num_experts_per_tok")
         return {**super().fields_from_hf(hf), "num_experts": experts, "num_experts_per_token": chosen}
 
 

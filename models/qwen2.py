@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxzip.models.config import FULL, SLIDING, SlidingConfig
+from jaxzip.models.hf_values import whole
 from jaxzip.models.llama import Llama
 
 
@@ -23,7 +24,7 @@ class Qwen2Config(SlidingConfig):
         fields = super().fields_from_hf(hf)
         if not hf.get("use_sliding_window") or fields["sliding_window"] is None:
             return {**fields, "sliding_window": None, "layer_types": ()}
-        first, layers = hf["max_window_layers"], range(fields["num_layers"])
+        first, layers = whole(hf, "max_window_layers", least=0), range(fields["num_layers"])
         types = fields["layer_types"] or tuple(SLIDING if i >= first else FULL for i in layers)
         return {**fields, "layer_types": types}
 

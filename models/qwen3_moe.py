@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 from jaxzip.models.config import DecoderConfig
+from jaxzip.models.hf_values import flag, items, whole
 from jaxzip.models.llama import Block, Llama
 from jaxzip.models.mixtral import ExpertsConfig
 from jaxzip.models.mlp import MLP
@@ -39,14 +40,15 @@ class Qwen3MoeConfig(ExpertsConfig):
 
     @classmethod
     def fields_from_hf(cls, hf: Mapping[str, Any]) -> dict[str, Any]:
-        fields, step, dense = super().fields_from_hf(hf), hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers")
+        fields, step = super().fields_from_hf(hf), whole(hf, "decoder_sparse_step", 1)
+        dense = items(hf, "mlp_only_layers", int)
         layers = range(fields["num_layers"])
         return {
             **fields,
             "sliding_window": fields["sliding_window"] if hf.get("use_sliding_window") else None,
-            "expert_size": hf["moe_intermediate_size"],
-            "normalized_weights": bool(hf.get("norm_topk_prob", False)),
-            "dense_layers": tuple(i for i in layers if i in (dense or ()) or (i + 1) % step),
+            "expert_size": whole(hf, "moe_intermediate_size"),
+            "normalized_weights": flag(hf, "norm_topk_prob", False),
+            "dense_layers": tuple(i for i in layers if i in dense or (i + 1) % step),
         }
 
 

@@ -123,6 +123,19 @@ def test_source_tree_metadata_missing(src):
     fail_to_convert(src, CheckpointError, "_METADATA is missing")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "Expecting value"),
+        ('{"model_type": ["llama"]}', "model_type is .'llama'., expected a string"),
+        ('{"model_type": "mine", "architectures": 5}', "architectures is 5, expected a list"),
+    ],
+)
+def test_source_configuration_damaged(src, text, words):
+    (src / "config.json").write_text(text)
+    fail_to_convert(src, CorruptDataError, f"{src}/config.json is truncated or corrupt .*{words}")
+
+
 def test_source_database_missing(tmp_path):
     cases.save_pytree(tmp_path / "src", cases.flat_tree())
     (tmp_path / "src" / "manifest.ocdbt").unlink()

@@ -60,6 +60,16 @@ def test_json_round_trip(config):
         ({"num_key_value_heads": 5}, "num_heads=32 must be divisible by num_kv_heads=5"),
         ({"torch_dtype": "float64"}, "dtype is 'float64'"),
         ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"hidden_size": "128"}, "config: hidden_size is '128', expected a positive integer"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"rope_scaling": 5}, "rope_scaling is 5, expected an object"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "rope_scaling.factor is 'x', expected a positive"),
+        ({"rms_norm_eps": "1e-5x"}, "rms_norm_eps is '1e-5x', expected a number"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id is ['</s>']"),
+        ({"bos_token_id": [1]}, "bos_token_id is [1]"),
     ],
 )
 def test_refuses_by_name_and_value(change, message):

@@ -129,6 +129,18 @@ def test_what_configurations_say():
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_token=9"),
         ("qwen3_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
         ("qwen3_moe", {"num_experts": None}, "num_experts=None"),
+        ("mistral", {"model_type": ["mistral"]}, "model_type is ['mistral'], expected a string"),
+        ("mistral", {"model_type": "mine", "architectures": 5}, "architectures is 5, expected a list"),
+        ("mistral", {"sliding_window": "x"}, "sliding_window is 'x'"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": "x"}, "max_window_layers is 'x'"),
+        ("gemma2", {"layer_types": [["x"]]}, "layer_types is [['x']]"),
+        ("gemma2", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ("gemma2", {"final_logit_softcapping": "x"}, "final_logit_softcapping is 'x'"),
+        ("gemma3", {"text_config": 5}, "text_config is 5"),
+        ("gemma3", {"text_config": {"rope_local_base_freq": "x"}}, "rope_local_base_freq is 'x'"),
+        ("mixtral", {"num_local_experts": "x"}, "num_local_experts is 'x'"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ("qwen3_moe", {"mlp_only_layers": 5}, "mlp_only_layers is 5"),
     ],
 )
 def test_what_is_not_computed_is_refused(name, change, message):

@@ -204,6 +204,14 @@ def test_a_language_model_beside_an_image_encoder(tmp_path, converted):
         assert_same_model(load(tmp_path / f"out{i}"), load(converted("gemma3_text")))
 
 
+def test_a_damaged_generation_config_is_named(tmp_path):
+    shutil.copytree(HERE / "mistral", tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text('{"eos_token_id": {}}')
+    convert(tmp_path / "source", tmp_path / "out")
+    with pytest.raises(UnsupportedConfigError, match="generation_config.json: eos_token_id is {}"):
+        load(tmp_path / "out")
+
+
 def test_an_unknown_family_is_named(tmp_path):
     shutil.copytree(HERE / "mistral", tmp_path / "source")
     config = json.loads((HERE / "mistral" / "config.json").read_text())

@@ -72,11 +72,19 @@ class Place(NamedTuple):
 
 
 def model_type(hf_config: Mapping[str, Any]) -> str | None:
-    """The family of a Hugging Face config by its ``model_type``, or its ``architectures``; ``None`` if it has none."""
-    named = hf_config.get("model_type")
-    if named in MODEL_TYPES or not hf_config.get("architectures"):
+    """The family of a Hugging Face config by its ``model_type``, or its ``architectures``; ``None`` if it has none.
+
+    Raises:
+      ValueError: these are no names; says the key, its value and what was expected.
+    """
+    named, models = hf_config.get("model_type"), hf_config.get("architectures")
+    if not isinstance(named, str | None):
+        raise ValueError(f"model_type is {named!r}, expected a string")
+    if named in MODEL_TYPES or not models:
         return named
-    return next((t for t, name in MODEL_TYPES.items() if name in hf_config["architectures"]), named)
+    if not isinstance(models, list | tuple):
+        raise ValueError(f"architectures is {models!r}, expected a list of strings")
+    return next((t for t, name in MODEL_TYPES.items() if name in models), named)
 
 
 def place(hf_name: str) -> Place | None:

@@ -29,7 +29,7 @@ class OrbaxSource:
     def __init__(self, path: Path, tree: Path, notes: tuple[str, ...] = ()):
         self.path, self.notes = path, notes
         self.extra_files = small_files(path)
-        self.hf_config = model_config(self.extra_files)
+        self.hf_config = model_config(path, self.extra_files)
         self._directory = tree
         top = next((d for d in (tree, tree.parent) if (d / CHECKPOINT_FILE).exists()), None)
         self.custom_metadata = _custom_metadata(top / CHECKPOINT_FILE) if top else None

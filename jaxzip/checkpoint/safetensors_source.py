@@ -128,7 +128,7 @@ class SafetensorsSource:
         self.path = path
         self._files = self._list_files(path)
         self.extra_files = small_files(path) if path.is_dir() else {}
-        self.hf_config = model_config(self.extra_files)
+        self.hf_config = model_config(path, self.extra_files)
         self.notes: tuple[str, ...] = () if self.hf_config is not None else (_NO_MODEL,)
         #: The entries of each tensor: one, or those of a stack by number.
         self._entries: dict[tuple[str, ...], dict[int | None, Entry]] = {}

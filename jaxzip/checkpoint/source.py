@@ -119,17 +119,19 @@ def small_files(directory: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in files if f.stat().st_size <= _SMALL_BYTES and not f.name.startswith("_")}
 
 
-def model_config(files: dict[str, bytes]) -> dict[str, Any] | None:
+def model_config(directory: Path, files: dict[str, bytes]) -> dict[str, Any] | None:
     """The model's configuration, if ``config.json`` is among ``files`` and is that of a family that jaxzip knows.
 
     Raises:
-      CorruptDataError: it is no JSON.
+      CorruptDataError: it is no JSON, or the model's family in it is no name; ``directory`` is where it lies.
     """
     try:
         config = json.loads(files.get("config.json", b"null"))
+        known = isinstance(config, dict) and hf_names.model_type(config) in hf_names.MODEL_TYPES
     except ValueError as error:
-        raise CorruptDataError(f"config.json is truncated or corrupt ({error}); get it again") from None
-    return config if isinstance(config, dict) and hf_names.model_type(config) in hf_names.MODEL_TYPES else None
+        path = directory / "config.json"
+        raise CorruptDataError(f"{path} is truncated or corrupt ({error}); get it again") from None
+    return config if known else None
 
 
 def identity(source: Source) -> dict[str, Any]:
