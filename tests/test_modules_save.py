@@ -157,6 +157,27 @@ def test_64_bits_come_back_as_they_were(tmp_path):
         restore_module(nnx.eval_shape(lambda: model), tmp_path / "saved")
 
 
+@pytest.mark.parametrize("value", [3, 2.5, True])
+@pytest.mark.parametrize("abstract", [False, True])
+def test_numbers_come_back_as_numbers(tmp_path, value, abstract):
+    model = Counter(value)
+    model.w.set_value(jnp.ones(3))
+    save_module(model, tmp_path / "saved")
+    structure = nnx.eval_shape(lambda: model) if abstract else model
+    again = restore_module(structure, tmp_path / "saved").count.get_value()
+    assert again == value and type(again) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(jax.random.key(0), "PRNG key.*key_data"), (None, "NoneType"), ("a", "str"), ((1, 2), "tuple"), (2**70, "object")],
+)
+def test_what_cannot_be_saved_is_named_and_leaves_nothing(tmp_path, value, words):
+    with pytest.raises(TypeError, match=f"^count: save_module.*{words}"):
+        save_module(Counter(value), tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
 def test_errors(tmp_path):
     save_module(compressed(), tmp_path / "saved")
     with pytest.raises(TensorNotFoundError, match="embedder/embedding.*did you mean decoder/embedder"):

@@ -19,7 +19,7 @@ from jaxzip.checkpoint.convert import _entry, stored_leaves
 from jaxzip.checkpoint.partial import PartialCheckpoint
 from jaxzip.checkpoint.source import TensorInfo, dict_leaf
 from jaxzip.compress import AUTO
-from jaxzip.errors import CheckpointError
+from jaxzip.errors import CheckpointError, with_name
 from jaxzip.modules.compress_module import compress_again, compress_for, logical_array, replace_parameters
 from jaxzip.modules.kernel import CompressedKernel, KernelAxes
 from jaxzip.modules.nnx_layers import KernelUse
@@ -33,6 +33,9 @@ from jaxzip.x64 import is_cut, to_device
 AXES_KEY = "kernel_axes"
 #: What the metadata of a checkpoint that save_module wrote says of its source.
 SOURCE_KIND = "module"
+#: What a variable may hold in place of an array, and how Orbax calls such leaves.
+Number = bool | int | float | complex
+_NUMBER_TYPE = "scalar"
 
 
 def save_module(model: nnx.Module, path: str | Path) -> None:
@@ -45,6 +48,8 @@ def save_module(model: nnx.Module, path: str | Path) -> None:
 
     Raises:
       CheckpointError: ``path`` exists or cannot be written.
+      TypeError: a variable holds something else than an array, a number or a compressed weight (a typed PRNG key,
+        ``None``, a string); names it.
     """
     # Imported here: jaxzip.__init__ offers this module's functions, and holds the version.
     from jaxzip import __version__
@@ -52,31 +57,46 @@ def save_module(model: nnx.Module, path: str | Path) -> None:
     plan = {"operation": "save_module", "run": uuid.uuid4().hex}
     entries = []
     with PartialCheckpoint(Path(path).absolute(), plan, resume=False) as partial:
-        for name, variable in own_variables(model, nnx.Not(nnx.RngState)):
-            value, axes = variable.get_value(), None
-            if isinstance(value, CompressedKernel):
-                value, axes = value.matrix, value.axes
-            compressed = isinstance(value, CompressedTensor) and value.format != "raw"
-            z = jax.tree.map(np.asarray, value) if compressed else None
-            array = host.dense(z) if compressed else np.asarray(_plain(value))
-            info = TensorInfo(dict_leaf(name.split("/")), tuple(array.shape), np.dtype(array.dtype))
-            entry = _entry(info, z, "" if compressed else "as the model had it", checksum(array))
-            if axes is not None:
-                entry[AXES_KEY] = dataclasses.asdict(axes)
-            partial.add(info.leaf, dict(z.payload) if compressed else {"": array}, entry)
-            entries.append(entry)
-        document = {
-            "layout_version": layout.LAYOUT_VERSION,
-            "library_version": __version__,
-            "source": _source(model, entries),
-            "source_custom_metadata": None,
-            "hf_config": None,
-            "extra_files": {},
-            "tensors": [{**entry, "path": list(entry["path"])} for entry in entries],
-            "other_leaves": [],
-        }
-        leaves = [leaf for entry in entries for leaf in stored_leaves(entry)]
-        partial.finish(leaves, layout.custom_metadata(document), {})
+        try:
+            for name, variable in own_variables(model, nnx.Not(nnx.RngState)):
+                entries.append(_add(name, variable.get_value(), partial))
+            document = {
+                "layout_version": layout.LAYOUT_VERSION,
+                "library_version": __version__,
+                "source": _source(model, entries),
+                "source_custom_metadata": None,
+                "hf_config": None,
+                "extra_files": {},
+                "tensors": [{**entry, "path": list(entry["path"])} for entry in entries],
+                "other_leaves": [],
+            }
+            leaves = [leaf for entry in entries for leaf in stored_leaves(entry)]
+            partial.finish(leaves, layout.custom_metadata(document), {})
+        except BaseException:
+            partial.discard()  # no later run goes on with it
+            raise
+
+
+def _add(name: str, value: Any, partial: PartialCheckpoint) -> dict[str, Any]:
+    """Writes one variable's value; its entry."""
+    axes = None
+    if isinstance(value, CompressedKernel):
+        value, axes = value.matrix, value.axes
+    try:
+        compressed = isinstance(value, CompressedTensor) and value.format != "raw"
+        z = jax.tree.map(np.asarray, value) if compressed else None
+        array = host.dense(z) if compressed else _plain(value)
+    except (TypeError, ValueError) as error:
+        raise with_name(name, error) from error
+    leaf = dict_leaf(name.split("/"))
+    if isinstance(value, Number):
+        leaf = dataclasses.replace(leaf, value_type=_NUMBER_TYPE)
+    info = TensorInfo(leaf, tuple(array.shape), np.dtype(array.dtype))
+    entry = _entry(info, z, "" if compressed else "as the model had it", checksum(array))
+    if axes is not None:
+        entry[AXES_KEY] = dataclasses.asdict(axes)
+    partial.add(info.leaf, dict(z.payload) if compressed else {"": array}, entry)
+    return entry
 
 
 def restore_module(
@@ -115,6 +135,9 @@ def restore_module(
 
     def convert(name: str, variable: nnx.Variable, use: KernelUse | str) -> Any:
         value, axes = _load(checkpoint, name, variable, format)
+        if isinstance(value, Number):
+            variable.set_value(value)
+            return None
         if isinstance(value, CompressedTensor):
             z = compress_again(value, axes, use)
         elif saved or isinstance(rule := rule_for(name, value.shape, value.dtype, rules), str):
@@ -130,7 +153,7 @@ def restore_module(
     new = replace_parameters(model, convert, **options)
     for name, variable in own_variables(new, nnx.Not(nnx.Any(nnx.Param, nnx.RngState))):
         value, axes = _load(checkpoint, name, variable, format)
-        variable.set_value(to_device(logical_array(value, axes)))
+        variable.set_value(value if isinstance(value, Number) else to_device(logical_array(value, axes)))
     _seed_generators(new, seed)
     return new
 
@@ -161,17 +184,31 @@ def _source(model: nnx.Module, entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> np.ndarray:
     """The array of a variable that is stored as it is; raw tensors are arrays already."""
     if isinstance(value, CompressedTensor):
         return host.dense(jax.tree.map(np.asarray, value))
-    return value
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError("save_module writes files and cannot be traced; save outside of jit")
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise TypeError("save_module: a typed PRNG key cannot be saved; keep jax.random.key_data(key) in the variable")
+    known = isinstance(value, jax.Array | np.ndarray | np.generic | Number)
+    array = np.asarray(value) if known else None
+    if array is None or not (array.dtype == bool or jnp.issubdtype(array.dtype, np.number)):
+        found = type(value).__name__ if array is None else f"{type(value).__name__} of {array.dtype}"
+        raise TypeError(f"save_module: expected an array or a number in the variable, found {found}")
+    return array
+
+
+def _may_be_number(expected: Any) -> bool:
+    """Whether ``nnx.eval_shape`` shows a number like this."""
+    return isinstance(expected, jax.ShapeDtypeStruct) and (expected.weak_type or expected.dtype == bool)
 
 
 def _load(
     checkpoint: Checkpoint, name: str, variable: nnx.Variable, format: str | None
-) -> tuple[CompressedTensor | np.ndarray, KernelAxes | None]:
-    """A variable's value on the host, checked against the model's."""
+) -> tuple[CompressedTensor | np.ndarray | Number, KernelAxes | None]:
+    """A variable's value on the host, checked against the model's; a number for a variable that holds one."""
     key = next((key for key in (name, f"{name}/value") if key in checkpoint.tensors), name)
     entry = checkpoint.entry(key)
     axes = None
@@ -192,12 +229,18 @@ def _load(
         stored = (*stored[: len(stored) - len(axes.matrix_shape)], *axes.shape)
         if not isinstance(value, CompressedTensor):
             value, axes = axes.from_matrix(value), None
-    if tuple(stored) != tuple(expected.shape) or np.dtype(value.dtype) != np.dtype(expected.dtype):
+    is_number = isinstance(expected, Number)
+    if entry["leaf"]["value_type"] == _NUMBER_TYPE and _may_be_number(expected):
+        is_number = jax.dtypes.canonicalize_dtype(value.dtype) == expected.dtype
+        expected = np.empty(expected.shape, value.dtype if is_number else expected.dtype)
+    if not hasattr(expected, "dtype"):
+        expected = np.asarray(expected)
+    if tuple(stored) != tuple(expected.shape) or value.dtype != expected.dtype:
         advice = "build the model that the checkpoint was saved from"
         if is_cut(value.dtype):
             advice += "; nnx.eval_shape shows 64 bits as 32 unless jax_enable_x64 is set: give the model itself"
         raise ValueError(
-            f"{name}: the model has {np.dtype(expected.dtype)}{list(expected.shape)}, {checkpoint.path} has "
-            f"{np.dtype(value.dtype)}{list(stored)}; {advice}"
+            f"{name}: the model has {expected.dtype}{list(expected.shape)}, {checkpoint.path} has "
+            f"{value.dtype}{list(stored)}; {advice}"
         )
-    return value, axes
+    return value.item() if is_number else value, axes
