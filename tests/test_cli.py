@@ -111,6 +111,17 @@ def test_verify(source, converted):
     assert json.loads(run("verify", source, converted, "--json").stdout)["identical"] is True
 
 
+def test_brackets_in_names_and_paths_are_printed(tmp_path):
+    src, dst, back = tmp_path / "in [bold]", tmp_path / "out [v1] :+1: sp", tmp_path / "back [v1]"
+    src.mkdir()
+    write_safetensors(src / "model.safetensors", {"w[red]": np.ones((64, 64), np.float32)})
+    assert f"wrote {dst}" in run("convert", src, dst).stdout
+    assert f"wrote {back}" in run("restore", dst, back).stdout
+    assert "w[red]" in run("inspect", dst).stdout
+    write_safetensors(src / "model.safetensors", {"w[red]": np.zeros((64, 64), np.float32)})
+    assert "w[red][0, 0]" in run("verify", src, dst).stdout
+
+
 def test_verify_names_the_first_difference(source, converted, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

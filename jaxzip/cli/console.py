@@ -16,22 +16,19 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
-out = Console(highlight=False, soft_wrap=True)
+#: Text is printed as it is: paths and names may have brackets and colons, which rich's markup would swallow.
+_PLAIN = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+out = Console(**_PLAIN)
 #: Progress and errors, so that standard output stays clean for pipes and ``--json``.
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = Console(stderr=True, **_PLAIN)
 
 
 def fail(message: str) -> typer.Exit:
     """Prints ``message`` as an error; raise what it returns."""
-    err.print(f"[bold red]error:[/] {_escape(message)}")
+    err.print(Text.assemble(("error:", "bold red"), f" {message}"))
     return typer.Exit(1)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def human_bytes(count: int) -> str:
@@ -50,13 +47,13 @@ def human_bytes(count: int) -> str:
 def byte_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar of bytes, rate and time left; yields ``update(done, total, name_of_the_tensor)``."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[tensor]}"),
+        TextColumn("{task.fields[tensor]}", markup=False),
     )
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(label, total=None, tensor="")

@@ -85,4 +85,4 @@ def print_summary(report: CompressionReport, own: tuple[CompressionRule, ...]) -
     )
     for unused in report.unused_rules:
         if unused in own:
-            err.print(f"warning: rule {unused.module_path}={unused.format} matched no tensor", markup=False)
+            err.print(f"warning: rule {unused.module_path}={unused.format} matched no tensor")

@@ -12,6 +12,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from jaxzip.cli.console import fail, human_bytes, out
 
@@ -33,23 +34,28 @@ def demo_command(
 
     gguf = find_gguf()
     ckpt = directory / "smollm2-135m-instruct-jaxzip"
-    out.print(f"[bold]1. Convert[/] {gguf.name} ({MODEL})")
+    print_heading("1. Convert", f"{gguf.name} ({MODEL})")
     if ckpt.exists():
         out.print(f"{ckpt} is there already; it is verified below")
     else:
         directory.mkdir(parents=True, exist_ok=True)
         convert_command(gguf, ckpt)
-    out.print("\n[bold]2. Verify[/] every tensor against its source")
+    print_heading("2. Verify", "every tensor against its source")
     verify_command(gguf, ckpt)
-    out.print("\n[bold]3. Size[/]")
+    print_heading("3. Size")
     sizes = inspect(ckpt)
     out.print(size_table(sizes))
-    out.print("\n[bold]4. Generate[/] from dense and from compressed weights")
+    print_heading("4. Generate", "from dense and from compressed weights")
     runs = generate_all(ckpt, prompt, max_new_tokens)
-    out.print(f"prompt: {prompt}\nanswer: {runs[-1].text.strip()}\n", markup=False)
+    out.print(f"prompt: {prompt}\nanswer: {runs[-1].text.strip()}\n")
     out.print(speed_table(runs))
     check_identical(runs)
     write_result(directory / "demo.json", sizes["total"], runs)
+
+
+def print_heading(title: str, rest: str = "") -> None:
+    """The beginning of a step."""
+    out.print(Text.assemble((f"\n{title}", "bold"), f" {rest}"))
 
 
 def find_gguf() -> pathlib.Path:
@@ -181,10 +187,8 @@ def check_identical(runs: list[Run]) -> None:
     if differ.size or compressed.tokens != control.tokens:
         raise fail(f"logits of compressed weights differ from the dense ones, first at token {differ[:1]}")
     steps, vocabulary = control.logits.shape
-    out.print(
-        f"\nlogits of dense and compressed weights: [bold green]identical[/], all {steps} x {vocabulary} of them, "
-        "bit for bit; tokens too"
-    )
+    rest = f", all {steps} x {vocabulary} of them, bit for bit; tokens too"
+    out.print(Text.assemble("\nlogits of dense and compressed weights: ", ("identical", "bold green"), rest))
 
 
 def write_result(path: pathlib.Path, total: dict, runs: list[Run]) -> None:

@@ -58,7 +58,7 @@ def inspect_command(
             f"({100 * size['ratio']:.1f}%), {size['bits_per_weight']:.2f} bits per weight"
         )
     for line in data.get("notes", ()):
-        out.print(line, markup=False)
+        out.print(line)
 
 
 def tensor_table(rows: list[dict]) -> Table:

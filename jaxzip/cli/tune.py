@@ -59,7 +59,7 @@ def tune_command(
         config = [f.configs.get(f.fastest, "its own choice")] if with_configs else []
         table.add_row(f.format, f"{f.m} x {f.k}", str(f.rows), *cells, *config)
     out.print(table)
-    out.print(f"* runs on {found[0].device_kind} from now on: recorded in {tuning.cache_file()}", markup=False)
+    out.print(f"* runs on {found[0].device_kind} from now on: recorded in {tuning.cache_file()}")
 
 
 def parse_rows(text: str) -> list[int]:

@@ -7,6 +7,7 @@ import pathlib
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from jaxzip.cli.console import byte_progress, human_bytes, out
 
@@ -26,6 +27,6 @@ def verify_command(
     elif result.identical:
         out.print(f"identical: {result.tensors} tensors, {human_bytes(result.bytes)}, every bit")
     else:
-        out.print(f"[bold red]DIFFERENT[/]: {result.difference}")
+        out.print(Text.assemble(("DIFFERENT", "bold red"), f": {result.difference}"))
     if not result.identical:
         raise typer.Exit(1)
