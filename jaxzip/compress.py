@@ -44,8 +44,7 @@ def compress(
       ValueError: unknown format, bad ``output_axis``, an array without elements, or rank below 2 with a matrix format.
     """
     check_array(w)
-    if output_axis not in (KERNEL_AXIS, TABLE_AXIS):
-        raise ValueError(f"compress: output_axis is {output_axis}, expected -1 ([K, M]) or -2 ([M, K])")
+    check_output_axis(output_axis)
     if format != AUTO:
         _check_explicit(w, formats.get(format))
     if not on_host:
@@ -98,6 +97,12 @@ def check_array(w, caller: str = "compress") -> None:
         )
     if not isinstance(w, jax.Array | np.ndarray):
         raise TypeError(f"{caller}: expected an array, got {type(w).__name__}")
+
+
+def check_output_axis(output_axis: int, caller: str = "compress") -> None:
+    """Raises ValueError unless ``output_axis`` is one of the last two axes, counted from the end."""
+    if output_axis not in (KERNEL_AXIS, TABLE_AXIS):
+        raise ValueError(f"{caller}: output_axis is {output_axis}, expected -1 ([K, M]) or -2 ([M, K])")
 
 
 def check_dtype(dtype: np.dtype, fmt: formats.Format, caller: str = "compress") -> None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxzip import formats
-from jaxzip.compress import AUTO, compress, format_for
+from jaxzip.compress import AUTO, check_output_axis, compress, format_for
 from jaxzip.errors import with_name
 from jaxzip.formats import auto
 from jaxzip.tensor import KERNEL_AXIS, TABLE_AXIS, CompressedTensor
@@ -31,6 +31,10 @@ class CompressionRule:
         fp16, fp32 and fp8 leaves get the format of their dtype.
       output_axis: axis of output features, -1 for kernels ``[K, M]``, -2 for tables ``[M, K]``.
       min_size: leaves with fewer elements stay as they are.
+
+    Raises:
+      ValueError: unknown ``format``, or ``output_axis`` is neither -1 nor -2.
+      re.error: ``module_path`` is no regular expression.
     """
 
     module_path: str = ".*"
@@ -42,6 +46,7 @@ class CompressionRule:
         if self.format != AUTO:
             formats.get(self.format)
         re.compile(self.module_path)
+        check_output_axis(self.output_axis, type(self).__name__)
 
     def matches(self, path: str) -> bool:
         return re.fullmatch(self.module_path, path) is not None

@@ -101,6 +101,7 @@ def test_64_bits_stay_64_bits():
         (lambda: jaxzip.compress([1.0]), TypeError, "list"),
         (lambda: jax.jit(jaxzip.compress)(gaussian_weights((64, 64))), TypeError, "traced"),
         (lambda: jaxzip.CompressionRule(format="gzip"), ValueError, "gzip"),
+        (lambda: jaxzip.CompressionRule(output_axis=5), ValueError, "CompressionRule: output_axis is 5, expected -1"),
         (lambda: jaxzip.compress(np.array([2**40 + 1, 5])), TypeError, "int64.*int32.*jax_enable_x64.*on_host"),
         (lambda: jaxzip.decompress(float64_on_host()), TypeError, "float64.*float32.*jax_enable_x64"),
         (lambda: jaxzip.transcode(float64_on_host()), TypeError, "float64.*float32.*on_host"),
