@@ -28,6 +28,10 @@ class UnsupportedDtypeError(JaxzipError, TypeError):
     """A format was asked for that does not take a tensor's dtype."""
 
 
+class CacheDirectoryError(JaxzipError, OSError):
+    """There is no directory for the table of measurements, or it cannot be written."""
+
+
 class PromptError(JaxzipError, ValueError):
     """A prompt cannot be run: empty, or longer than the model's context."""
 

@@ -100,8 +100,11 @@ def tune(
     Raises:
       TypeError: ``w`` is a tracer or no compressed matrix in kernel order: nothing is timed inside a trace.
       NotImplementedError: no implementation takes this product here.
+      CacheDirectoryError: the user's table cannot be written; nothing was measured.
     """
     _check(w)
+    if save:
+        measured.check_writable()
     platform, device = _platform(w)
     kind = measured.device_kind(platform) or platform
     m, k = w.matrix_shape

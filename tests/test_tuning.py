@@ -1,7 +1,9 @@
 """The table of measurements: what is recorded is what runs; nothing is timed in a trace; a bad table does no harm."""
 
+import concurrent.futures
 import functools
 import json
+import os
 import pathlib
 
 import jax
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 import jaxzip
 from jaxzip import formats, tuning
+from jaxzip.errors import CacheDirectoryError
 from jaxzip.ops import measured
 
 K, M = 128, 192
@@ -101,7 +104,8 @@ def test_an_unknown_or_unusable_name_in_the_table_is_passed_over(weight):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"version": 3, "devices": {}}', '{"version": 1, "devices": {"a": {"b": {"ffi": -1}}}}']
+    "content",
+    ["{", "[]", "[" * 100_000, '{"version": 3, "devices": {}}', '{"version": 1, "devices": {"a": {"b": {"ffi": -1}}}}'],
 )
 def test_a_damaged_table_is_ignored_with_a_warning_and_replaced(weight, content):
     path = tuning.cache_file()
@@ -120,7 +124,46 @@ def test_records_of_others_stay(weight):
     measured.record(kind(), weight.format, M, K, 2, {"ffi": 3.0})
     assert measured.times("another device", weight.format, M, K, 1) == {"ffi": 1.0}
     assert measured.times(kind(), weight.format, M, K, 1) == {"ffi": 2.0}
-    assert [path.name for path in tuning.cache_file().parent.iterdir()] == ["tuning.json"]
+    assert {path.name for path in tuning.cache_file().parent.iterdir()} == {"tuning.json", "tuning.lock"}
+
+
+def test_records_of_many_threads_all_stay(weight):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda m: measured.record(kind(), weight.format, m, K, 1, {"ffi": 1.0}), range(1, 33)))
+    assert len(json.loads(tuning.cache_file().read_text())["devices"][kind()]) == 32
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_measuring(weight, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(measured.DIRECTORY, str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(tuning, "_measure", None)
+    with pytest.raises(CacheDirectoryError, match="file/cache.*cannot be written.*JAXZIP_CACHE_DIR"):
+        tuning.tune(weight, (1,))
+
+
+def test_a_failed_write_leaves_the_table_as_it_was(weight, monkeypatch):
+    def fail(*_):
+        raise OSError("no")
+
+    measured.record(kind(), weight.format, M, K, 1, {"ffi": 1.0})
+    with monkeypatch.context() as patch, pytest.raises(CacheDirectoryError, match="no.*JAXZIP_CACHE_DIR"):
+        patch.setattr(os, "replace", fail)
+        measured.record(kind(), weight.format, M, K, 2, {"ffi": 1.0})
+    assert {path.name for path in tuning.cache_file().parent.iterdir()} == {"tuning.json", "tuning.lock"}
+    assert measured.times(kind(), weight.format, M, K, 1) and not measured.times(kind(), weight.format, M, K, 2)
+
+
+def test_without_a_home_directory_only_recording_fails(weight, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (measured.DIRECTORY, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", home)
+    measured.forget()
+    assert implementation_of(weight, 4) == "ffi"
+    with pytest.raises(CacheDirectoryError, match="home directory.*JAXZIP_CACHE_DIR"):
+        measured.record(kind(), weight.format, M, K, 1, {"ffi": 1.0})
 
 
 def test_shipped_measurements_come_after_the_users(weight, tmp_path, monkeypatch):

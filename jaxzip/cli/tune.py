@@ -29,8 +29,10 @@ def tune_command(
     A tie, within 2%, leaves the implementation that runs unmeasured too.
     """
     from jaxzip import tuning
+    from jaxzip.ops import measured
 
     counts = parse_rows(rows)
+    measured.check_writable()  # before the weights are read
     weights = distinct_weights(ckpt)
     found = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

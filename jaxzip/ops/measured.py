@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,12 @@ from pathlib import Path
 import jax
 
 from jaxzip import formats
+from jaxzip.errors import CacheDirectoryError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 VERSION = 2
 #: Tables of version 1 have no configurations.
@@ -37,13 +44,34 @@ Entry = float | dict[str, float | str]  # an implementation's, as in the file
 
 _disabled = 0
 _epoch = 1
+_recording = threading.Lock()
 
 
 def cache_file() -> Path:
-    """The user's table: ``$JAXZIP_CACHE_DIR``, ``$XDG_CACHE_HOME/jaxzip`` or ``~/.cache/jaxzip``, ``tuning.json``."""
+    """The user's table: ``$JAXZIP_CACHE_DIR``, ``$XDG_CACHE_HOME/jaxzip`` or ``~/.cache/jaxzip``, ``tuning.json``.
+
+    Raises:
+      CacheDirectoryError: none of these is set, and there is no home directory.
+    """
     if directory := os.environ.get(DIRECTORY):
         return Path(directory) / "tuning.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxzip" / "tuning.json"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxzip" / "tuning.json"
+    except RuntimeError as error:
+        raise CacheDirectoryError(
+            f"no directory for the table of measurements ({error}); set {DIRECTORY} to one"
+        ) from None
+
+
+def check_writable() -> None:
+    """Tries what :func:`record` will do, before anything is measured.
+
+    Raises:
+      CacheDirectoryError: there is no cache directory, or it cannot be written.
+    """
+    path = cache_file()
+    with _only_writer(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 @contextlib.contextmanager
@@ -135,21 +163,48 @@ def record(
     ``configs`` are the configurations that took these times, of implementations that would choose another.
 
     Raises:
-      OSError: the cache directory cannot be written.
+      CacheDirectoryError: there is no cache directory, or it cannot be written.
     """
     global _epoch
     path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    devices = _read(path)
     entries: dict[str, Entry] = {name: round(us, 3) for name, us in measured.items()}
     entries |= {name: {"us": entries[name], "config": config} for name, config in (configs or {}).items()}
-    devices.setdefault(kind, {})[key(format, m, k, rows)] = entries
-    content = json.dumps({"version": VERSION, "unit": "us", "devices": devices}, indent=1, sort_keys=True)
+    with _only_writer(path):
+        devices = _read(path)
+        devices.setdefault(kind, {})[key(format, m, k, rows)] = entries
+        content = json.dumps({"version": VERSION, "unit": "us", "devices": devices}, indent=1, sort_keys=True)
+        _replace(path, content)
+        _user_layer_of.cache_clear()
+        _epoch += 1
+
+
+@contextlib.contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    """Makes the table's directory; one thread of one process at a time is inside. What fails is the directory's."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _recording, open(path.with_suffix(".lock"), "w") as file:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise CacheDirectoryError(
+            f"{path.parent}, for the table of measurements, cannot be written ({error}); set {DIRECTORY} to a "
+            "directory that can"
+        ) from error
+
+
+def _replace(path: Path, content: str) -> None:
+    """Writes a file in one step, or not at all."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
-    _user_layer_of.cache_clear()
-    _epoch += 1
+        try:
+            file.write(content)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def forget() -> None:
@@ -161,7 +216,10 @@ def forget() -> None:
 
 
 def _user_layer() -> Mapping[str, Mapping[str, Mapping[str, Entry]]]:
-    return _user_layer_of(cache_file())
+    try:
+        return _user_layer_of(cache_file())
+    except CacheDirectoryError:  # nowhere to look
+        return {}
 
 
 @functools.lru_cache(maxsize=4)
@@ -193,7 +251,7 @@ def _read(path: Path) -> dict[str, dict[str, dict[str, Entry]]]:
         return devices
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(
             f"jaxzip: {path} is no table of measurements ({type(error).__name__}: {error}); it is ignored, and "
             "replaced by the next measurement: delete it or run `jaxzip tune` again",
