@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxzip.ffi.libraries import register
 
+from jaxzip.ops.manual_axes import varying, varying_alike, varying_over
+
 Payload = Mapping[str, jax.Array]
 
 
@@ -37,22 +39,10 @@ def call_with_results(
     `in_place`: operands that the call updates, and which results they become.
     """
     register()
-    operands, varying = _same_manual_axes(operands)
+    operands = varying_alike(operands)
     call = jax.ffi.ffi_call(name, list(results), vmap_method=vmap_method, input_output_aliases=dict(in_place or {}))
-    found = call(*operands, **attributes)
     # ffi_call takes results to be the same on every device, whatever its operands are.
-    return [jax.lax.pcast(result, varying, to="varying") if varying else result for result in found]
-
-
-def _same_manual_axes(operands):
-    """Inside `jax.shard_map`, marks operands as varying over the mesh axes that any of them varies over."""
-    types = [jax.typeof(operand).manual_axis_type for operand in operands]
-    varying = frozenset().union(*(t.varying for t in types))
-    cast = [
-        jax.lax.pcast(o, tuple(sorted(varying - t.varying)), to="varying") if varying - t.varying else o
-        for o, t in zip(operands, types)
-    ]
-    return cast, tuple(sorted(varying))
+    return varying_over(varying(operands), list(call(*operands, **attributes)))
 
 
 def sizes(m: int, k: int) -> dict[str, np.int64]:

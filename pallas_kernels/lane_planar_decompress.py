@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxzip.pallas_kernels import lane_planar_block
 from jaxzip.pallas_kernels import mosaic_lanes as lanes
-from jaxzip.pallas_kernels.manual_axes import vary_as, varying_alike
 
 from jaxzip.formats import lane_planar as layout
+from jaxzip.ops.manual_axes import varying, varying_alike, varying_over
 
 _PER_STEP = 4  # blocks of a pipeline step; four of any width end on 128 bytes
 _STAGES = 3
@@ -88,7 +88,7 @@ def decompress(payload: Mapping[str, jax.Array], m: int, k: int, *, transposed: 
         },
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(*operands)
-    out = vary_as(out, operands[0])
+    out = varying_over(varying(operands), out)
     return out[:k, :m] if transposed else out[:m, :k]
 
 

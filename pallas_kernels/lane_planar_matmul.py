@@ -19,9 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxzip.pallas_kernels import lane_planar_block, mosaic_lanes, sums_epilogue
-from jaxzip.pallas_kernels.manual_axes import vary_as, varying_alike
 
 from jaxzip.formats import lane_planar as layout
+from jaxzip.ops.manual_axes import varying, varying_alike, varying_over
 
 SHARED_BYTES = 227 * 1024
 _FIXED_BYTES = 2048  # barriers and what Mosaic keeps for itself
@@ -123,7 +123,7 @@ def matmul(
     blocks, overflow = lane_planar_block.boxes(payload), lane_planar_block.overflow_list(payload)
     operands = varying_alike((x, blocks, overflow, payload["shift"], *addends))
     kernel = _kernel(config, output, row_blocks, k_blocks, width, bias is not None, residual is not None)
-    return vary_as(kernel(*operands), operands[0])
+    return varying_over(varying(operands), kernel(*operands))
 
 
 def _check(config: Config, output, k_steps: int, width: int) -> None:

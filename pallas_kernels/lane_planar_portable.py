@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxzip.pallas_kernels import portable_matmul
-from jaxzip.pallas_kernels.manual_axes import result_like, varying_alike
 
 from jaxzip.formats import lane_planar as layout
+from jaxzip.ops.manual_axes import result_like, varying_alike
 
 _WARPS = 4
 

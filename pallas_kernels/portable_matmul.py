@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxzip.pallas_kernels.manual_axes import result_like, varying_alike
+
+from jaxzip.ops.manual_axes import result_like, varying_alike
 
 BLOCK = 64
 _SMALLEST_DOT = 16  # rows that a Triton dot takes

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxzip.pallas_kernels import portable_matmul
-from jaxzip.pallas_kernels.manual_axes import result_like, varying_alike
 
 from jaxzip.formats import tca_tbe as layout
+from jaxzip.ops.manual_axes import result_like, varying_alike
 
 BITMAPS = ("bitmap1", "bitmap2", "bitmap3")
 _WORD_BITS = 32

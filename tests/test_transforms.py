@@ -111,6 +111,69 @@ def test_shard_map_multiplies_shards_of_the_output_features(mesh):
     assert np.array_equal(bits(f(x_of(), shards)), bits(jaxzip.matmul(x_of(), jaxzip.compress(w))))
 
 
+def _split(f, mesh, in_specs, out_specs):
+    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
+
+
+def _sums_and_gradient(f, *args):
+    return jax.value_and_grad(lambda *args: f(*args).astype(jnp.float32).sum(), argnums=tuple(range(len(args))))(*args)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "ffi"])
+def test_shard_map_splits_tokens_or_experts(mesh, stack, implementation):
+    """``ragged_matmul`` as ``jax.lax.ragged_dot`` in the same places, and its gradient."""
+    x, sizes = x_of(8), jnp.array([2, 1, 3, 2])
+    sizes_of_two = jnp.array([[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 1, 1]])
+
+    def tokens(x):
+        local = lambda x, w, sizes: jaxzip.ragged_matmul(x, w, sizes[0], implementation=implementation)  # noqa: E731
+        return _split(local, mesh, (P("model"), P(), P("model")), P("model"))(x, stack, sizes_of_two)
+
+    def experts(x):
+        # Each device has the rows of its own expert in front.
+        ends = jnp.cumsum(sizes)
+        mine = lambda x, at: jnp.roll(x, at, axis=0)  # noqa: E731
+
+        def local(x, w, begin, size):
+            y = jaxzip.ragged_matmul(mine(x, -begin[0]), w, size, implementation=implementation)
+            return jax.lax.psum(mine(y, begin[0]), "model")
+
+        return _split(local, mesh, (P(), P("model"), P("model"), P("model")), P())(x, stack, ends - sizes, sizes)
+
+    # Each row's expert; the tokens' groups are per device, so there the second row goes to expert 1.
+    for f, experts_of_rows in ((tokens, [0, 1, 1, 1, 2, 2, 2, 3]), (experts, [0, 0, 1, 2, 2, 2, 3, 3])):
+        dense = STACK[np.array(experts_of_rows)]
+        expected = _sums_and_gradient(lambda x, dense=dense: jnp.einsum("nk,nkm->nm", x, dense), x)
+        for found, right in zip(jax.tree.leaves(_sums_and_gradient(f, x)), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(found.astype(np.float32), right.astype(np.float32), rtol=0.02, atol=0.02)
+
+
+def test_shard_map_takes_one_implementation_by_name(mesh):
+    """What stands in for platforms that it is not for varies over the mesh as its results do."""
+    table = jaxzip.compress(STACK[0], format="tca-tbe", output_axis=-2)
+    take = lambda table, ids: jaxzip.take(table, ids, implementation="ffi")  # noqa: E731
+    ids = jnp.array([7, 0, 255, 7])
+    rows = _split(take, mesh, (P(), P("model")), P("model"))(table, ids)
+    assert np.array_equal(bits(rows), bits(STACK[0])[np.array(ids)])
+
+
+def test_gradients_through_shard_map(stack, mesh):
+    """Of what is the same on all devices they are sums over them: of x where the weight is split, else of the bias."""
+    z, x, bias = layer(stack, 0), x_of(8).astype(jnp.float32), jnp.ones(256, jnp.float32)
+    product = lambda x, z, bias: jaxzip.matmul(x, z, bias=bias)  # noqa: E731
+    rows = lambda x, bias: _split(product, mesh, (P("model"), P(), P()), P("model"))(x, z, bias)  # noqa: E731
+    one = lambda x, shard: jaxzip.matmul(x, layer(shard, 0))  # noqa: E731
+    columns = lambda x: _split(one, mesh, (P(), P("model")), P(None, "model"))(x, stack)  # noqa: E731
+    together = lambda x: jnp.concatenate([jaxzip.matmul(x, layer(stack, i)) for i in range(4)], axis=1)  # noqa: E731
+    for split, whole, args in (
+        (rows, lambda x, bias: jaxzip.matmul(x, z, bias=bias), (x, bias)),
+        (columns, together, (x,)),
+    ):
+        found, expected = (jax.tree.leaves(_sums_and_gradient(f, *args)) for f in (split, whole))
+        for one_found, one_expected in zip(found, expected):
+            np.testing.assert_allclose(one_found, one_expected, rtol=1e-4, atol=1e-3)
+
+
 def test_donation(stack):
     z = jax.tree.map(jnp.copy, stack)
     before = bits(jaxzip.decompress(z))

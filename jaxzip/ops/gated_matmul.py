@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxzip.ops import registry
 from jaxzip.ops.activations import ACTIVATIONS, gated
+from jaxzip.ops.manual_axes import varying_alike
 from jaxzip.ops.matmul import matmul
 from jaxzip.tensor import CompressedTensor
 
@@ -45,7 +46,7 @@ def gated_matmul(x: jax.Array, w: CompressedTensor, activation: str, *, implemen
     if x.ndim != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(f"{OP}: x has shape {x.shape}, expected [N, K={w.shape[0]}] for w {w.shape}")
     with jax.named_scope("jaxzip.gated_matmul"):
-        return _gated_matmul(activation, implementation, x, w)
+        return _gated_matmul(activation, implementation, *varying_alike((x, w)))
 
 
 def available(x: jax.Array, w: CompressedTensor, activation: str, implementation: str | None = None) -> bool:

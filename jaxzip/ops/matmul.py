@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxzip.ops import measured, registry
 from jaxzip.ops.decompress import decompress
+from jaxzip.ops.manual_axes import varying_alike
 from jaxzip.tensor import CompressedTensor
 
 ACTIVATION_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -120,8 +121,8 @@ def _matmul(x, w, bias, residual, out_dtype, batch_invariant, implementation, co
         rows = math.prod(leading)
         if residual is not None:
             residual = residual.reshape(rows, w.shape[1])
-        x = x.reshape(rows, x.shape[-1])
-        y = _matmul_2d(out_dtype, batch_invariant, implementation, config, x, w, bias, residual)
+        operands = varying_alike((x.reshape(rows, x.shape[-1]), w, bias, residual))
+        y = _matmul_2d(out_dtype, batch_invariant, implementation, config, *operands)
         return y.reshape(*leading, w.shape[1])
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxzip.ops import registry
 from jaxzip.ops.decompress import decompress
+from jaxzip.ops.manual_axes import varying, varying_alike, varying_over
 from jaxzip.ops.matmul import checked_activations
 from jaxzip.tensor import CompressedTensor
 
@@ -79,7 +80,7 @@ def ragged_matmul(
 def _ragged_matmul(x, w, group_sizes, out_dtype, implementation):
     with jax.named_scope("jaxzip.ragged_matmul"):
         if isinstance(w, CompressedTensor):
-            return _compressed(out_dtype, implementation, x, w, group_sizes)
+            return _compressed(out_dtype, implementation, *varying_alike((x, w, group_sizes)))
         if implementation not in (None, registry.XLA):
             raise NotImplementedError(
                 f"ragged_matmul: {implementation} multiplies compressed weights; these are dense: compress them with "
@@ -152,7 +153,7 @@ def _by_expert(x, w: CompressedTensor, group_sizes, *, out_dtype, decode, column
         expert, begin, end = of_expert
         return jax.lax.cond(begin < end, multiply, lambda *operands: operands[-1], expert, begin, end, y), None
 
-    y = jnp.zeros((rows + tile, columns), out_dtype)
+    y = varying_over(varying(x), jnp.zeros((rows + tile, columns), out_dtype))
     return jax.lax.scan(expert_step, y, (w, begins, ends))[0][:rows]
 
 

@@ -8,6 +8,8 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from jaxzip.ops.manual_axes import varying_over
+
 _unavailable_p = Primitive("jaxzip_unavailable")
 _unavailable_p.multiple_results = True
 
@@ -16,7 +18,13 @@ def unavailable(shapes: Any, message: str) -> Any:
     """Arrays of the pytree ``shapes`` in a traced program; compiling it raises NotImplementedError(message)."""
     leaves, structure = jax.tree.flatten(shapes)
     avals = tuple(jax.core.ShapedArray(leaf.shape, leaf.dtype) for leaf in leaves)
-    return jax.tree.unflatten(structure, _unavailable_p.bind(avals=avals, message=message))
+    values = _unavailable_p.bind(avals=avals, message=message)
+    varied = [varying_over(_axes(leaf), value) for leaf, value in zip(leaves, values)]
+    return jax.tree.unflatten(structure, varied)
+
+
+def _axes(shape: jax.ShapeDtypeStruct) -> frozenset[str]:
+    return shape.manual_axis_type.varying if shape.manual_axis_type else frozenset()
 
 
 @_unavailable_p.def_abstract_eval
