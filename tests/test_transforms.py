@@ -1,10 +1,12 @@
 """A CompressedTensor under JAX's transformations: jit, vmap, scan, tree.map, shardings, donation, export."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxzip
@@ -172,6 +174,67 @@ def test_gradients_through_shard_map(stack, mesh):
         found, expected = (jax.tree.leaves(_sums_and_gradient(f, *args)) for f in (split, whole))
         for one_found, one_expected in zip(found, expected):
             np.testing.assert_allclose(one_found, one_expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def explicit(mesh):
+    """What ``jax.make_mesh`` makes by default since jax 0.11."""
+    return Mesh(mesh.devices, ("model",), axis_types=(AxisType.Explicit,))
+
+
+def _put(value, mesh, *split):
+    return jax.device_put(value, NamedSharding(mesh, P(*split)))
+
+
+def _is_split(array, *split):
+    return array.sharding.is_equivalent_to(NamedSharding(array.sharding.mesh, P(*split)), array.ndim)
+
+
+@pytest.mark.parametrize("in_context", [True, False])
+def test_explicit_axes(stack, explicit, in_context):
+    """Results are split as those of JAX's own operations, and have the bits that one device computes."""
+    z, ids = layer(stack, 0), jnp.arange(8).reshape(4, 2)
+    table = z.T
+    everywhere = [_put(w, explicit) for w in (z, table)]
+    x = x_of(8).reshape(4, 2, 256)
+    with jax.set_mesh(explicit) if in_context else contextlib.nullcontext():
+        y = jaxzip.matmul(_put(x, explicit, "model"), everywhere[0])
+        gathered = jaxzip.matmul(_put(x, explicit, None, None, "model"), everywhere[0])
+        rows = jaxzip.take(everywhere[1], _put(ids, explicit, "model"))
+        dense = jaxzip.decompress(_put(stack, explicit, "model"))
+        products = jax.vmap(jaxzip.matmul, (None, 0))(_put(x, explicit), _put(stack, explicit, "model"))
+    assert all(_is_split(array, "model") for array in (y, rows, dense, products)) and _is_split(gathered)
+    alone = jaxzip.matmul(x, z)
+    assert np.array_equal(bits(y), bits(alone)) and np.array_equal(bits(gathered), bits(alone))
+    assert np.array_equal(bits(rows), bits(jaxzip.take(table, ids))) and np.array_equal(bits(dense), bits(STACK))
+    assert np.array_equal(bits(products), bits(jax.vmap(jaxzip.matmul, (None, 0))(x, stack)))
+
+
+@pytest.mark.parametrize("format", ["tca-tbe", "raw"])
+def test_explicit_axes_and_experts(explicit, format):
+    """All devices compute all rows: a group's may be on several of them."""
+    stack = jaxzip.compress(STACK, format=format)
+    f = lambda x, w, sizes: jaxzip.ragged_matmul(x, w, sizes)  # noqa: E731
+    x, sizes = x_of(8), jnp.array([2, 1, 3, 2])
+    for split in ((), ("model",)):
+        with jax.set_mesh(explicit):
+            y = f(_put(x, explicit, *split), _put(stack, explicit), _put(sizes, explicit))
+        assert _is_split(y, *split) and np.array_equal(bits(y), bits(f(x, stack, sizes)))
+
+
+@pytest.mark.parametrize("split", [("model",), (None, "model")])
+def test_gradients_on_explicit_axes(stack, explicit, split):
+    z, x, bias = layer(stack, 0), x_of(8).astype(jnp.float32), jnp.ones(256, jnp.float32)
+
+    def gradients(x, bias, z):
+        f = jax.grad(lambda x, bias: jnp.tanh(jaxzip.matmul(x, z, bias=bias)).sum(), argnums=(0, 1))
+        return jax.jit(f)(x, bias)
+
+    with jax.set_mesh(explicit):
+        found = gradients(_put(x, explicit, *split), _put(bias, explicit), _put(z, explicit))
+    assert _is_split(found[0], *split) and _is_split(found[1])
+    for one, expected in zip(found, gradients(x, bias, z)):
+        np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_donation(stack):

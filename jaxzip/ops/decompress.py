@@ -6,9 +6,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxzip import formats
-from jaxzip.ops import registry
+from jaxzip.ops import explicit_axes, registry
 from jaxzip.ops.other_dtypes import decompress_split, is_split
 from jaxzip.tensor import TABLE_AXIS, CompressedTensor
 from jaxzip.x64 import check_uncut
@@ -44,9 +45,14 @@ def _decompress(z: CompressedTensor, implementation: str | None) -> jax.Array:
         if z.format == "raw":
             values = z.payload["values"]
             return values.swapaxes(-1, -2) if z.raw_transposed else values
-        if is_split(z):
-            return decompress_split(z, functools.partial(_decompress, implementation=implementation))
-        return registry.run("decompress", implementation, z)
+        stack = P(*explicit_axes.split_of(next(iter(z.payload.values())))[: len(z.batch_shape)])
+        return explicit_axes.run(functools.partial(_decode, implementation), (z,), (stack,), stack)
+
+
+def _decode(implementation, z):
+    if is_split(z):
+        return decompress_split(z, functools.partial(_decompress, implementation=implementation))
+    return registry.run("decompress", implementation, z)
 
 
 def decompress_xla(z: CompressedTensor) -> jax.Array:

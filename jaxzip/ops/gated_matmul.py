@@ -6,8 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jaxzip.ops import registry
+from jaxzip.ops import explicit_axes, registry
 from jaxzip.ops.activations import ACTIVATIONS, gated
 from jaxzip.ops.manual_axes import varying_alike
 from jaxzip.ops.matmul import matmul
@@ -46,7 +47,9 @@ def gated_matmul(x: jax.Array, w: CompressedTensor, activation: str, *, implemen
     if x.ndim != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(f"{OP}: x has shape {x.shape}, expected [N, K={w.shape[0]}] for w {w.shape}")
     with jax.named_scope("jaxzip.gated_matmul"):
-        return _gated_matmul(activation, implementation, *varying_alike((x, w)))
+        product = lambda *operands: _gated_matmul(activation, implementation, *varying_alike(operands))  # noqa: E731
+        rows = P(explicit_axes.split_of(x)[0])
+        return explicit_axes.run(product, (x, w), (rows, P()), rows)
 
 
 def available(x: jax.Array, w: CompressedTensor, activation: str, implementation: str | None = None) -> bool:

@@ -8,8 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from jaxzip.ops import measured, registry
+from jaxzip.ops import explicit_axes, measured, registry
 from jaxzip.ops.decompress import decompress
 from jaxzip.ops.manual_axes import varying_alike
 from jaxzip.tensor import CompressedTensor
@@ -117,13 +118,19 @@ def _matmul(x, w, bias, residual, out_dtype, batch_invariant, implementation, co
             _check_not_invariant(batch_invariant)
             check_no_config("XLA's dot", config)
             return finish(_dot(x, w, jnp.float32), bias, residual, out_dtype)
-        leading = x.shape[:-1]
-        rows = math.prod(leading)
-        if residual is not None:
-            residual = residual.reshape(rows, w.shape[1])
-        operands = varying_alike((x.reshape(rows, x.shape[-1]), w, bias, residual))
-        y = _matmul_2d(out_dtype, batch_invariant, implementation, config, *operands)
-        return y.reshape(*leading, w.shape[1])
+        product = functools.partial(_matmul_rows, out_dtype, batch_invariant, implementation, config)
+        rows = P(*explicit_axes.split_of(x)[:-1])
+        return explicit_axes.run(product, (x, w, bias, residual), (rows, P(), P(), rows), rows)
+
+
+def _matmul_rows(out_dtype, batch_invariant, implementation, config, x, w, bias, residual):
+    leading = x.shape[:-1]
+    rows = math.prod(leading)
+    if residual is not None:
+        residual = residual.reshape(rows, w.shape[1])
+    operands = varying_alike((x.reshape(rows, x.shape[-1]), w, bias, residual))
+    y = _matmul_2d(out_dtype, batch_invariant, implementation, config, *operands)
+    return y.reshape(*leading, w.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

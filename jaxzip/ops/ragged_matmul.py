@@ -6,8 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jaxzip.ops import registry
+from jaxzip.ops import explicit_axes, registry
 from jaxzip.ops.decompress import decompress
 from jaxzip.ops.manual_axes import varying, varying_alike, varying_over
 from jaxzip.ops.matmul import checked_activations
@@ -79,14 +80,21 @@ def ragged_matmul(
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _ragged_matmul(x, w, group_sizes, out_dtype, implementation):
     with jax.named_scope("jaxzip.ragged_matmul"):
-        if isinstance(w, CompressedTensor):
-            return _compressed(out_dtype, implementation, *varying_alike((x, w, group_sizes)))
-        if implementation not in (None, registry.XLA):
-            raise NotImplementedError(
-                f"ragged_matmul: {implementation} multiplies compressed weights; these are dense: compress them with "
-                'format="raw" to send them through the same kernel'
-            )
-        return _ragged_dot(x, w, group_sizes, out_dtype)
+        # A group's rows may be on several devices: each computes all rows, and keeps its own.
+        rows = P(explicit_axes.split_of(x)[0])
+        product = functools.partial(_grouped, out_dtype, implementation)
+        return explicit_axes.run(product, (x, w, group_sizes), (P(), P(), P()), rows)
+
+
+def _grouped(out_dtype, implementation, x, w, group_sizes):
+    if isinstance(w, CompressedTensor):
+        return _compressed(out_dtype, implementation, *varying_alike((x, w, group_sizes)))
+    if implementation not in (None, registry.XLA):
+        raise NotImplementedError(
+            f"ragged_matmul: {implementation} multiplies compressed weights; these are dense: compress them with "
+            'format="raw" to send them through the same kernel'
+        )
+    return _ragged_dot(x, w, group_sizes, out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -7,8 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from jaxzip.ops import registry
+from jaxzip.ops import explicit_axes, registry
 from jaxzip.ops.decompress import decompress
 from jaxzip.tensor import CompressedTensor
 
@@ -39,15 +40,20 @@ def take(table: CompressedTensor | jax.Array, ids: jax.Array, *, implementation:
 @functools.partial(jax.jit, static_argnums=2)
 def _take(table, ids, implementation):
     with jax.named_scope("jaxzip.take"):
-        rows = table.shape[0]
-        flat = ids.reshape(-1).astype(jnp.int32)
-        flat = jnp.where(flat < 0, flat + rows, flat)
-        flat = jnp.where(flat < 0, rows, flat)  # still outside, and not to be wrapped once more
-        if isinstance(table, CompressedTensor) and table.format != "raw":
-            out = registry.run("take", implementation, table, flat)
-        else:
-            out = _take_dense(decompress(table) if isinstance(table, CompressedTensor) else table, flat)
-        return out.reshape(*ids.shape, table.shape[1])
+        split = P(*explicit_axes.split_of(ids))
+        return explicit_axes.run(functools.partial(_take_rows, implementation), (table, ids), (P(), split), split)
+
+
+def _take_rows(implementation, table, ids):
+    rows = table.shape[0]
+    flat = ids.reshape(-1).astype(jnp.int32)
+    flat = jnp.where(flat < 0, flat + rows, flat)
+    flat = jnp.where(flat < 0, rows, flat)  # still outside, and not to be wrapped once more
+    if isinstance(table, CompressedTensor) and table.format != "raw":
+        out = registry.run("take", implementation, table, flat)
+    else:
+        out = _take_dense(decompress(table) if isinstance(table, CompressedTensor) else table, flat)
+    return out.reshape(*ids.shape, table.shape[1])
 
 
 def take_xla(table: CompressedTensor, ids: jax.Array) -> jax.Array:
