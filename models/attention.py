@@ -148,8 +148,8 @@ def _heads(qkv, num_heads, keys):
 
 
 def _append(k, v, keys, values, end):
-    keys = jax.lax.dynamic_update_slice(keys, k.swapaxes(1, 2), (0, 0, end, 0))
-    return keys, jax.lax.dynamic_update_slice(values, v.swapaxes(1, 2), (0, 0, end, 0))
+    keys = jax.lax.dynamic_update_slice_in_dim(keys, k.swapaxes(1, 2), end, 2)
+    return keys, jax.lax.dynamic_update_slice_in_dim(values, v.swapaxes(1, 2), end, 2)
 
 
 def _kernel_for_one(qkv, cos, sin, keys, values, start, end, *scales, **options):

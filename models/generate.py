@@ -241,13 +241,13 @@ def _record(static: _Static, inputs, run: _Run, logits: jax.Array) -> _Run:
     shown = jnp.where(run.done, inputs["pad"], drawn)
     kept = run.logits
     if kept is not None:
-        kept = jax.lax.dynamic_update_slice(kept, logits[:, None], (0, run.step, 0))
+        kept = jax.lax.dynamic_update_slice_in_dim(kept, logits[:, None], run.step, 1)
     return dataclasses.replace(
         run,
         step=run.step + 1,
         last=drawn,
         done=run.done | ends,
-        lengths=run.lengths + (~run.done & (run.step < inputs["limit"])),
-        tokens=jax.lax.dynamic_update_slice(run.tokens, shown[:, None], (0, run.step)),
+        lengths=run.lengths + (~run.done & (run.step < inputs["limit"])).astype(jnp.int32),
+        tokens=jax.lax.dynamic_update_slice_in_dim(run.tokens, shown[:, None], run.step, 1),
         logits=kept,
     )

@@ -193,6 +193,17 @@ def test_streaming_stops_at_the_end_of_sequence(model):
     assert list(stream(model, PROMPTS[0], max_new_tokens=11, eos=[whole[5]])) == whole[: whole.index(whole[5]) + 1]
 
 
+@pytest.mark.parametrize("context", [lambda: jax.enable_x64(True), lambda: jax.numpy_dtype_promotion("strict")])
+def test_other_settings_of_jax_change_nothing(model, context):
+    options = {"max_new_tokens": 4, "return_logits": True}
+    found = [(r.tokens, r.lengths, r.logits) for r in [generate(model, PROMPTS[:1], **options)]]
+    with context():
+        found += [(r.tokens, r.lengths, r.logits) for r in [generate(model, PROMPTS[:1], **options)]]
+        streamed = list(stream(model, PROMPTS[0], max_new_tokens=4))
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(*found, strict=True))
+    assert streamed == found[0][0][0].tolist()
+
+
 def test_sampling_depends_on_key_row_and_step_only(model):
     run = lambda prompts, seed: generate(  # noqa: E731
         model, prompts, max_new_tokens=16, sampling=HOT, key=jax.random.key(seed)

@@ -147,8 +147,8 @@ def _append_and_attend(a: AttentionArrays, divisor, window, cap, norm) -> tuple[
     if a.q_scale is not None:
         q, k = rms_normed(q, a.q_scale, **norm), rms_normed(k, a.k_scale, **norm)
     q, k = rotate(q, a.cos, a.sin), rotate(k, a.cos, a.sin)
-    keys = jax.lax.dynamic_update_slice(a.keys, k[:, :, None], (0, 0, a.own, 0))
-    values = jax.lax.dynamic_update_slice(a.values, v[:, :, None], (0, 0, a.own, 0))
+    keys = jax.lax.dynamic_update_slice_in_dim(a.keys, k[:, :, None], a.own, 2)
+    values = jax.lax.dynamic_update_slice_in_dim(a.values, v[:, :, None], a.own, 2)
 
     slot = jnp.arange(slots, dtype=jnp.int32)
     seen = (slot >= a.start[:, None]) & (slot <= a.own)
