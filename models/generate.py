@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -76,8 +77,10 @@ def generate(
       NotImplementedError: ``batch_invariant`` and a weight is dense or in a format without such a kernel, or attention
         on a GPU has none (heads of other sizes than 32, 64, 128 and 256).
       PromptError: no prompt, an empty one, an id outside the vocabulary, or a prompt too long for the context.
+      TypeError: ``max_new_tokens`` is no integer.
       ValueError: ``max_new_tokens`` is below 1, or sampling without a key.
     """
+    max_new_tokens = _integer("max_new_tokens", max_new_tokens)
     setup = _Setup.of(model, prompts, max_new_tokens, sampling, key, eos, pad, batch_invariant)
     run = _generate(setup.static, return_logits, setup.weights, setup.inputs)
     n = max_new_tokens
@@ -105,10 +108,18 @@ def stream(
     Raises:
       As :func:`generate`, at the call and not at the first token.
     """
+    chunk, max_new_tokens = _integer("chunk", chunk), _integer("max_new_tokens", max_new_tokens)
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, expected 1 or more")
     setup = _Setup.of(model, [prompt], max_new_tokens, sampling, key, eos, 0, batch_invariant)
     return _stream(setup, chunk)
+
+
+def _integer(name: str, value) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected an integer") from None
 
 
 def _stream(setup: _Setup, chunk: int) -> Iterator[int]:

@@ -7,13 +7,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+#: Of what is divided by; fp32 logits of any model stay finite. Greedy does not divide.
+_LEAST_TEMPERATURE = 1e-30
+#: Of int32; no vocabulary is larger.
+_MOST = (1 << 31) - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn.
 
     Attributes:
-      temperature: logits are divided by it; 0 is greedy (the largest logit, the lowest id among equals).
+      temperature: logits are divided by it; 0 is greedy (the largest logit, the lowest id among equals). Below 1e-30
+        it counts as 1e-30: the quotients stay finite, and only equals of the largest logit are drawn all the same.
       top_k: only the ``top_k`` most likely tokens; 0 is all. Among equals the lower id comes first.
       top_p: of those, the smallest set of most likely tokens whose probability reaches ``top_p`` (Holtzman et al.,
         2020); 1 is all. Temperature is applied first, then top-k, then top-p.
@@ -44,8 +50,8 @@ class Sampling:
     def values(self) -> dict[str, jax.Array]:
         """The numbers, as arrays: another temperature is no other program."""
         return {
-            "temperature": jnp.float32(self.temperature),
-            "top_k": jnp.int32(self.top_k),
+            "temperature": jnp.float32(max(self.temperature, _LEAST_TEMPERATURE)),
+            "top_k": jnp.int32(min(self.top_k, _MOST)),
             "top_p": jnp.float32(self.top_p),
         }
 

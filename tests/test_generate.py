@@ -1,6 +1,7 @@
 """Generation: greedy against the reference, ragged batches, end of sequence, sampling, streaming, recompilation."""
 
 import dataclasses
+import functools
 import importlib
 import re
 import time
@@ -239,6 +240,14 @@ def test_filtered_sampling_follows_the_distribution():
     np.testing.assert_allclose(shares, [0, 0.625, 0.375, 0], atol=0.03)
 
 
+@pytest.mark.parametrize("top_k", [0, 1 << 31])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-300])
+def test_hardly_any_temperature_draws_the_largest_logit(temperature, top_k):
+    logits = jnp.array([[80.0, -80.0, 80.00001, 3.0], [-90.0, -95.0, -91.0, -89.0]])
+    sampling = Sampling(temperature, top_k=top_k)
+    assert sample(logits, jax.random.key(0), jnp.int32(0), sampling.kind, sampling.values()).tolist() == [2, 3]
+
+
 def test_other_numbers_and_other_weights_share_one_program(model):
     def count():
         return internals._generate._cache_size()
@@ -306,6 +315,15 @@ def test_bad_arguments(model):
         generate(model, PROMPTS, max_new_tokens=1, sampling=HOT)
     with pytest.raises(ValueError, match="chunk is 0"):
         stream(model, PROMPTS[0], max_new_tokens=1, chunk=0)
+    for call in (lambda **options: generate(model, PROMPTS, **options), functools.partial(stream, model, PROMPTS[0])):
+        with pytest.raises(TypeError, match=r"max_new_tokens is 2\.5, expected an integer"):
+            call(max_new_tokens=2.5)
+
+
+def test_numbers_of_tokens_may_be_numpys(model):
+    found = generate(model, PROMPTS[:1], max_new_tokens=np.int64(2)).sequences()
+    assert found == generate(model, PROMPTS[:1], max_new_tokens=2).sequences()
+    assert list(stream(model, PROMPTS[0], max_new_tokens=np.int64(2), chunk=np.int64(2))) == found[0]
 
 
 def test_buckets():
