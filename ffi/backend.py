@@ -45,6 +45,8 @@ def _check_matmul(x, w: CompressedTensor, bias, residual, *, out_dtype, batch_in
     for what, dtype in (("x", x.dtype), ("the result", out_dtype)):
         if dtype not in _KERNEL_DTYPES:
             raise NotImplementedError(f"the CPU kernel takes bfloat16 and float32, {what} is {dtype}")
+    if 0 in w.core_shape:
+        raise NotImplementedError(f"the CPU kernel takes weights with elements, this one is {w.core_shape}")
     if w.format == "raw":
         if w.dtype != jnp.bfloat16:
             raise NotImplementedError(f"the CPU kernel multiplies raw bfloat16 weights, this one is {w.dtype}")

@@ -26,6 +26,8 @@ def check_cpu(x, w: CompressedTensor, group_sizes, *, out_dtype) -> None:
     for what, dtype in (("x", x.dtype), ("the result", out_dtype)):
         if dtype not in _KERNEL_DTYPES:
             raise NotImplementedError(f"the CPU kernel takes bfloat16 and float32, {what} is {dtype}")
+    if 0 in w.core_shape:
+        raise NotImplementedError(f"the CPU kernel takes weights with elements, each of these is {w.core_shape}")
     if w.format == "raw":
         _check_raw(w)
     elif w.format not in BY_FORMAT:

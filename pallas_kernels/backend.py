@@ -81,6 +81,8 @@ def _check_portable_matmul(
     x, w: CompressedTensor, bias, residual, *, out_dtype, batch_invariant, config=None, on_gpu: bool
 ) -> None:
     check_no_config("the portable kernel", config)
+    if 0 in w.core_shape:
+        raise NotImplementedError(f"the Pallas kernels take weights with elements, this one is {w.core_shape}")
     if w.format != "raw":
         _check_portable(w, on_gpu=on_gpu)
     elif w.dtype != jnp.bfloat16:

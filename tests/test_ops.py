@@ -158,6 +158,26 @@ def test_rows(implementation, n):
     assert np.linalg.norm(np.asarray(y, np.float64) - exact) / np.linalg.norm(exact) < 4e-3
 
 
+@pytest.mark.parametrize("implementation", [None, "xla", "decompress"])
+@pytest.mark.parametrize("out_dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_fp8_results_are_rounded_once(implementation, out_dtype):
+    w, x = gaussian_weights((96, 70)), activations(4, 96)
+    y = jaxzip.matmul(x, encoded(w), out_dtype=out_dtype, implementation=implementation)
+    sums = jnp.dot(x, jnp.asarray(w), preferred_element_type=jnp.float32)
+    assert y.dtype == out_dtype and np.array_equal(bits(y), bits(sums.astype(out_dtype)))
+
+
+def test_sums_of_nothing_are_zero():
+    x, bias = jnp.zeros((3, 0), BF16), jnp.ones(5, BF16)
+    none = jaxzip.compress(np.zeros((0, 5), BF16))
+    assert np.array_equal(jaxzip.matmul(x, none, bias=bias), np.ones((3, 5), BF16))
+    experts = jaxzip.compress(np.zeros((2, 0, 5), BF16))
+    assert np.array_equal(jaxzip.ragged_matmul(x, experts, jnp.array([1, 2])), np.zeros((3, 5), BF16))
+    for implementation in ("ffi", "pallas"):
+        with pytest.raises(NotImplementedError, match=r"weights with elements, this one is \(0, 5\)"):
+            jaxzip.matmul(x, none, implementation=implementation)
+
+
 # XLA chooses the order of accumulation of its own dots by the layouts around them.
 FUSED = [name for name in ops.implementations("matmul") if name not in ("xla", "decompress")]
 
@@ -203,6 +223,24 @@ class TestTake:
         out = jaxzip.take(z, jnp.array([0, 70, -71, 69]), implementation=implementation)
         assert np.isnan(np.asarray(out[1:3], np.float32)).all()
         assert not np.isnan(np.asarray(out[::3], np.float32)).any()
+
+    @pytest.mark.parametrize(
+        ("dtype", "ids"),
+        [
+            ("uint32", [2**32 - 1, 2**31, 2**32 - 70]),
+            ("int64", [2**32, 2**32 - 1, -(2**32), 2**63 - 1, -(2**63)]),
+            ("uint64", [2**32, 2**64 - 1]),
+            ("int8", [70, -71]),
+            ("uint8", [255]),
+        ],
+    )
+    def test_ids_of_other_types(self, implementation, dtype, ids):
+        w = gaussian_weights((70, 65))
+        with jax.enable_x64(True):
+            ids = np.array([*ids, 0, 69], dtype)
+            out = jaxzip.take(encoded(w, TABLE_AXIS), ids, implementation=implementation)
+        assert np.isnan(np.asarray(out[:-2], np.float32)).all()
+        assert np.array_equal(bits(out[-2:]), bits(w[[0, 69]]))
 
 
 def test_best_implementation_is_used_and_agrees():

@@ -214,9 +214,9 @@ def matmul_decompressed_rounding(
     """The same on a GPU, whose dots round their fp32 sums themselves: fp32 results would be written and read again."""
     if bias is not None or residual is not None:
         return matmul_decompressed(x, w, bias, residual, out_dtype=out_dtype, batch_invariant=batch_invariant)
-    sums = jnp.promote_types(
-        out_dtype, _common_dtype(x.dtype, w.dtype)
-    )  # a dot's result is never narrower than operands
+    # A dot's result is never narrower than its operands; fp8 is rounded from fp32.
+    common = _common_dtype(x.dtype, w.dtype)
+    sums = jnp.float32 if out_dtype.itemsize == 1 else jnp.promote_types(out_dtype, common)
     return _dot(x, decompress(w), out_dtype, sums=sums)
 
 

@@ -46,7 +46,10 @@ def _take(table, ids, implementation):
 
 def _take_rows(implementation, table, ids):
     rows = table.shape[0]
-    flat = ids.reshape(-1).astype(jnp.int32)
+    flat = ids.reshape(-1)
+    if jnp.iinfo(flat.dtype).max > jnp.iinfo(jnp.int32).max:
+        flat = jnp.clip(flat, max(-rows - 1, jnp.iinfo(flat.dtype).min), rows)  # outside stays outside in 32 bits
+    flat = flat.astype(jnp.int32)
     flat = jnp.where(flat < 0, flat + rows, flat)
     flat = jnp.where(flat < 0, rows, flat)  # still outside, and not to be wrapped once more
     if isinstance(table, CompressedTensor) and table.format != "raw":
