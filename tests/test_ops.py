@@ -281,6 +281,28 @@ def test_bad_arguments(call, error, words):
         call(activations(2, 96), encoded(gaussian_weights((96, 70))))
 
 
+def test_the_users_rank_promotion_is_about_the_users_code():
+    w, x, bias = gaussian_weights((64, 70)), activations(4, 64), jnp.ones(70)
+    z, table, stack = encoded(w), encoded(w, TABLE_AXIS), encoded(np.stack([w, w]))
+    wide = jaxzip.compress(np.random.default_rng(0).normal(size=(64, 70)).astype(np.float32))
+    sum_of = lambda x, w, **options: jaxzip.matmul(x, w, bias=bias, **options).sum()  # noqa: E731
+    with jax.numpy_rank_promotion("raise"):
+        for implementation in (None, "xla", "decompress"):
+            jax.grad(sum_of)(x, z, implementation=implementation)
+        for weight in (jnp.asarray(w), wide):
+            jax.grad(sum_of)(x, weight)
+        for implementation in (None, "xla"):
+            jaxzip.decompress(z, implementation=implementation)
+            jaxzip.decompress(wide, implementation=implementation)
+            jaxzip.take(table, jnp.array([1, 2]), implementation=implementation)
+            sizes = jnp.array([1, 3])
+            jax.grad(lambda x, chosen: jaxzip.ragged_matmul(x, stack, sizes, implementation=chosen).sum())(
+                x.astype(jnp.float32), implementation
+            )
+        with pytest.raises(ValueError, match="rank_promotion"):
+            x + bias[:64]
+
+
 @pytest.mark.parametrize("implementation", [None, *ops.implementations("matmul")])
 class TestEpilogue:
     def test_bias_and_residual_are_added_before_the_one_rounding(self, implementation):

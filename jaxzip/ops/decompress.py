@@ -51,7 +51,8 @@ def _decompress(z: CompressedTensor, implementation: str | None) -> jax.Array:
 
 def _decode(implementation, z):
     if is_split(z):
-        return decompress_split(z, functools.partial(_decompress, implementation=implementation))
+        with jax.numpy_rank_promotion("allow"):
+            return decompress_split(z, functools.partial(_decompress, implementation=implementation))
     return registry.run("decompress", implementation, z)
 
 

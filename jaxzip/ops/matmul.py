@@ -171,7 +171,8 @@ def _dot(x, w, out_dtype, sums=jnp.float32):
 def finish(y: jax.Array, bias: jax.Array | None, residual: jax.Array | None, out_dtype) -> jax.Array:
     """The epilogue where a kernel has none: fp32 sums ``[..., M]`` plus bias plus residual, rounded once."""
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        with jax.numpy_rank_promotion("allow"):
+            y = y + bias.astype(jnp.float32)
     if residual is not None:
         y = y + residual.astype(jnp.float32)
     return y.astype(out_dtype)

@@ -146,7 +146,8 @@ def _usable(op: str, name: str | None, args, options) -> tuple[list[Implementati
 def run(op: str, implementation: str | None, *args, **options):
     """Runs ``op`` by the implementation asked for, or by the best one that takes these arguments.
 
-    The platform is the one that the surrounding computation is lowered for, not the process's default.
+    The platform is the one that the surrounding computation is lowered for, not the process's default. What the user
+    has JAX think of arrays of different ranks is about the user's code: implementations are traced with JAX's default.
 
     Raises:
       ValueError: ``implementation`` is not a known name; lists the known ones and why others are missing.
@@ -159,6 +160,11 @@ def run(op: str, implementation: str | None, *args, **options):
             f" ({implementation} is missing here: {_missing[implementation]})" if implementation in _missing else ""
         )
         raise ValueError(f"{op}: unknown implementation {implementation!r}; there are: {', '.join(names)}{reason}")
+    with jax.numpy_rank_promotion("allow"):
+        return _run_best(op, implementation, args, options)
+
+
+def _run_best(op: str, implementation: str | None, args, options):
     usable, reasons = _usable(op, implementation, args, options)
     branches = {}
     for platform in _PLATFORMS:
