@@ -6,6 +6,7 @@ gated_matmul: a product and its gate, which a backend may run as one
 decode_chain: the rest of a layer and the next one's first product, which a backend may run as one
 decode_layer: the same with the attention before it
 other_dtypes: split tensors (fp16, fp32) decode their bf16 head by ``decompress`` and join the low bits to it
+explicit_axes, manual_axes: how operations are split over meshes, and what ``jax.shard_map`` wants to know of them
 host: encode, decode, validate on NumPy arrays ──► the format's fast codec, or its reference
 """
 
