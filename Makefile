@@ -2,8 +2,10 @@
 # PYTHON, VENV and JAX choose another interpreter, environment or JAX version: make test PYTHON=python3.12 JAX="jax==0.11.2"
 
 PYTHON ?= python3
-VENV ?= .venv
 JAX ?= jax
+# Another interpreter or JAX has an environment of its own: what is installed does not show in a file's time.
+OTHER = $(addprefix -,$(filter-out python3,$(PYTHON)) $(filter-out jax,$(JAX)))
+VENV ?= .venv$(shell printf '%s' '$(OTHER)' | tr -cs 'A-Za-z0-9.' '-')
 DEMO_DIR ?= demo
 PYTEST_ARGS ?= -n 2 --dist worksteal
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q

@@ -20,10 +20,13 @@ Payload = Mapping[str, np.ndarray]
 def register_host_codecs() -> None:
     """Registers every codec and transcoder of the extension module."""
     cpu = cpu_module()
-    register_host_codec(TCA_TBE, HostCodec(cpu.encode_tca_tbe, _decoder(cpu.decode_tca_tbe, _tca_tbe), check_tca_tbe))
+    register_host_codec(
+        TCA_TBE,
+        HostCodec(_encoder(cpu.encode_tca_tbe), _decoder(cpu.decode_tca_tbe, _tca_tbe), check_tca_tbe),
+    )
     register_host_codec(
         LANE_PLANAR,
-        HostCodec(cpu.encode_lane_planar, _decoder(cpu.decode_lane_planar, _lane_planar), check_lane_planar),
+        HostCodec(_encoder(cpu.encode_lane_planar), _decoder(cpu.decode_lane_planar, _lane_planar), check_lane_planar),
     )
     register_transcoder(TCA_TBE, LANE_PLANAR, _transcoder(TCA_TBE, cpu.tca_tbe_to_lane_planar, _tca_tbe))
     register_transcoder(LANE_PLANAR, TCA_TBE, _transcoder(LANE_PLANAR, cpu.lane_planar_to_tca_tbe, _lane_planar))
@@ -70,6 +73,11 @@ def _tca_tbe(payload: Payload) -> list[np.ndarray]:
 
 def _lane_planar(payload: Payload) -> list[np.ndarray]:
     return [payload[name] for name in BY_FORMAT[LANE_PLANAR].fields]
+
+
+def _encoder(encode: Callable[[np.ndarray], Payload]) -> Callable[[np.ndarray], Payload]:
+    # Fields of records lie at any byte; C++ wants elements where their type does.
+    return lambda bits: encode(bits if bits.flags.aligned else bits.copy())
 
 
 def _decoder(decode: Callable[..., None], arrays: Callable) -> Callable[[Payload, np.ndarray], None]:

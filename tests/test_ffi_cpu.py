@@ -208,6 +208,46 @@ def test_level_from_environment():
     )
 
 
+FEW_THREADS = """
+import resource
+import numpy as np
+import jaxzip.ffi
+cpu = jaxzip.ffi.cpu_module()
+weights = np.arange(4096 * 512, dtype=np.uint16).reshape(4096, 512)
+expected = cpu.encode_tca_tbe(weights, num_threads=1)
+with open("/proc/self/statm") as f:
+    pages = int(f.read().split()[0])
+limit = pages * resource.getpagesize() + (7 << 29)  # each thread wants a gigabyte
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for _ in range(20):
+    payload = cpu.encode_tca_tbe(weights, num_threads=64)
+    assert all(np.array_equal(payload[name], expected[name]) for name in expected)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and sets limits of Linux")
+def test_threads_that_cannot_be_started_are_not_needed():
+    command = ["sh", "-c", 'ulimit -s 1048576 && exec "$0" -c "$1"', sys.executable, FEW_THREADS]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_sizes_that_would_overflow_are_refused():
+    payload = encode(gaussian((64, 64)))
+    empty = {name: np.zeros((0, 2) if array.ndim == 2 else 0, array.dtype) for name, array in payload.items()}
+    empty |= {"start_exp": np.zeros((), np.uint8), "tile_offsets": np.zeros((1, 2), np.uint32)}
+    with pytest.raises(ValueError, match="from 1 to"):
+        jaxzip.ffi.cpu_module().check_tca_tbe(**empty, m=1 << 38, k=1 << 38)
+
+
+@pytest.mark.parametrize("format", ["tca-tbe", "lane-planar"])
+def test_weights_at_odd_addresses(format):
+    records = np.zeros((64, 96), dtype=[("tag", "u1"), ("weight", jnp.bfloat16)])
+    records["weight"] = gaussian((64, 96)).view(BF16)
+    z = jaxzip.compress(records["weight"], format=format)
+    np.testing.assert_array_equal(np.asarray(jaxzip.decompress(z)).view(np.uint16), gaussian((64, 96)))
+
+
 def test_import_loads_no_library_and_no_backend():
     # A platform that does not exist fails as soon as JAX initialises a backend.
     code = "import jaxzip.ffi, jaxzip.ffi.format_ops, sys; sys.exit('jaxzip.ffi._cpu' in sys.modules)"

@@ -111,7 +111,7 @@ struct PayloadArrays {
   In<int32_t, 2> band_offsets;
 
   Payload View(int64_t m, int64_t k) const {
-    if (m < 1 || k < 1) throw nb::value_error("m and k must be positive");
+    if (!layout::ValidSizes(m, k)) throw nb::value_error("m and k must be from 1 to 2**31");
     const int64_t blocks = layout::NumBlocks(m, k), frags = blocks * layout::kFragsPerBlock;
     ExpectRows("bitmap1", bitmap1.shape(0), bitmap1.shape(1), frags);
     ExpectRows("bitmap2", bitmap2.shape(0), bitmap2.shape(1), frags);
@@ -164,7 +164,7 @@ void CheckTcaTbe(JAXZIP_ARRAY_PARAMS, int64_t m, int64_t k, int num_threads) {
 
 LanePlanarPayload LanePlanarView(const In<int8_t, 1>& shift, const In<uint32_t, 3>& blocks,
                                  const In<uint32_t, 1>& overflow, int64_t m, int64_t k) {
-  if (m < 1 || k < 1) throw nb::value_error("m and k must be positive");
+  if (!layout::ValidSizes(m, k)) throw nb::value_error("m and k must be from 1 to 2**31");
   const auto expect = [](const char* name, size_t found, int64_t expected) {
     if (static_cast<int64_t>(found) != expected) {
       throw nb::value_error((std::string(name) + ": expected " + std::to_string(expected) + ", found " +

@@ -22,6 +22,9 @@ inline constexpr int kFullAlign = 8;                   // elements; 16 bytes
 
 static inline constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline constexpr int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+// Sizes of a matrix beyond which products of them might overflow.
+inline constexpr int64_t kMaxSize = int64_t{1} << 31;
+static inline constexpr bool ValidSizes(int64_t m, int64_t k) { return m >= 1 && k >= 1 && m <= kMaxSize && k <= kMaxSize; }
 static inline constexpr int64_t NumBlocks(int64_t m, int64_t k) { return CeilDiv(m, kBlock) * CeilDiv(k, kBlock); }
 
 // FragTile `f` of a BlockTile covers rows 8*FragRow(f).. and columns 8*FragCol(f)..: inside each

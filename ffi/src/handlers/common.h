@@ -114,8 +114,8 @@ class PayloadOperands {
         bitmap_{{"bitmap1", bitmap1, 2}, {"bitmap2", bitmap2, 2}, {"bitmap3", bitmap3, 2}},
         sign_mantissa_("sign_mantissa", sign_mantissa, 1), full_("full", full, 1),
         tile_offsets_("tile_offsets", tile_offsets, 2), band_offsets_("band_offsets", band_offsets, 2) {
-    if (m < 1 || k < 1) {
-      throw InvalidArgument("m and k must be positive, are " + std::to_string(m) + " and " + std::to_string(k));
+    if (!layout::ValidSizes(m, k)) {
+      throw InvalidArgument("m and k must be from 1 to 2**31, are " + std::to_string(m) + " and " + std::to_string(k));
     }
     const int64_t blocks = layout::NumBlocks(m, k);
     static constexpr const char* kBitmaps[3] = {"bitmap1", "bitmap2", "bitmap3"};
@@ -176,8 +176,8 @@ class LanePlanarOperands {
   LanePlanarOperands(int64_t m, int64_t k, const ffi::Buffer<ffi::S8>& shift, const ffi::Buffer<ffi::U32>& blocks,
                      const ffi::Buffer<ffi::U32>& overflow, bool raw = false)
       : m_(m), k_(k), shift_("shift", shift, 1), blocks_("blocks", blocks, 3), overflow_("overflow", overflow, 1) {
-    if (m < 1 || k < 1) {
-      throw InvalidArgument("m and k must be positive, are " + std::to_string(m) + " and " + std::to_string(k));
+    if (!layout::ValidSizes(m, k)) {
+      throw InvalidArgument("m and k must be from 1 to 2**31, are " + std::to_string(m) + " and " + std::to_string(k));
     }
     const int64_t rows = layout::CeilDiv(m, layout::kBlock), columns = layout::CeilDiv(k, layout::kBlock);
     shift_.ExpectCore("shift", {rows * layout::kBlock});

@@ -39,8 +39,8 @@ struct RawOperand {
 
  private:
   static const ffi::Buffer<ffi::BF16>& Checked(const ffi::Buffer<ffi::BF16>& w, int64_t m, int64_t k) {
-    if (m < 1 || k < 1)
-      throw InvalidArgument("m and k must be positive, are " + std::to_string(m) + " and " + std::to_string(k));
+    if (!layout::ValidSizes(m, k))
+      throw InvalidArgument("m and k must be from 1 to 2**31, are " + std::to_string(m) + " and " + std::to_string(k));
     return w;
   }
 };
