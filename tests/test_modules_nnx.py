@@ -399,6 +399,41 @@ def test_layers_that_have_hooks_of_their_own_stay_dense():
     assert not any(isinstance(leaf, CompressedKernel) for leaf in jax.tree.leaves(nnx.state(model)))
 
 
+class OwnCall(nnx.Linear):
+    def __call__(self, x):
+        return x @ self.kernel + jnp.dot(x, self.kernel[...]) * (self.kernel * 2).sum()
+
+
+class OwnCallByHooks(nnx.Linear):
+    def __call__(self, x):
+        return super().__call__(2 * x)
+
+
+def test_subclasses_with_a_call_of_their_own_stay_dense():
+    x, options = jax.random.normal(jax.random.key(0), (3, 64), BF16), {"param_dtype": BF16, "rngs": nnx.Rngs(0)}
+    for kind in (OwnCall, OwnCallByHooks):
+        model = kind(64, 128, **options)
+        z, report = compress_with_report(model)
+        note = next(row.note for row in report.tensors if row.path == "kernel")
+        assert f"{kind.__name__} has a __call__ of its own" in note and "KernelRule" in note
+        assert_same(z(x), model(x))
+    z = jaxzip.compress_module(model, [KernelRule("kernel", einsum="bk,km->bm")])
+    assert isinstance(z.kernel.get_value(), CompressedKernel) and targets(lowered(z, x)) == {"jaxzip_tca_tbe_matmul"}
+    plain = type("Plain", (nnx.Linear,), {})(64, 128, **options)  # Flax's __call__
+    assert isinstance(jaxzip.compress_module(plain).kernel.get_value(), CompressedKernel)
+
+
+@pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types")  # Flax's SpectralNorm of bf16
+@pytest.mark.parametrize("kind", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_wrappers_that_rewrite_parameters_keep_them_dense(kind):
+    model = kind(nnx.Linear(64, 128, param_dtype=BF16, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    z, report = compress_with_report(model)
+    row = next(row for row in report.tensors if row.path == "layer_instance/kernel")
+    assert row.note == f"nnx.{kind.__name__} rewrites it"
+    x = jax.random.normal(jax.random.key(0), (3, 64), BF16)
+    assert_same(z(x), nnx.clone(model)(x))
+
+
 def test_compressing_twice_changes_nothing(compressed):
     again, report = compress_with_report(compressed[0])
     assert_same(run(again, IDS), run(compressed[0], IDS))

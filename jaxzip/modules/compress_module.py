@@ -15,7 +15,14 @@ from jaxzip.errors import with_name
 from jaxzip.modules import equation
 from jaxzip.modules.embed import CompressedEmbed, TableOptions
 from jaxzip.modules.kernel import CompressedKernel, KernelAxes, compress_kernel
-from jaxzip.modules.nnx_layers import KernelUse, kernel_use, set_hooks, takes_compressed_table
+from jaxzip.modules.nnx_layers import (
+    KernelUse,
+    has_hooks,
+    kernel_use,
+    rewritten_params,
+    set_hooks,
+    takes_compressed_table,
+)
 from jaxzip.modules.rule import KernelRule
 from jaxzip.modules.variables import own_variables
 from jaxzip.ops import host
@@ -46,10 +53,11 @@ def compress_module(
 
     ``nnx.Linear``, ``LinearGeneral`` and ``Einsum`` (and layers made of them: ``MultiHeadAttention``, ``LoRALinear``)
     get a :class:`CompressedKernel` in their ``nnx.Param`` and our ``dot_general``, ``einsum_op`` and ``promote_dtype``
-    hooks; an ``nnx.Embed`` is replaced by a :class:`CompressedEmbed`. Parameters of other modules stay dense, unless a
-    :class:`KernelRule` names them. Weights of every rank keep their logical shape, and stacks of layers made with
-    ``nnx.vmap`` stay stacks. The result splits, merges, scans and trains as any NNX model (compressed weights are
-    frozen).
+    hooks; an ``nnx.Embed`` is replaced by a :class:`CompressedEmbed`. Parameters of other modules, of subclasses with a
+    ``__call__`` of their own among them, stay dense, unless a :class:`KernelRule` names them. What ``nnx.WeightNorm``
+    and ``nnx.SpectralNorm`` rewrite stays dense, too. Weights of every rank keep their logical shape, and stacks of
+    layers made with ``nnx.vmap`` stay stacks. The result splits, merges, scans and trains as any NNX model (compressed
+    weights are frozen).
 
     Args:
       model: with bf16 parameters; others stay as they are.
@@ -117,7 +125,7 @@ def replace_parameters(
             if value is not None:
                 variable.set_value(value)
     for _, layer in nnx.iter_modules(new):
-        if isinstance(kernel_use(layer), KernelUse) and _is_compressed(layer.kernel):
+        if has_hooks(layer) and _is_compressed(layer.kernel):
             set_hooks(layer, implementation=implementation, batch_invariant=batch_invariant)
     return _with_compressed_tables(new, TableOptions(implementation, batch_invariant))
 
@@ -188,6 +196,8 @@ def _uses(model: nnx.Module) -> dict[int, KernelUse | str]:
             same = uses.setdefault(id(held), use) == use
             if not same:
                 uses[id(held)] = "layers that use it in different ways share it"
+    for _, layer in nnx.iter_modules(model):
+        uses.update({id(held): f"nnx.{type(layer).__name__} rewrites it" for held in rewritten_params(layer)})
     return uses
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
 
 from jaxzip.modules import equation
 from jaxzip.modules.hooks import DotGeneral, Einsum, promote_dtype
+from jaxzip.modules.variables import own_variables
+
+#: The layers whose ``__call__`` reads its kernel through the hooks.
+_HOOKED = (nnx.LinearGeneral, nnx.Linear, nnx.Einsum, nnx.LoRALinear)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +28,25 @@ class KernelUse:
 
 def kernel_use(layer: nnx.Module) -> KernelUse | str | None:
     """How ``layer`` uses its kernel; the reason why it cannot be compressed; ``None`` if it has no hooks at all."""
+    use = _use_of_class(layer)
+    if isinstance(use, KernelUse) and type(layer).__call__ not in [kind.__call__ for kind in _HOOKED]:
+        return f"{type(layer).__name__} has a __call__ of its own: a KernelRule with its equation compresses the kernel"
+    return use
+
+
+def has_hooks(layer: nnx.Module) -> bool:
+    """Whether :func:`set_hooks` may be called; a subclass's own ``__call__`` may use the hooks or not."""
+    return isinstance(_use_of_class(layer), KernelUse)
+
+
+def rewritten_params(layer: nnx.Module) -> Iterator[nnx.Variable]:
+    """The parameters that ``layer``, a wrapper such as ``nnx.WeightNorm``, replaces by arrays of its own."""
+    if isinstance(layer, nnx.WeightNorm | nnx.SpectralNorm):
+        yield from (variable for _, variable in own_variables(layer.layer_instance, nnx.Param))
+
+
+def _use_of_class(layer: nnx.Module) -> KernelUse | str | None:
+    """How Flax's own class of layer uses its kernel, see :func:`kernel_use`."""
     if isinstance(layer, nnx.LinearGeneral):
         batch, inputs, outputs = len(layer.batch_axis), len(layer.in_features), len(layer.out_features)
         use = KernelUse(batch + inputs + outputs, tuple(range(batch, batch + inputs)), tuple(range(batch)))
@@ -41,7 +65,7 @@ def kernel_use(layer: nnx.Module) -> KernelUse | str | None:
 
 
 def set_hooks(layer: nnx.Module, *, implementation: str | None, batch_invariant: bool) -> None:
-    """Gives ``layer`` (one that :func:`kernel_use` knows) the hooks that multiply with compressed kernels."""
+    """Gives ``layer`` (one that :func:`has_hooks`) the hooks that multiply with compressed kernels."""
     if isinstance(layer, nnx.Einsum):
         layer.einsum_op = Einsum(implementation, batch_invariant)
     else:
