@@ -25,7 +25,7 @@ class CompressedTensor:
     """An array stored in one of jaxzip's formats; it has the shape and dtype of the array that it stands for.
 
     Made by :func:`jaxzip.compress`; read by :func:`jaxzip.decompress`, :func:`jaxzip.matmul` (or ``x @ z``) and
-    :func:`jaxzip.take`. Invariants:
+    :func:`jaxzip.take`; ``z[index]`` decodes it, ``z[...]`` does not. Invariants:
 
     * The pytree leaves are the arrays of ``payload``, in the format's order. Values that differ between tensors of
       one shape (window start, offsets) are leaves; ``core_shape``, ``dtype``, ``format``, ``output_axis`` and
@@ -112,6 +112,17 @@ class CompressedTensor:
             output_axis=KERNEL_AXIS if self.output_axis == TABLE_AXIS else TABLE_AXIS,
             raw_transposed=self.raw_transposed != (self.format == "raw"),
         )
+
+    #: Indexing is no reason to iterate: every step would decode.
+    __iter__ = None
+
+    def __getitem__(self, index) -> CompressedTensor | jax.Array:
+        """``z[...]``, which is how Flax NNX reads parameters, is ``z``; any other index decodes the whole array."""
+        if index is Ellipsis:
+            return self
+        from jaxzip.ops import decompress
+
+        return decompress(self)[index]
 
     def __rmatmul__(self, x) -> jax.Array:
         from jaxzip.ops import matmul

@@ -276,6 +276,12 @@ def test_embed_looks_up_and_attends():
     assert_same(z(ids[0]), want[0])
     assert jnp.isnan(z(ids)[1, 1:]).all() and jnp.isnan(want[1, 1:]).all()
     query = jax.random.normal(jax.random.key(0), (3, 190), BF16)
+    table = z.embedding[...]  # as Flax reads parameters
+    assert_same(query @ table.T, z.attend(query))
+    assert_same(table[ids[0]], layer.embedding[...][ids[0]])
+    assert_same(z.embedding[3:5, 1], layer.embedding[3:5, 1])
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(table)
     assert_same(z.attend(query), transcode_module(z, "raw").attend(query))
     np.testing.assert_allclose(
         np.asarray(z.attend(query), np.float32), np.asarray(layer.attend(query), np.float32), rtol=0.01, atol=0.01
@@ -364,7 +370,13 @@ def test_parameters_of_own_modules():
     assert not any("decompress" in name for name in targets(lowered(z, x)))
     assert_same(z(x), transcode_module(z, "raw")(x))
     assert_same(jnp.einsum("td,ndh->tnh", x, z.w[...]), jnp.einsum("td,ndh->tnh", x, model.w[...]))
-    assert_same(z.w[...][1], model.w[...][1])
+    w, x = z.w[...], x.astype(jnp.float32)
+    assert_same(w[1], model.w[...][1])
+    assert_same(2 * w - 1, 2 * model.w[...] - 1)
+    assert_same(-z.w.get_value() * np.ones((), BF16), -model.w[...])
+    assert_same(w.T, model.w[...].T)
+    assert_same(x @ z.w, x @ model.w)
+    assert_same(np.asarray(x) @ w, np.asarray(x) @ model.w[...])
 
 
 def test_rules_choose_and_are_reported():
@@ -432,6 +444,13 @@ def test_wrappers_that_rewrite_parameters_keep_them_dense(kind):
     assert row.note == f"nnx.{kind.__name__} rewrites it"
     x = jax.random.normal(jax.random.key(0), (3, 64), BF16)
     assert_same(z(x), nnx.clone(model)(x))
+
+
+def test_what_weight_norm_leaves_is_compressed():
+    model = nnx.WeightNorm(nnx.Embed(128, 64, param_dtype=BF16, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    z = jaxzip.compress_module(model)  # Flax's variable_filter takes kernels only
+    assert isinstance(z.layer_instance, CompressedEmbed)
+    assert_same(z(IDS), model(IDS))
 
 
 def test_compressing_twice_changes_nothing(compressed):

@@ -80,13 +80,49 @@ class KernelAxes:
         return stored.transpose(*range(len(stack)), *inverse)
 
 
+class Decoding:
+    """Operators and views, for what stands for an array: they take the decoded array, of ``__jax_array__``.
+
+    Comparisons with ``==`` are left out: they would be by value.
+    """
+
+    #: So that NumPy arrays leave operators to this class.
+    __array_ufunc__ = None
+
+    @property
+    def T(self) -> jax.Array:  # noqa: N802 - the array API's name
+        return self.__jax_array__().T
+
+    def transpose(self, *axes) -> jax.Array:
+        return self.__jax_array__().transpose(*axes)
+
+    def reshape(self, *shape) -> jax.Array:
+        return self.__jax_array__().reshape(*shape)
+
+
+def _operator(name: str):
+    def operator(self, *others):
+        return getattr(self.__jax_array__(), name)(*others)
+
+    operator.__name__ = name
+    return operator
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+    for _prefix in ("", "r"):
+        setattr(Decoding, f"__{_prefix}{_name}__", _operator(f"__{_prefix}{_name}__"))
+for _name in ("neg", "pos", "abs", "lt", "le", "gt", "ge"):
+    setattr(Decoding, f"__{_name}__", _operator(f"__{_name}__"))
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
-class CompressedKernel:
+class CompressedKernel(Decoding):
     """A compressed kernel as a layer holds it: what ``nnx.Param`` has in place of the array.
 
     A pytree whose only child is ``matrix``; ``axes`` is static. ``kernel[...]``, which is how Flax layers read their
-    parameters, is an :class:`Operand`. As with ``CompressedTensor``, leaves may be anything.
+    parameters, is an :class:`Operand`; other indices, operators and ``.T`` decode. As with ``CompressedTensor``, leaves
+    may be anything.
 
     Attributes:
       matrix: shape ``[*stack, *batch, K, M]``.
@@ -154,12 +190,13 @@ jax.export.register_pytree_node_serialization(
 )
 
 
-class Operand:
+class Operand(Decoding):
     """A compressed kernel on its way from a parameter to an operation: an array-like that decodes only if it must.
 
     No pytree: it stands for one array. ``jaxzip.dot_general`` and ``jaxzip.einsum`` multiply with the encoded matrix;
-    whatever else takes it (``jnp.einsum``, ``jnp.asarray``, arithmetic) gets the decoded array through
-    ``__jax_array__``. ``dtype`` is the one that the layer computes in, to which the weight is cast on the way.
+    ``jnp.einsum``, ``jnp.asarray``, operators, indices and ``.T`` decode it. Functions that JAX compiles as a whole
+    (``jnp.dot``, ``jnp.matmul``, ``jnp.take``) and ``lax.dot_general`` take no such object and raise JAX's error: give
+    them ``jnp.asarray(w)``. ``dtype`` is the one that the layer computes in, to which the weight is cast on the way.
     """
 
     def __init__(self, kernel: CompressedKernel, dtype: Any = None):

@@ -42,7 +42,8 @@ def has_hooks(layer: nnx.Module) -> bool:
 def rewritten_params(layer: nnx.Module) -> Iterator[nnx.Variable]:
     """The parameters that ``layer``, a wrapper such as ``nnx.WeightNorm``, replaces by arrays of its own."""
     if isinstance(layer, nnx.WeightNorm | nnx.SpectralNorm):
-        yield from (variable for _, variable in own_variables(layer.layer_instance, nnx.Param))
+        taken = nnx.All(nnx.Param, getattr(layer, "variable_filter", ...))
+        yield from (variable for _, variable in own_variables(layer.layer_instance, taken))
 
 
 def _use_of_class(layer: nnx.Module) -> KernelUse | str | None:
