@@ -1,5 +1,6 @@
 """Compressed parameters of users' Linen modules: unmodified, fused, with one line changed, scanned, and by hooks."""
 
+import contextlib
 import re
 
 import jax
@@ -187,6 +188,93 @@ def test_batch_axes_biases_and_equations_of_calls():
     assert y.dtype == want.dtype and y.shape == want.shape
     assert_same(y, f(raw(z), x))
     np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(want, np.float32), rtol=0.02, atol=0.02)
+
+
+class OwnUses(nn.Module):
+    """Weights outside of the hooks of Flax's layers."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(128, 64, param_dtype=BF16)
+        w = self.param("w", nn.initializers.normal(0.05, BF16), (64, 128))
+        kernel = self.param("kernel", nn.initializers.normal(0.05, BF16), (64, 128))
+        x = embed(ids)
+        y = jnp.dot(x, w * 2 - w) + jnp.matmul(x, -w) + x @ w.T.T + jnp.take(w, ids, axis=0)
+        y = y + jax.lax.dot_general(x, kernel, (((2,), (0,)), ((), ())))
+        table = embed.embedding
+        return y + jnp.dot(x, table.T) + x @ (2 * table).reshape(128, 64).transpose() + (table[ids] * 2).sum()
+
+
+class OwnCall(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        return jnp.dot(x, self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype))
+
+
+class DoubledDense(nn.Dense):
+    def __call__(self, x):
+        return super().__call__(2 * x)
+
+
+class DoubledEinsum(nn.Einsum):
+    def __call__(self, x):
+        return super().__call__(2 * x)
+
+
+@pytest.mark.parametrize("with_uses", [False, True])
+@pytest.mark.parametrize("with_fused", [False, True])
+def test_weights_are_decoded_outside_of_the_hooks(with_uses, with_fused):
+    options = {"use_bias": False, "param_dtype": BF16}
+    x = jax.random.normal(jax.random.key(1), (3, 64), BF16)
+    einsum = DoubledEinsum((64, 128), "bd,df->bf", **options)
+    cases = [(OwnUses(), IDS), (OwnCall(128, **options), x), (DoubledDense(128, **options), x), (einsum, x)]
+    for model, x in cases:
+        params = jax.tree.map(lambda leaf: leaf.astype(BF16), model.init(jax.random.key(0), x)["params"])
+        z, report = compress_linen(params, uses=find_uses(model, x) if with_uses else None)
+        assert all(row.format == "tca-tbe" for row in report.tensors)
+        with fused() if with_fused else contextlib.nullcontext():
+            y, want = model.apply({"params": z}, x), model.apply({"params": params}, x)
+        np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(want, np.float32), rtol=0.02, atol=0.02)
+
+
+def test_fused_needs_no_uses():
+    layer, x = nn.Dense(128, param_dtype=BF16), jnp.ones((3, 64), BF16)
+    z, _ = compress_linen(layer.init(jax.random.key(0), x)["params"])
+
+    def f(z, x):
+        with fused():
+            return layer.apply({"params": z}, x)
+
+    assert targets(f, z, x) == {"jaxzip_tca_tbe_matmul"}
+
+
+@pytest.mark.parametrize("kind, call", [(nn.WeightNorm, {}), (nn.SpectralNorm, {"update_stats": False})])
+def test_wrappers_that_rewrite_parameters_keep_them_dense(kind, call):
+    class Wrapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(64, param_dtype=BF16)(x)
+            return kind(nn.Dense(128, param_dtype=BF16))(x, **call)
+
+    x = jnp.ones((3, 64), BF16)
+    variables = Wrapped().init(jax.random.key(0), x)
+    variables["params"] = params = jax.tree.map(lambda leaf: leaf.astype(BF16), variables["params"])
+    z, report = compress_linen(params, uses=find_uses(Wrapped(), x))
+    notes = {row.path: row.note for row in report.tensors if row.path.endswith("kernel")}
+    assert notes == {"Dense_0/kernel": "", "Dense_1/kernel": f"nn.{kind.__name__} rewrites it"}
+    run = lambda params: Wrapped().apply({**variables, "params": params}, x, mutable="batch_stats")[0]  # noqa: E731
+    assert_same(run(z), run(params))
+    with fused(), pytest.raises(TypeError, match=f"Dense_1/kernel: nn.{kind.__name__} .*find_uses"):
+        run(compress_linen(params)[0])
+
+
+def test_what_weight_norm_leaves_is_compressed():
+    model = nn.WeightNorm(nn.Embed(128, 64, param_dtype=BF16))
+    params = model.init(jax.random.key(0), IDS)["params"]  # Flax's variable_filter takes kernels only
+    z, report = compress_linen(params, uses=find_uses(model, IDS))
+    assert [row.format for row in report.tensors] == ["tca-tbe"]
+    with fused():
+        assert_same(model.apply({"params": z}, IDS), model.apply({"params": params}, IDS))
 
 
 def test_a_shape_that_does_not_fit_is_flax_s_error():

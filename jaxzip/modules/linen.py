@@ -1,14 +1,16 @@
 """Flax Linen: compressed parameters for unmodified models, and the layers' hooks.
 
 ``compress_linen`` puts a :class:`KernelBox` in place of a kernel. Flax unboxes parameters when a module asks for them
-(``self.param``), so any module runs with such a tree: what does not know compressed weights decodes them first. Inside
-``with fused():`` the layers of Flax multiply with them as they are; your own modules do by ``jaxzip.einsum``, or by
-passing ``dot_general=jaxzip.dot_general, promote_dtype=jaxzip.modules.promote_dtype_linen`` to Flax's layers.
+(``self.param``), so modules run with such a tree: what does not know compressed weights gets them decoded. Inside
+``with fused():`` the layers of Flax multiply with them as they are. Your own modules do by a KernelRule and
+``jaxzip.einsum``; so do Flax's layers that are given ``dot_general=jaxzip.dot_general,
+promote_dtype=jaxzip.modules.promote_dtype_linen``, with ``uses=find_uses(...)``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,7 +31,7 @@ from jaxzip.modules.compress_module import (
 )
 from jaxzip.modules.embed import TableOptions, attend, lookup
 from jaxzip.modules.hooks import DotGeneral, Einsum, promote_dtype_linen
-from jaxzip.modules.kernel import CompressedKernel, Operand
+from jaxzip.modules.kernel import CompressedKernel, Decoding, Operand
 from jaxzip.modules.nnx_layers import KernelUse
 from jaxzip.modules.rule import KernelRule
 from jaxzip.ops import decompress
@@ -38,6 +40,12 @@ from jaxzip.tensor import CompressedTensor
 from jaxzip.x64 import to_device
 
 Uses = Mapping[str, KernelUse | str]
+#: The layers of Flax that ``fused`` knows, and the wrappers that replace the parameters of what they wrap.
+_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Embed)
+_REWRITERS = (nn.WeightNorm, nn.SpectralNorm)
+
+#: Whether a Dense or DenseGeneral with our hooks is running, which takes an Operand.
+_in_hooked_layer = contextvars.ContextVar("jaxzip_in_hooked_layer", default=False)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -47,16 +55,19 @@ class KernelBox(nn.meta.AxisMetadata):
 
     Attributes:
       value: a CompressedKernel, or the CompressedTensor of an embedding table.
+      use_is_known: the reader is known to take a compressed weight, by a KernelRule or by ``uses``. Any other gets the
+        decoded array, except for the layers that :func:`fused` runs.
     """
 
     value: CompressedKernel | CompressedTensor
+    use_is_known: bool = True
 
     def tree_flatten_with_keys(self):
-        return ((jax.tree_util.GetAttrKey("value"), self.value),), None
+        return ((jax.tree_util.GetAttrKey("value"), self.value),), self.use_is_known
 
     @classmethod
-    def tree_unflatten(cls, _, children) -> KernelBox:
-        return cls(children[0])
+    def tree_unflatten(cls, use_is_known, children) -> KernelBox:
+        return cls(children[0], use_is_known)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,12 +77,15 @@ class KernelBox(nn.meta.AxisMetadata):
     def dtype(self):
         return self.value.dtype
 
-    def unbox(self) -> Operand | TableOperand:
-        return TableOperand(self.value) if isinstance(self.value, CompressedTensor) else Operand(self.value)
+    def unbox(self) -> Operand | TableOperand | jax.Array:
+        z, known = self.value, self.use_is_known
+        if isinstance(z, CompressedTensor):
+            return TableOperand(z) if known else decompress(z)
+        return Operand(z) if known or _in_hooked_layer.get() else z.dense()
 
     def replace_boxed(self, val: Any) -> Any:
         if isinstance(val, Operand | TableOperand):
-            return KernelBox(val.kernel)
+            return KernelBox(val.kernel, self.use_is_known)
         return self if isinstance(val, KernelBox) else val
 
     def add_axis(self, index: int, params: Any) -> KernelBox:
@@ -81,8 +95,11 @@ class KernelBox(nn.meta.AxisMetadata):
         return self
 
 
-class TableOperand:
-    """An embedding table ``[V, D]`` as a module reads it: array-like, decoded by whatever does not know it."""
+class TableOperand(Decoding):
+    """An embedding table ``[V, D]`` as a module reads it: array-like, decoded by whatever does not know it.
+
+    As with Operand, ``jnp.take`` and other functions that JAX compiles as a whole need ``jnp.asarray(table)``.
+    """
 
     def __init__(self, kernel: CompressedTensor):
         self.kernel = kernel
@@ -121,8 +138,9 @@ def compress_linen(
         anew for their layers.
       rules: the first that matches decides; a :class:`KernelRule` also says how a weight of your own module is used.
       uses: how the layers of Flax use their kernels, as :func:`find_uses` finds it. Without it, kernels of rank 2 are
-        ``[K, M]``, leaves called ``embedding`` are tables, and other leaves of rank 3 or more need a KernelRule to be
-        compressed.
+        ``[K, M]``, leaves called ``embedding`` are tables, other leaves of rank 3 or more need a KernelRule to be
+        compressed, and weights that ``nn.WeightNorm`` or ``nn.SpectralNorm`` rewrites need a rule that says ``"raw"``:
+        the wrappers fail with compressed ones.
       on_host: keep the payloads in NumPy arrays.
 
     Returns:
@@ -145,7 +163,7 @@ def compress_linen(
             rows.append(dense_report(name, array, use if use != TABLE else "encoding would not be smaller"))
             return put(array)
         rows.append(compressed_report(name, z))
-        return KernelBox(jax.tree.map(put, z))
+        return KernelBox(jax.tree.map(put, z), _is_known(name, rule, uses or {}))
 
     def convert(path, leaf):
         name = path_name(path)
@@ -162,7 +180,7 @@ def compress_linen(
             except (TypeError, ValueError) as error:
                 raise with_name(name, error) from error
         rows.append(dense_report(name, leaf, note) if z is None else compressed_report(name, z))
-        return leaf if z is None else KernelBox(z)
+        return leaf if z is None else KernelBox(z, _is_known(name, rule, uses or {}))
 
     known = lambda leaf: isinstance(leaf, KernelBox | CompressedTensor | CompressedKernel)  # noqa: E731
     tree = jax.tree_util.tree_map_with_path(convert, params, is_leaf=known)
@@ -179,12 +197,19 @@ def find_uses(model: nn.Module, *args, **kwargs) -> dict[str, KernelUse | str]:
       By '/'-joined path of the parameter, for ``compress_linen(..., uses=...)``.
     """
     uses: dict[str, KernelUse | str] = {}
+    rewritten: dict[str, str] = {}
 
     def record(next_fun, call_args, call_kwargs, context):
         layer, name = context.module, "/".join((*context.module.path, "kernel"))
-        if isinstance(layer, nn.Embed):
+        if isinstance(layer, _REWRITERS) and context.method_name == "__call__":
+            y = next_fun(*call_args, **call_kwargs)
+            rewritten.update({name: f"nn.{type(layer).__name__} rewrites it" for name, _ in _rewritten(layer)})
+            return y
+        if not _has_call_of_flax(layer):
+            pass
+        elif isinstance(layer, nn.Embed):
             uses["/".join((*layer.path, "embedding"))] = TABLE
-        elif context.method_name == "__call__" and isinstance(layer, nn.Dense | nn.DenseGeneral | nn.Einsum):
+        elif context.method_name == "__call__":
             inputs, equations = call_args[0], call_args[1:] or (call_kwargs.get("einsum_str"),)
             use = _layer_use(layer, inputs.ndim, equations[0])
             if uses.setdefault(name, use) != use:
@@ -196,18 +221,22 @@ def find_uses(model: nn.Module, *args, **kwargs) -> dict[str, KernelUse | str]:
             return model.init(jax.random.key(0), *args, **kwargs)
 
     jax.eval_shape(init)
-    return uses
+    return uses | rewritten
 
 
 @contextlib.contextmanager
 def fused(*, implementation: str | None = None, batch_invariant: bool = False) -> Iterator[None]:
     """Inside, Flax's Dense, DenseGeneral, Einsum and Embed multiply with compressed weights without decoding them.
 
-    Layers with dense weights, and those with hooks of their own, run as always. ``nn.Dense`` and ``nn.DenseGeneral``
-    get our ``dot_general`` and ``promote_dtype``; the others, which have no such hooks, are computed here.
+    Layers with dense weights, and those with hooks or (in a subclass) a ``__call__`` of their own, run as always.
+    ``nn.Dense`` and ``nn.DenseGeneral`` get our ``dot_general`` and ``promote_dtype``; the others, which have no such
+    hooks, are computed here.
 
     Args:
       implementation, batch_invariant: of every product, see :func:`jaxzip.matmul`.
+
+    Raises:
+      TypeError: by ``nn.WeightNorm`` and ``nn.SpectralNorm``, if a weight that they rewrite is compressed.
     """
     hooks = {
         "dot_general": DotGeneral(implementation, batch_invariant),
@@ -220,15 +249,21 @@ def fused(*, implementation: str | None = None, batch_invariant: bool = False) -
             own = layer.dot_general is not None or layer.dot_general_cls is not None
             if own or not _has_default_promotion(layer) or not _is_boxed(layer, "kernel"):
                 return next_fun(*args, **kwargs)
-            return layer.clone(parent=None, name=None, **hooks).apply(dict(layer.variables), *args, **kwargs)
+            token = _in_hooked_layer.set(_has_call_of_flax(layer))
+            try:
+                return layer.clone(parent=None, name=None, **hooks).apply(dict(layer.variables), *args, **kwargs)
+            finally:
+                _in_hooked_layer.reset(token)
         if isinstance(layer, nn.Einsum) and method == "__call__" and _has_default_promotion(layer):
-            if _is_boxed(layer, "kernel"):
+            if _has_call_of_flax(layer) and _is_boxed(layer, "kernel"):
                 return _einsum(layer, Einsum(implementation, batch_invariant), *args, **kwargs)
         if type(layer) is nn.Embed and method in ("__call__", "attend") and _has_default_promotion(layer):
             if _is_boxed(layer, "embedding"):
                 table = layer.get_variable("params", "embedding").value
                 options = TableOptions(implementation, batch_invariant)
                 return _embed(layer, method, table, options, *args, **kwargs)
+        if isinstance(layer, _REWRITERS) and method == "__call__":
+            _check_rewriter(layer)
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(call):
@@ -237,7 +272,7 @@ def fused(*, implementation: str | None = None, batch_invariant: bool = False) -
 
 def _einsum(layer: nn.Einsum, einsum: Callable, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
     text = (einsum_str or layer.einsum_str).replace(" ", "")
-    kernel = layer.get_variable("params", "kernel").unbox()
+    kernel = Operand(layer.get_variable("params", "kernel").value)
     bias = nn.meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
     inputs, kernel, bias = promote_dtype_linen(inputs, kernel, bias, dtype=layer.dtype)
     y = einsum(text, inputs, kernel, precision=layer.precision, preferred_element_type=layer.preferred_element_type)
@@ -263,6 +298,30 @@ def _is_boxed(layer: nn.Module, name: str) -> bool:
     return layer.has_variable("params", name) and isinstance(layer.get_variable("params", name), KernelBox)
 
 
+def _has_call_of_flax(layer: nn.Module) -> bool:
+    """Not so: modules of the user's, subclasses with a ``__call__`` of their own among them."""
+    return type(layer).__call__ in [kind.__call__ for kind in _LAYERS]
+
+
+def _rewritten(layer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """``(path, leaf)`` of the parameters that a wrapper, one of ``_REWRITERS``, replaces by arrays of its own."""
+    inner, parts = layer.layer_instance, getattr(layer, "variable_filter", None)
+    boxed = lambda leaf: isinstance(leaf, KernelBox)  # noqa: E731
+    for path, leaf in jax.tree_util.tree_leaves_with_path(inner.variables.get("params", {}), is_leaf=boxed):
+        if not parts or any(part in f"{inner.name}/{path_name(path)}" for part in parts):
+            yield "/".join((*inner.path, path_name(path))), leaf
+
+
+def _check_rewriter(layer: nn.Module) -> None:
+    """Refuses compressed weights in a wrapper that computes with the leaves of the tree."""
+    for name, leaf in _rewritten(layer):
+        if isinstance(leaf, KernelBox):
+            raise TypeError(
+                f"{name}: nn.{type(layer).__name__} rewrites this parameter, so that it cannot be compressed; "
+                "compress_linen(params, uses=find_uses(model, *inputs)) leaves it dense"
+            )
+
+
 def _has_default_promotion(layer: nn.Module) -> bool:
     default = next(field.default for field in dataclasses.fields(layer) if field.name == "promote_dtype")
     return layer.promote_dtype is default
@@ -282,6 +341,16 @@ def _layer_use(layer: nn.Module, ndim: int, einsum_str: str | None) -> KernelUse
     )
     contract = tuple(range(len(batch), len(batch) + len(axis)))
     return KernelUse(len(batch) + len(axis) + len(features), contract, tuple(range(len(batch))))
+
+
+def _is_known(name: str, rule: CompressionRule | str, uses: Uses) -> bool:
+    """Whether a weight's reader is a layer of Flax or, as its KernelRule says, ``jaxzip.einsum``.
+
+    Without ``uses``, tables are taken for those of ``nn.Embed``, which reads them before it is known what for.
+    """
+    if isinstance(rule, KernelRule) and rule.einsum is not None:
+        return True
+    return name in uses or (not uses and name.rpartition("/")[2] == "embedding")
 
 
 def _use(name: str, leaf: Any, rule: CompressionRule | str, uses: Uses) -> KernelUse | str:
