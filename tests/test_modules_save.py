@@ -78,6 +78,28 @@ def test_save_and_restore(tmp_path):
         save_module(model, tmp_path / "saved")
 
 
+def test_a_compressed_model_takes_the_checkpoints_weights(tmp_path):
+    def model(seed):
+        return models.NnxDecoder(rngs=nnx.Rngs(seed))
+
+    dense, small = model(0), jaxzip.compress_module(model(0))
+    save_module(small, tmp_path / "small")
+    save_module(dense, tmp_path / "dense")
+    other = jaxzip.compress_module(model(7))
+    again = restore_module(other, tmp_path / "small", format=None, batch_invariant=True)
+    assert_same_state(again, small)
+    assert again.embedder.options.batch_invariant and again.layers[0].mlp.up.dot_general.batch_invariant
+    assert_same_state(other, jaxzip.compress_module(model(7)))  # it stays as it was
+    again = restore_module(other, tmp_path / "dense")  # saved dense: comes back so
+    assert_same_state(again, dense)
+    np.testing.assert_array_equal(bits(again(IDS)), bits(dense(IDS)))
+    wrong = jaxzip.compress_module(model(0))
+    up = nnx.Linear(512, 256, use_bias=False, param_dtype=BF16, rngs=nnx.Rngs(0))
+    wrong.layers[0].mlp.up = jaxzip.compress_module(up)
+    with pytest.raises(ValueError, match=r"mlp/up/kernel: the model has bfloat16\[512, 256\]"):
+        restore_module(wrong, tmp_path / "small")
+
+
 def test_paths_may_go_up(tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path / "x")

@@ -105,22 +105,28 @@ def compress_with_report(
 
 
 def replace_parameters(
-    model: nnx.Module, convert: Any, *, implementation: str | None = None, batch_invariant: bool = False
+    model: nnx.Module,
+    convert: Any,
+    *,
+    compressed_too: bool = False,
+    implementation: str | None = None,
+    batch_invariant: bool = False,
 ) -> nnx.Module:
     """A copy of ``model`` with what ``convert`` makes of its parameters.
 
     Args:
       model: its arrays are shared, its variables are not.
-      convert: ``convert(name, variable, use)`` is called once for each ``nnx.Param`` that is not compressed yet, with
-        how its layer uses it (a KernelUse, ``TABLE``, or the reason why it must stay dense); it returns the compressed
-        value, or ``None`` to leave the variable. It may change the variable itself.
+      convert: ``convert(name, variable, use)`` is called once for each ``nnx.Param`` with how its layer uses it (a
+        KernelUse, ``TABLE``, or the reason why it must stay dense); it returns the compressed value, or ``None`` to
+        leave the variable. It may change the variable itself.
+      compressed_too: whether ``convert`` is called for parameters that are compressed already; else they stay.
       implementation, batch_invariant: see :func:`compress_module`.
     """
     graphdef, state = nnx.split(model)
     new = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, state))  # variables of its own, the same arrays
     uses = _uses(new)
     for name, variable in own_variables(new, nnx.Param):
-        if not _is_compressed(variable):
+        if compressed_too or not _is_compressed(variable):
             value = convert(name, variable, uses.get(id(variable), "no layer of Flax with hooks holds it"))
             if value is not None:
                 variable.set_value(value)
@@ -202,15 +208,14 @@ def _uses(model: nnx.Module) -> dict[int, KernelUse | str]:
 
 
 def _with_compressed_tables(model: nnx.Module, options: TableOptions) -> nnx.Module:
-    """``model`` with a CompressedEmbed in place of each Embed whose table is compressed."""
+    """``model`` with a CompressedEmbed of ``options`` in place of each Embed whose table is compressed."""
 
-    def replace(path, node):
-        if type(node) is nnx.Embed and _is_compressed(node.embedding):
-            return CompressedEmbed(node, options)
-        return node
+    def takes(node):
+        return type(node) in (nnx.Embed, CompressedEmbed) and _is_compressed(node.embedding)
 
-    tables = [m for _, m in nnx.iter_modules(model) if type(m) is nnx.Embed and _is_compressed(m.embedding)]
-    return nnx.recursive_map(replace, model) if tables else model
+    if not any(takes(module) for _, module in nnx.iter_modules(model)):
+        return model
+    return nnx.recursive_map(lambda path, node: CompressedEmbed(node, options) if takes(node) else node, model)
 
 
 def compressed_report(name: str, z: CompressedKernel | CompressedTensor) -> TensorReport:

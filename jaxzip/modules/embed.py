@@ -46,6 +46,8 @@ def attend(table: CompressedTensor, query: jax.Array, dtype: Any, options: Table
 class CompressedEmbed(nnx.Embed):
     """Takes the place of an ``nnx.Embed``; ``embedding`` is an ``nnx.Param`` of a CompressedTensor ``[V, D]``.
 
+    With an array in it, which ``restore_module`` puts there if the checkpoint has one, it is an ``nnx.Embed``.
+
     Args:
       layer: the layer to stand for; its parameter object is shared, so that tied layers stay tied.
       options: see :class:`TableOptions`.
@@ -66,8 +68,11 @@ class CompressedEmbed(nnx.Embed):
         Raises:
           NotImplementedError: ``out_sharding`` is given.
         """
+        table = self.embedding.get_value()
+        if not isinstance(table, CompressedTensor):
+            return super().__call__(inputs, out_sharding)
         _check_sharding(out_sharding)
-        return lookup(self._table(), inputs, self.dtype)
+        return lookup(table, inputs, self.dtype)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """See ``nnx.Embed.attend``.
@@ -75,11 +80,11 @@ class CompressedEmbed(nnx.Embed):
         Raises:
           NotImplementedError: ``out_sharding`` is given.
         """
+        table = self.embedding.get_value()
+        if not isinstance(table, CompressedTensor):
+            return super().attend(query, out_sharding)
         _check_sharding(out_sharding)
-        return attend(self._table(), query, self.dtype, self.options)
-
-    def _table(self) -> CompressedTensor:
-        return self.embedding.get_value()
+        return attend(table, query, self.dtype, self.options)
 
 
 def _check_sharding(out_sharding: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 
 from jaxzip.modules import equation
+from jaxzip.modules.embed import CompressedEmbed
 from jaxzip.modules.hooks import DotGeneral, Einsum, promote_dtype
 from jaxzip.modules.variables import own_variables
 
@@ -99,10 +100,10 @@ def _default(layer: nnx.Module, argument: str) -> Any:
 
 
 def takes_compressed_table(layer: nnx.Module) -> bool | str:
-    """Whether ``layer`` is an ``nnx.Embed`` to be replaced by ``CompressedEmbed``, or why not."""
+    """Whether ``layer`` is an ``nnx.Embed`` to be replaced by ``CompressedEmbed`` (or is one already), or why not."""
     if not isinstance(layer, nnx.Embed):
         return False
-    if type(layer) is not nnx.Embed:
+    if type(layer) not in (nnx.Embed, CompressedEmbed):
         return f"{type(layer).__name__} is a subclass of nnx.Embed, whose lookup has no hook"
     if layer.promote_dtype != _default(layer, "promote_dtype"):
         return "the layer has a promote_dtype of its own"

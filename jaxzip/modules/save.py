@@ -117,8 +117,9 @@ def restore_module(
     set), get NumPy arrays.
 
     Args:
-      model: gives the structure, for instance ``nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(0)))``: nothing of it is
-        read but shapes, dtypes and, if it has any, the state of random number generators.
+      model: gives the structure, dense or compressed, for instance
+        ``nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(0)))``: nothing of it is read but shapes, dtypes and, if it has
+        any, the state of random number generators.
       rules: for weights that a converted checkpoint has uncompressed, because stacks of small matrices would not have
         shrunk, and that may shrink as their layers store them. What :func:`save_module` wrote comes back as it was.
       format: what compressed weights are changed to, see :meth:`jaxzip.checkpoint.Checkpoint.load`.
@@ -150,7 +151,7 @@ def restore_module(
         return jax.tree.map(jnp.asarray, z)
 
     options = {"implementation": implementation, "batch_invariant": batch_invariant}
-    new = replace_parameters(model, convert, **options)
+    new = replace_parameters(model, convert, compressed_too=True, **options)
     for name, variable in own_variables(new, nnx.Not(nnx.Any(nnx.Param, nnx.RngState))):
         value, axes = _load(checkpoint, name, variable, format)
         variable.set_value(value if isinstance(value, Number) else to_device(logical_array(value, axes)))
