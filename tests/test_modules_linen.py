@@ -277,6 +277,25 @@ def test_what_weight_norm_leaves_is_compressed():
         assert_same(model.apply({"params": z}, IDS), model.apply({"params": params}, IDS))
 
 
+def test_a_bias_of_rank_2_is_no_kernel():
+    class Projection(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            bias = nn.initializers.normal(1.0)
+            return nn.Einsum((64, 64, 64), "btd,dnh->btnh", param_dtype=BF16, bias_init=bias, name="a")(x)
+
+    x = jax.random.normal(jax.random.key(1), (1, 2, 64), BF16)
+    params = Projection().init(jax.random.key(0), x)["params"]
+    for uses in (find_uses(Projection(), x), None):
+        z, report = compress_linen(params, uses=uses)
+        bias = next(row for row in report.tensors if row.path == "a/bias")
+        assert bias.format == "raw" and "it is a bias" in bias.note
+        with fused():
+            y = Projection().apply({"params": z}, x)
+        want = np.asarray(Projection().apply({"params": params}, x), np.float32)
+        np.testing.assert_allclose(np.asarray(y, np.float32), want, rtol=0.02, atol=0.02)
+
+
 def test_a_shape_that_does_not_fit_is_flax_s_error():
     z, _ = compress_linen(nn.Dense(128, param_dtype=BF16).init(jax.random.key(0), jnp.ones((1, 64)))["params"])
     with fused(), pytest.raises(Exception, match="shape"):

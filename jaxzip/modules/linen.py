@@ -137,10 +137,10 @@ def compress_linen(
         CompressedKernels, which ``jaxzip.checkpoint.Checkpoint.load_tree`` gives, are taken as they are, or encoded
         anew for their layers.
       rules: the first that matches decides; a :class:`KernelRule` also says how a weight of your own module is used.
-      uses: how the layers of Flax use their kernels, as :func:`find_uses` finds it. Without it, kernels of rank 2 are
-        ``[K, M]``, leaves called ``embedding`` are tables, other leaves of rank 3 or more need a KernelRule to be
-        compressed, and weights that ``nn.WeightNorm`` or ``nn.SpectralNorm`` rewrites need a rule that says ``"raw"``:
-        the wrappers fail with compressed ones.
+      uses: how the layers of Flax use their kernels, as :func:`find_uses` finds it. For other leaves (all, without it):
+        those called ``embedding`` are tables, those called ``bias`` stay dense, others of rank 2 are kernels
+        ``[K, M]``, those of rank 3 or more need a KernelRule to be compressed, and weights that ``nn.WeightNorm`` or
+        ``nn.SpectralNorm`` rewrites need a rule that says ``"raw"``: the wrappers fail with compressed ones.
       on_host: keep the payloads in NumPy arrays.
 
     Returns:
@@ -360,6 +360,8 @@ def _use(name: str, leaf: Any, rule: CompressionRule | str, uses: Uses) -> Kerne
         return uses[name]
     if name.rpartition("/")[2] == "embedding":
         return TABLE
+    if name.rpartition("/")[2] == "bias":
+        return "it is a bias, which layers add"
     if leaf.ndim == 2:
         return KernelUse(2, (0,))
     return "how it is used is not known: give uses=find_uses(model, *inputs), or a KernelRule with its equation"
