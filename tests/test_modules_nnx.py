@@ -340,6 +340,32 @@ def test_a_stack_of_layers_stays_a_stack():
     np.testing.assert_allclose(np.asarray(scan(z, x), np.float32), want, atol=0.02 * np.abs(want).max())
 
 
+def test_stacks_along_another_axis_stay_dense():
+    def stacked(make, axis):
+        return nnx.split_rngs(splits=3)(nnx.vmap(make, in_axes=(0,), out_axes=axis))(nnx.Rngs(0))
+
+    def block(rngs):
+        options = {"param_dtype": BF16, "rngs": rngs}
+        return nnx.List([
+            nnx.Linear(128, 64, **options),
+            nnx.LinearGeneral(128, (2, 64), **options),
+            nnx.Einsum("td,ndh->tnh", (2, 128, 64), **options),
+            nnx.Embed(128, 64, **options),
+        ])  # fmt: skip
+
+    last = stacked(block, -1)
+    z, report = compress_with_report(last)
+    notes = {row.path: row.note for row in report.tensors}
+    for name in ("0/kernel", "1/kernel", "2/kernel", "3/embedding"):
+        assert "its stack axis is not the first" in notes[name]
+    x = jax.random.normal(jax.random.key(2), (2, 128), BF16)
+    scan = nnx.scan(lambda y, layer: y + layer(x), in_axes=(nnx.Carry, -1), out_axes=nnx.Carry)
+    zero = jnp.zeros((2, 64), BF16)
+    assert_same(scan(zero, z[0]), scan(zero, last[0]))
+    first = jaxzip.compress_module(stacked(block, 0))
+    assert isinstance(first[0].kernel.get_value(), CompressedKernel) and isinstance(first[3], CompressedEmbed)
+
+
 class Tied(nnx.Module):
     """Two layers with one parameter object; their own module with a weight that no layer holds."""
 

@@ -139,6 +139,22 @@ def test_a_converted_checkpoint_of_the_dense_state(tmp_path, pure):
     assert isinstance(dense.layers[0].attention.query.kernel.get_value(), CompressedKernel)  # as a matrix
 
 
+def test_a_converted_stack_along_the_last_axis_is_decoded(tmp_path):
+    @nnx.split_rngs(splits=128)
+    @nnx.vmap(in_axes=(0,), out_axes=-1)
+    def stacked(rngs):
+        return nnx.Linear(4, 256, param_dtype=BF16, rngs=rngs)
+
+    model = stacked(nnx.Rngs(0))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "dense", nnx.state(model, STORED))
+    checkpoint.convert(tmp_path / "dense", tmp_path / "converted")
+    rows = {row["path"]: row for row in checkpoint.inspect(tmp_path / "converted")["tensors"]}
+    assert rows["kernel/value"]["format"] == "tca-tbe"
+    structure = nnx.eval_shape(lambda: stacked(nnx.Rngs(0)))
+    assert_same_state(restore_module(structure, tmp_path / "converted"), model)
+
+
 def test_a_layer_that_contracts_other_axes_gets_its_own_layout(tmp_path):
     def einsum(equation):
         return nnx.Einsum(equation, (64, 128, 64), param_dtype=BF16, rngs=nnx.Rngs(0))

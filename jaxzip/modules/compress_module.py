@@ -56,8 +56,8 @@ def compress_module(
     hooks; an ``nnx.Embed`` is replaced by a :class:`CompressedEmbed`. Parameters of other modules, of subclasses with a
     ``__call__`` of their own among them, stay dense, unless a :class:`KernelRule` names them. What ``nnx.WeightNorm``
     and ``nnx.SpectralNorm`` rewrite stays dense, too. Weights of every rank keep their logical shape, and stacks of
-    layers made with ``nnx.vmap`` stay stacks. The result splits, merges, scans and trains as any NNX model (compressed
-    weights are frozen).
+    layers made with ``nnx.vmap`` stay stacks (those whose axis is not the first stay dense). The result splits, merges,
+    scans and trains as any NNX model (compressed weights are frozen).
 
     Args:
       model: with bf16 parameters; others stay as they are.
@@ -145,9 +145,10 @@ def compress_for(
     elif isinstance(use, str):
         return None, use
     else:
+        note = use.misfit(w.shape)
+        if note is not None:
+            return None, note
         stack = w.ndim - use.ndim
-        if stack < 0:
-            return None, f"it has rank {w.ndim}, its layer or rule says {use.ndim}"
         z = compress_kernel(w, use.contract, batch=use.batch, stack_ndim=stack, format=format, on_host=on_host)
         matrix = z.matrix
     return (None, not_smaller(matrix)) if matrix.format == "raw" else (z, "")
@@ -162,6 +163,9 @@ def compress_again(
       z: with leaves on the host.
       axes: of the kernel whose matrix ``z`` is; ``None``: ``z`` has the logical shape.
     """
+    shape = z.shape if axes is None else CompressedKernel(z, axes).shape
+    if isinstance(use, KernelUse) and use.misfit(shape):
+        return None
     if axes is not None:
         # A module that says nothing of its own may have had a KernelRule when the model was saved.
         if not isinstance(use, KernelUse) or (use.contract, use.batch) == (axes.contract, axes.batch):

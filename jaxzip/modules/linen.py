@@ -160,7 +160,8 @@ def compress_linen(
         z = compress_again(matrix, axes, use)
         if z is None:
             array = logical_array(matrix, axes)
-            rows.append(dense_report(name, array, use if use != TABLE else "encoding would not be smaller"))
+            note = use.misfit(array.shape) if isinstance(use, KernelUse) else use
+            rows.append(dense_report(name, array, "encoding would not be smaller" if note in (None, TABLE) else note))
             return put(array)
         rows.append(compressed_report(name, z))
         return KernelBox(jax.tree.map(put, z), _is_known(name, rule, uses or {}))

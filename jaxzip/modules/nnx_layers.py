@@ -20,11 +20,29 @@ _HOOKED = (nnx.LinearGeneral, nnx.Linear, nnx.Einsum, nnx.LoRALinear)
 
 @dataclasses.dataclass(frozen=True)
 class KernelUse:
-    """How a layer uses its parameter ``kernel``: the rank that it is written for, and see ``KernelAxes``."""
+    """How a layer uses its parameter ``kernel``: the rank that it is written for, and see ``KernelAxes``.
+
+    ``shape`` is the kernel's in one layer, where the layer knows it: it tells which axes of a stack are the layers'.
+    """
 
     ndim: int
     contract: tuple[int, ...]
     batch: tuple[int, ...] = ()
+    shape: tuple[int, ...] | None = dataclasses.field(default=None, compare=False)
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why a parameter of this ``shape`` cannot be compressed for the use."""
+        stack = len(shape) - self.ndim
+        if stack < 0:
+            return f"it has rank {len(shape)}, its layer or rule says {self.ndim}"
+        return not_stacked_first(shape, stack, self.shape)
+
+
+def not_stacked_first(shape: tuple[int, ...], stack: int, own: tuple[int, ...] | None) -> str | None:
+    """Why a parameter of ``shape`` is no stack, along its first axes, of layers whose own shape is ``own``."""
+    if own is None or not stack or tuple(shape[stack:]) == own:
+        return None
+    return f"its stack axis is not the first: it has shape {tuple(shape)}, one layer's is {own}"
 
 
 def kernel_use(layer: nnx.Module) -> KernelUse | str | None:
@@ -50,17 +68,18 @@ def rewritten_params(layer: nnx.Module) -> Iterator[nnx.Variable]:
 def _use_of_class(layer: nnx.Module) -> KernelUse | str | None:
     """How Flax's own class of layer uses its kernel, see :func:`kernel_use`."""
     if isinstance(layer, nnx.LinearGeneral):
-        batch, inputs, outputs = len(layer.batch_axis), len(layer.in_features), len(layer.out_features)
-        use = KernelUse(batch + inputs + outputs, tuple(range(batch, batch + inputs)), tuple(range(batch)))
+        batch, inputs = len(layer.batch_axis), len(layer.in_features)
+        shape = (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
+        use = KernelUse(len(shape), tuple(range(batch, batch + inputs)), tuple(range(batch)), shape)
         if layer.dot_general_cls is not None:
             return "the layer has a dot_general_cls of its own"
     elif isinstance(layer, nnx.Linear):
-        use = KernelUse(2, (0,))
+        use = KernelUse(2, (0,), shape=(layer.in_features, layer.out_features))
     elif isinstance(layer, nnx.Einsum):
         axes = None if layer.einsum_str is None else equation.kernel_axes(layer.einsum_str)
         if axes is None:
             return f"its equation {layer.einsum_str!r} is not known to be a product of matrices"
-        use = KernelUse(len(layer.kernel_shape), *axes)
+        use = KernelUse(len(layer.kernel_shape), *axes, shape=tuple(layer.kernel_shape))
     else:
         return None
     return _foreign_hook(layer) or use
@@ -107,4 +126,5 @@ def takes_compressed_table(layer: nnx.Module) -> bool | str:
         return f"{type(layer).__name__} is a subclass of nnx.Embed, whose lookup has no hook"
     if layer.promote_dtype != _default(layer, "promote_dtype"):
         return "the layer has a promote_dtype of its own"
-    return True
+    shape = layer.embedding.shape
+    return not_stacked_first(shape, len(shape) - 2, (layer.num_embeddings, layer.features)) or True
