@@ -160,12 +160,36 @@ def test_adapters_merge_split_and_scale():
     np.testing.assert_array_equal(bits(nnx.merge(graphdef, adapters, base)(x)), bits(model(x)))
 
 
+def stack_of_layers(axis):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(0,), out_axes=axis)
+    def stacked(rngs):
+        return nnx.Dict(up=nnx.Linear(64, 128, rngs=rngs, param_dtype=BF16))
+
+    return stacked(nnx.Rngs(0))
+
+
+def test_a_stack_of_layers_gets_a_stack_of_adapters():
+    model = add_adapters(jaxzip.compress_module(stack_of_layers(0)), 2, rngs=nnx.Rngs(1))
+    up = model.up
+    assert up.lora_a.shape == (3, 64, 2) and up.lora_b.shape == (3, 2, 128)
+    up.lora_b.set_value(jax.random.normal(jax.random.key(2), (3, 2, 128)))
+    x = jax.random.normal(jax.random.key(3), (5, 64))
+    scan = nnx.scan(lambda y, layer: y + layer.up(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    found = scan(jnp.zeros((5, 128)), model)
+    updates = sum(x @ up.lora_a[i] @ up.lora_b[i] for i in range(3))
+    bases = scan(jnp.zeros((5, 128)), nnx.Dict(up=up.base))
+    np.testing.assert_allclose(np.asarray(found), np.asarray(bases + updates), rtol=1e-4, atol=1e-4)
+
+
 def test_errors():
     rngs = nnx.Rngs(0)
     with pytest.raises(TypeError, match="Conv is neither"):
         Adapted(nnx.Conv(4, 4, (3,), rngs=rngs), 2, rngs=rngs)
     with pytest.raises(TypeError, match="not over the last axes"):
         Adapted(nnx.LinearGeneral(4, 4, axis=0, rngs=rngs), 2, rngs=rngs)
+    with pytest.raises(TypeError, match="its stack axis is not the first"):
+        Adapted(stack_of_layers(-1).up, 2, rngs=rngs)
     with pytest.raises(ValueError, match="rank is 0"):
         Adapted(nnx.Linear(4, 4, rngs=rngs), 0, rngs=rngs)
     with pytest.raises(ValueError, match="names no nnx.Linear"):

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxzip.modules.nnx_layers import not_stacked_first
+
 
 class Adapted(nnx.Module):
     """``base(x) + scale * (x @ lora_a) @ lora_b``; ``lora_a`` and ``lora_b`` are ``nnx.LoRAParam``.
@@ -17,14 +19,16 @@ class Adapted(nnx.Module):
     ``lora_b`` begins at zero: an untrained adapter changes no bit of the result.
 
     Args:
-      base: an ``nnx.Linear``, or an ``nnx.LinearGeneral`` over the last axes of its input, dense or compressed.
+      base: an ``nnx.Linear``, or an ``nnx.LinearGeneral`` over the last axes of its input, dense or compressed; a stack
+        of layers along the first axes, as ``nnx.vmap`` makes it, gets a stack of adapters.
       rank: inner dimension of the adapter.
       alpha: ``scale`` is ``alpha / rank``; default: 1.
       param_dtype: of the adapter, which computes in it.
       rngs: ``params`` draws ``lora_a``.
 
     Raises:
-      TypeError: ``base`` is another layer, or has batch axes or axes that are not the last ones.
+      TypeError: ``base`` is another layer, has batch axes or axes that are not the last ones, or is a stack along other
+        axes than the first.
       ValueError: ``rank`` is not positive.
     """
 
@@ -47,8 +51,10 @@ class Adapted(nnx.Module):
         self.out_features = _features(base.out_features)
         self.scale = 1.0 if alpha is None else alpha / rank
         k, m = math.prod(self.in_features), math.prod(self.out_features)
-        self.lora_a = nnx.LoRAParam(jax.random.normal(rngs.params(), (k, rank), param_dtype) * k**-0.5)
-        self.lora_b = nnx.LoRAParam(jnp.zeros((rank, m), param_dtype))
+        shape = base.kernel.shape
+        stack = shape[: len(shape) - len(self.in_features) - len(self.out_features)]
+        self.lora_a = nnx.LoRAParam(jax.random.normal(rngs.params(), (*stack, k, rank), param_dtype) * k**-0.5)
+        self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, rank, m), param_dtype))
 
     def __call__(self, x: jax.Array, out_sharding=None) -> jax.Array:
         """``x[..., *in_features]`` to ``[..., *out_features]`` in the base's dtype."""
@@ -111,7 +117,8 @@ def not_adaptable(layer: nnx.Module) -> str | None:
         last = tuple(range(-len(layer.axis), 0))
         if layer.batch_axis or tuple(sorted(layer.axis)) != last:
             return f"it is over axes {layer.axis} with batch axes {dict(layer.batch_axis)}, not over the last axes"
-    return None
+    shape, own = layer.kernel.shape, (*_features(layer.in_features), *_features(layer.out_features))
+    return not_stacked_first(shape, len(shape) - len(own), own)
 
 
 def _features(sizes: int | Sequence[int]) -> tuple[int, ...]:
