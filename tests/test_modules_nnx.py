@@ -288,8 +288,20 @@ def test_embed_looks_up_and_attends():
     )
     with pytest.raises(ValueError, match="expected integers"):
         z(query)
-    with pytest.raises(NotImplementedError, match="out_sharding"):
-        z(ids, out_sharding=jax.sharding.PartitionSpec())
+
+
+def test_out_sharding_decodes_first():
+    layer = nnx.Embed(192, 64, param_dtype=BF16, rngs=nnx.Rngs(0))
+    linear = nnx.Linear(64, 128, param_dtype=BF16, rngs=nnx.Rngs(0))
+    z, z_linear = jaxzip.compress_module(layer), jaxzip.compress_module(linear)
+    ids, query = jnp.asarray([[0, 188, 5]]), jax.random.normal(jax.random.key(0), (1, 3, 64), BF16)
+    spec = jax.sharding.PartitionSpec("x", None, None)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        for found, want in ((z(ids, spec), layer(ids, spec)), (z.attend(query, spec), layer.attend(query, spec))):
+            assert_same(found, want)
+            assert found.sharding == want.sharding
+        assert_same(z_linear(query, spec), linear(query, spec))
 
 
 def test_tables_of_one_row_and_in_a_dtype_that_rounds():

@@ -22,8 +22,10 @@ class TableOptions:
     batch_invariant: bool = False
 
 
-def lookup(table: CompressedTensor, ids: jax.Array, dtype: Any) -> jax.Array:
+def lookup(table: CompressedTensor, ids: jax.Array, dtype: Any, out_sharding: Any = None) -> jax.Array:
     """``ids.shape + (D,)``: what Flax's Embed gives for the decoded ``table[V, D]``, cast to ``dtype``.
+
+    With ``out_sharding`` the whole table is decoded first.
 
     Raises:
       ValueError: ``ids`` are not integers.
@@ -32,14 +34,19 @@ def lookup(table: CompressedTensor, ids: jax.Array, dtype: Any) -> jax.Array:
         raise ValueError(f"Embed: ids have dtype {ids.dtype}, expected integers")
     if table.shape[0] == 1:  # as Flax has it: whatever the id
         return jnp.broadcast_to(decompress(table).astype(dtype), (*ids.shape, table.shape[1]))
+    if out_sharding is not None:  # as Flax has it
+        sharded = jax.sharding.auto_axes(lambda w, ids: jnp.take(w, ids, axis=0), out_sharding=out_sharding)
+        return sharded(decompress(table).astype(dtype), ids)
     return take(table, ids).astype(dtype)
 
 
-def attend(table: CompressedTensor, query: jax.Array, dtype: Any, options: TableOptions) -> jax.Array:
-    """``query[..., D]`` times the transposed ``table[V, D]``, in ``dtype``."""
+def attend(
+    table: CompressedTensor, query: jax.Array, dtype: Any, options: TableOptions, out_sharding: Any = None
+) -> jax.Array:
+    """``query[..., D]`` times the transposed ``table[V, D]``, in ``dtype``; decoded first with ``out_sharding``."""
     query = query.astype(dtype)
-    if not holds(dtype, table.dtype):  # the cast changes the weight
-        return jnp.dot(query, decompress(table).astype(dtype).T)
+    if out_sharding is not None or not holds(dtype, table.dtype):  # the cast changes the weight
+        return jnp.dot(query, decompress(table).astype(dtype).T, out_sharding=out_sharding)
     return matmul(query, table.T, out_dtype=dtype, **dataclasses.asdict(options))
 
 
@@ -63,33 +70,15 @@ class CompressedEmbed(nnx.Embed):
         self.options = options
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """See ``nnx.Embed``.
-
-        Raises:
-          NotImplementedError: ``out_sharding`` is given.
-        """
+        """See ``nnx.Embed``."""
         table = self.embedding.get_value()
         if not isinstance(table, CompressedTensor):
             return super().__call__(inputs, out_sharding)
-        _check_sharding(out_sharding)
-        return lookup(table, inputs, self.dtype)
+        return lookup(table, inputs, self.dtype, out_sharding)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """See ``nnx.Embed.attend``.
-
-        Raises:
-          NotImplementedError: ``out_sharding`` is given.
-        """
+        """See ``nnx.Embed.attend``."""
         table = self.embedding.get_value()
         if not isinstance(table, CompressedTensor):
             return super().attend(query, out_sharding)
-        _check_sharding(out_sharding)
-        return attend(table, query, self.dtype, self.options)
-
-
-def _check_sharding(out_sharding: Any) -> None:
-    if out_sharding is not None:
-        raise NotImplementedError(
-            f"CompressedEmbed: out_sharding={out_sharding} is not supported with a compressed table; leave the table "
-            'dense with CompressionRule(".*embedding", format="raw")'
-        )
+        return attend(table, query, self.dtype, self.options, out_sharding)
