@@ -182,6 +182,12 @@ def test_a_stack_of_layers_gets_a_stack_of_adapters():
     np.testing.assert_allclose(np.asarray(found), np.asarray(bases + updates), rtol=1e-4, atol=1e-4)
 
 
+def test_an_untrained_adapter_gives_equal_results():
+    base = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 64)).at[0].set(0)
+    np.testing.assert_array_equal(Adapted(base, 2, rngs=nnx.Rngs(1))(-x), base(-x))
+
+
 def test_errors():
     rngs = nnx.Rngs(0)
     with pytest.raises(TypeError, match="Conv is neither"):

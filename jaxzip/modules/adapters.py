@@ -16,7 +16,8 @@ from jaxzip.modules.nnx_layers import not_stacked_first
 class Adapted(nnx.Module):
     """``base(x) + scale * (x @ lora_a) @ lora_b``; ``lora_a`` and ``lora_b`` are ``nnx.LoRAParam``.
 
-    ``lora_b`` begins at zero: an untrained adapter changes no bit of the result.
+    ``lora_b`` begins at zero: an untrained adapter adds zero, so that results are equal to the base's. Their bits are
+    the same but for zeros, which may change sign (-0 + 0 is +0).
 
     Args:
       base: an ``nnx.Linear``, or an ``nnx.LinearGeneral`` over the last axes of its input, dense or compressed; a stack
