@@ -296,6 +296,25 @@ def test_a_bias_of_rank_2_is_no_kernel():
         np.testing.assert_allclose(np.asarray(y, np.float32), want, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("axis", [0, -1])
+def test_only_stacks_along_the_first_axis_are_compressed(axis):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nn.Dense(64, use_bias=False, param_dtype=BF16, name="up")(x), None
+
+    model = nn.scan(Block, variable_axes={"params": axis}, split_rngs={"params": True}, length=3)()
+    x = jax.random.normal(jax.random.key(1), (2, 64), BF16)
+    params = model.init(jax.random.key(0), x, None)["params"]
+    z, report = compress_linen(params, uses=find_uses(model, x, None))
+    assert (report.tensors[0].note == "") == (axis == 0)
+    assert axis == 0 or "its stack axis is not the first" in report.tensors[0].note
+    with fused():
+        y, _ = model.apply({"params": z}, x, None)
+    want = np.asarray(model.apply({"params": params}, x, None)[0], np.float32)
+    np.testing.assert_allclose(np.asarray(y, np.float32), want, rtol=0.05, atol=0.05)
+
+
 def test_a_shape_that_does_not_fit_is_flax_s_error():
     z, _ = compress_linen(nn.Dense(128, param_dtype=BF16).init(jax.random.key(0), jnp.ones((1, 64)))["params"])
     with fused(), pytest.raises(Exception, match="shape"):

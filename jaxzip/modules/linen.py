@@ -201,6 +201,7 @@ def find_uses(model: nn.Module, *args, **kwargs) -> dict[str, KernelUse | str]:
     rewritten: dict[str, str] = {}
 
     def record(next_fun, call_args, call_kwargs, context):
+        result = next_fun(*call_args, **call_kwargs)
         layer, name = context.module, "/".join((*context.module.path, "kernel"))
         if isinstance(layer, _REWRITERS) and context.method_name == "__call__":
             y = next_fun(*call_args, **call_kwargs)
@@ -213,9 +214,12 @@ def find_uses(model: nn.Module, *args, **kwargs) -> dict[str, KernelUse | str]:
         elif context.method_name == "__call__":
             inputs, equations = call_args[0], call_args[1:] or (call_kwargs.get("einsum_str"),)
             use = _layer_use(layer, inputs.ndim, equations[0])
+            if isinstance(use, KernelUse):  # inside a scan or vmap, where the kernel is that of one layer
+                kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
+                use = dataclasses.replace(use, shape=tuple(kernel.shape))
             if uses.setdefault(name, use) != use:
                 uses[name] = "it is used in different ways"
-        return next_fun(*call_args, **call_kwargs)
+        return result
 
     def init():
         with nn.intercept_methods(record):
