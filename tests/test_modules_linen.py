@@ -301,9 +301,9 @@ def test_only_stacks_along_the_first_axis_are_compressed(axis):
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
-            return x + nn.Dense(64, use_bias=False, param_dtype=BF16, name="up")(x), None
+            return x + nn.Dense(64, use_bias=False, param_dtype=BF16, name="up")(x) / 64, None
 
-    model = nn.scan(Block, variable_axes={"params": axis}, split_rngs={"params": True}, length=3)()
+    model = nn.scan(Block, variable_axes={"params": axis}, split_rngs={"params": True}, length=128)()
     x = jax.random.normal(jax.random.key(1), (2, 64), BF16)
     params = model.init(jax.random.key(0), x, None)["params"]
     z, report = compress_linen(params, uses=find_uses(model, x, None))

@@ -354,7 +354,7 @@ def test_a_stack_of_layers_stays_a_stack():
 
 def test_stacks_along_another_axis_stay_dense():
     def stacked(make, axis):
-        return nnx.split_rngs(splits=3)(nnx.vmap(make, in_axes=(0,), out_axes=axis))(nnx.Rngs(0))
+        return nnx.split_rngs(splits=64)(nnx.vmap(make, in_axes=(0,), out_axes=axis))(nnx.Rngs(0))
 
     def block(rngs):
         options = {"param_dtype": BF16, "rngs": rngs}

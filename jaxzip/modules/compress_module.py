@@ -56,8 +56,8 @@ def compress_module(
     hooks; an ``nnx.Embed`` is replaced by a :class:`CompressedEmbed`. Parameters of other modules, of subclasses with a
     ``__call__`` of their own among them, stay dense, unless a :class:`KernelRule` names them. What ``nnx.WeightNorm``
     and ``nnx.SpectralNorm`` rewrite stays dense, too. Weights of every rank keep their logical shape, and stacks of
-    layers made with ``nnx.vmap`` stay stacks (those whose axis is not the first stay dense). The result splits, merges,
-    scans and trains as any NNX model (compressed weights are frozen).
+    layers made with ``nnx.vmap`` stay stacks (those whose axis is not the first stay dense, if shapes tell: N layers of
+    N x N do not). The result splits, merges, scans and trains as any NNX model (compressed weights are frozen).
 
     Args:
       model: with bf16 parameters; others stay as they are.

@@ -22,7 +22,8 @@ _HOOKED = (nnx.LinearGeneral, nnx.Linear, nnx.Einsum, nnx.LoRALinear)
 class KernelUse:
     """How a layer uses its parameter ``kernel``: the rank that it is written for, and see ``KernelAxes``.
 
-    ``shape`` is the kernel's in one layer, where the layer knows it: it tells which axes of a stack are the layers'.
+    ``shape`` is the kernel's in one layer, where the layer knows it: it tells which axes of a stack are the layers',
+    unless it is the same either way (N layers of N x N).
     """
 
     ndim: int
