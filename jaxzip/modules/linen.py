@@ -204,12 +204,10 @@ def find_uses(model: nn.Module, *args, **kwargs) -> dict[str, KernelUse | str]:
         result = next_fun(*call_args, **call_kwargs)
         layer, name = context.module, "/".join((*context.module.path, "kernel"))
         if isinstance(layer, _REWRITERS) and context.method_name == "__call__":
-            y = next_fun(*call_args, **call_kwargs)
             rewritten.update({name: f"nn.{type(layer).__name__} rewrites it" for name, _ in _rewritten(layer)})
-            return y
         if not _has_call_of_flax(layer):
-            pass
-        elif isinstance(layer, nn.Embed):
+            return result
+        if isinstance(layer, nn.Embed):
             uses["/".join((*layer.path, "embedding"))] = TABLE
         elif context.method_name == "__call__":
             inputs, equations = call_args[0], call_args[1:] or (call_kwargs.get("einsum_str"),)
