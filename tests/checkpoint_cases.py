@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import orbax.checkpoint.experimental.v1 as ocp_v1
+import pytest
 
+from jaxzip import checkpoint
+from jaxzip.checkpoint import layout
+from jaxzip.errors import JaxzipError
 from jaxzip.testing import all_bit_patterns, gaussian_weights
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -198,3 +203,23 @@ def assert_same_tree(left, right, path: str = "") -> None:
         np.testing.assert_array_equal(bits(left), bits(right), err_msg=path)
     else:
         assert left == right and type(left) is type(right), path
+
+
+def write_two_tensors(file: Path) -> Path:
+    """A safetensors file of a matrix and a vector."""
+    write_safetensors(file, {"a.weight": gaussian_weights((64, 64)), "b": np.ones(3, np.float32)})
+    return file
+
+
+def truncate(file: Path) -> None:
+    """Cuts a file in half."""
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def fail_to_convert(src: Path, error: type, match: str) -> None:
+    """Converting ``src`` raises a typed error and leaves nothing."""
+    target = src.parent / "new"
+    with pytest.raises(error, match=match) as caught:
+        checkpoint.convert(src, target)
+    assert isinstance(caught.value, JaxzipError)
+    assert not target.exists() and not (src.parent / f"new{layout.PARTIAL_SUFFIX}").exists()
