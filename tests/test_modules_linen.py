@@ -10,13 +10,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
+from modules_checks import assert_same
 
 import jaxzip
 from jaxzip import checkpoint
 from jaxzip.modules import KernelBox, KernelRule, compress_linen, find_uses, fused, promote_dtype_linen
 from jaxzip.rules import DEFAULT_RULES
 from jaxzip.tensor import CompressedTensor
-from jaxzip.testing import bits
 
 BF16 = jnp.bfloat16
 IDS = jax.random.randint(jax.random.key(3), (2, 7), 0, models.VOCAB)
@@ -37,10 +37,6 @@ class OneLineChanged(nn.Module):
     def __call__(self, equation, x):
         w = self.param("w", nn.initializers.normal(0.05, BF16), self.shape)
         return jaxzip.einsum(equation, x, w)
-
-
-def assert_same(a, b):
-    np.testing.assert_array_equal(bits(a), bits(b))
 
 
 def raw(params):
