@@ -162,8 +162,9 @@ int check_kernels(const ExponentClasses& classes, const std::string& only, cudaS
     const char* weights;
   };
   int failures = 0;
-  for (const Case& c : {Case{256, 256, "patterns"}, Case{64, 64, "gaussian"}, Case{1, 1, "gaussian"}, Case{200, 330, "real"},
-                        Case{65, 1096, "patterns"}, Case{1024, 4096, "real"}, Case{1000, 3000, "real"}, Case{4096, 2048, "gaussian"}, Case{6144, 4096, "real"}}) {
+  for (const Case& c : {Case{256, 256, "patterns"}, Case{8, 64, "patterns"}, Case{64, 64, "gaussian"}, Case{1, 1, "gaussian"}, Case{200, 330, "real"},
+                        Case{65, 1096, "patterns"}, Case{1024, 4096, "real"}, Case{1000, 3000, "real"}, Case{4096, 2048, "gaussian"},
+                        Case{6144, 4096, "real"}}) {
     const Problem p = make_problem(c.m, c.k, c.weights, classes, 0);
     int wrong = check_decompression(p, stream), checked = 0;
     if (std::string(c.weights) != "patterns") wrong += check_invariance(p, stream);

@@ -33,6 +33,8 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   p.k_longer = w.k_blocks() % c.cluster;
   p.items = kTiles * instruction_n / 8;
   p.owned = (p.items + c.cluster - 1) / c.cluster;
+  p.owning_most = p.items - (p.owned - 1) * c.cluster;
+  p.ranks_inverse = ((1 << 16) + c.cluster - 1) / c.cluster;
   if (instruction_n <= kFewColumns && c.cluster > 1)
     p.received_bytes = c.cluster * c.k_groups * p.owned * kItemBytes;
   else
@@ -58,7 +60,10 @@ WgmmaPlan plan_wgmma(const Matrix& w, int n, int instruction_n, int groups, cons
   const int ring = std::max(p.blocks + p.slots * p.slot_bytes, p.sums_in_slots ? p.busy * p.received_bytes : 0);
   p.received = p.sums_in_slots ? 0 : ring;
   p.barriers = ring + sum_bytes + kWarpAreasBytes;
-  p.bytes = p.barriers + kBarrierBytes;
+  p.overflow = p.barriers + kBarrierBytes;
+  // In what is left behind all slots that fit.
+  p.overflow_listed = w.overflow_length && w.overflow_length <= kMaxGathered && p.overflow + kOverflowListBytes <= limit;
+  p.bytes = p.overflow + (p.overflow_listed ? kOverflowListBytes : 0);
   return p;
 }
 

@@ -134,10 +134,11 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const Work& work
   ptx::wait_for_previous_grid();  // bias and residual
 
   float sums[kN / 2];
-  Results<Weights, kN, Work> results(args, work, memory, warp, lane);
+  const Results<Weights, kN, Work> results(args, work, memory, warp, lane);
   using Multiplies = std::conditional_t<kGroups == 2, PipelinedMultiplier<Weights, kN, Work>, Multiplier<Weights, kN, Work>>;
   const Multiplies multiplier(args, work, results.warp_area(), warp, lane);
   multiplier.fill_plane();
+  results.wait_for_cluster();  // here, while the first blocks come, not before sums are sent: then nothing would hide it
   RingPlace place = {};
 #pragma unroll 1
   for (int pass = 0; pass < own_passes; ++pass) {
@@ -186,6 +187,15 @@ __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __g
     }
     if (warp == kGroups * 4 - 1 && plan.sums_in_slots) ptx::barrier_init_only(work.barriers + kIdle, plan.cluster * busy_warps * kArrivingLanes);
     ptx::barrier_init_done();
+  }
+  if (Weights::kHasEscapes && plan.overflow_listed && warp > kGroups * 4) {
+    const OverflowList list = work.overflow_list(plan);
+    if (warp == kGroups * 4 + 1 && ptx::elect_one()) list.begin();
+    OverflowList::Gatherer gatherer(list, args.w, warp - kGroups * 4 - 1, lane);
+    join();
+    ptx::registers_decrease<Registers<kGroups>::kFill>();
+    gatherer.gather(args, work, lane);
+    return;
   }
   join();
   if (warp < busy_warps) {

@@ -17,6 +17,18 @@ __device__ __forceinline__ void load_shared(uint32_t (&v)[2], uint32_t address) 
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t x, uint32_t y) {
+  asm volatile("st.shared.v2.u32 [%0],{%1,%2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.u32 [%0],%1;" ::"r"(address), "r"(x) : "memory");
+}
+// Returns what was there.
+__device__ __forceinline__ uint32_t add_shared(uint32_t address, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.shared.add.u32 %0,[%1],%2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
+  return before;
+}
 __device__ __forceinline__ void store_shared_u16(uint32_t address, uint32_t value) {
   asm volatile("{.reg .u16 h; cvt.u16.u32 h,%1; st.shared.u16 [%0],h;}" ::"r"(address), "r"(value) : "memory");
 }

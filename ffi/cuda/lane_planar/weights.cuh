@@ -61,6 +61,10 @@ struct Raw {
 
 // A patch plane has a byte for each weight of a tile, at its position: its upper byte, of which only the high exponent bits are read.
 
+// Of an overflow entry: its position, and its high exponent bits in their place.
+__device__ __forceinline__ uint32_t position_of(uint32_t entry) { return entry & ((1u << kPositionBits) - 1); }
+__device__ __forceinline__ uint32_t high_of(uint32_t entry) { return entry >> kPositionBits << 10 & kHighMask; }
+
 // Calls use(position, high exponent bits in place) for the block's overflow entries, a lane each; by a whole warp.
 template <class Use>
 __device__ __forceinline__ void for_each_overflow(const OverflowEntry* entries, uint32_t length, uint32_t first, uint32_t block,
@@ -70,18 +74,22 @@ __device__ __forceinline__ void for_each_overflow(const OverflowEntry* entries, 
     OverflowEntry e = {0, 0};
     if (i < length) e = entries[i];
     const bool mine = e.block == block + 1;
-    if (mine) use(e.entry & ((1u << kPositionBits) - 1), (e.entry >> kPositionBits << 10) & kHighMask);
+    if (mine) use(position_of(e.entry), high_of(e.entry));
     if (!__all_sync(~0u, mine)) break;
   }
 }
 
-// What found no room in a block, or has no code: rare, so out of line. Positions count from `first_position`.
+// Puts an overflow entry into a patch plane whose positions are `positions` from `first_position` on, if it is one of these.
+__device__ __forceinline__ void put_overflow(uint32_t plane, uint32_t position, uint32_t high, uint32_t first_position, uint32_t positions) {
+  if (position - first_position < positions) ptx::store_shared_u8(plane + position - first_position, high >> 8);
+}
+
+// What found no room in a block, or has no code: rare, so out of line.
 static __device__ __noinline__ void scatter_overflow(const OverflowEntry* entries, uint32_t length, uint32_t first,
                                                      uint32_t block, uint32_t plane, uint32_t first_position,
                                                      uint32_t positions) {
-  for_each_overflow(entries, length, first, block, [&](uint32_t position, uint32_t high) {
-    if (position - first_position < positions) ptx::store_shared_u8(plane + position - first_position, high >> 8);
-  });
+  for_each_overflow(entries, length, first, block,
+                    [&](uint32_t position, uint32_t high) { put_overflow(plane, position, high, first_position, positions); });
 }
 
 // A warp's patch plane: a byte per weight of its tiles, the constant high exponent bits except where a block's entries

@@ -18,7 +18,6 @@ class Multiplier : public RingReader<Weights, kN, Work> {
   __device__ __forceinline__ void row_block(const WgmmaArgs& args, const Work& work, int slots, int own_slots, const BlockIndex& block_index,
                                             RingPlace& place, float (&sums)[kN / 2]) const {
     const WgmmaPlan& plan = args.plan;
-    const Matrix& w = args.w;
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) sums[i] = 0;
     int left = own_slots;  // with the running one
@@ -27,7 +26,7 @@ class Multiplier : public RingReader<Weights, kN, Work> {
     uint32_t a[4][4] = {};
     Patch patch = {};
     Ring::wait_full(work, place);
-    if constexpr (Weights::kHasEscapes) patch = this->patches_.put(this->words_of(args, place), w, block);
+    if constexpr (Weights::kHasEscapes) patch = this->put_patches(args, work, place, block);
 #pragma unroll 1
     for (;;) {
       uint32_t words[Weights::kRegisters], high[2][4];
@@ -56,7 +55,7 @@ class Multiplier : public RingReader<Weights, kN, Work> {
         Ring::wait_full(work, place);
         if constexpr (Weights::kHasEscapes) {
           __syncwarp();
-          patch = this->patches_.put(this->words_of(args, place), w, block);
+          patch = this->put_patches(args, work, place, block);
         }
       }
       ptx::wgmma_wait();

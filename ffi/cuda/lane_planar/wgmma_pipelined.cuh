@@ -12,11 +12,11 @@ class PipelinedMultiplier : public RingReader<Weights, kN, Work> {
 
   // The plane holds constants before and after.
   template <class BlockIndex>
-  __device__ __forceinline__ void decode(const WgmmaArgs& args, const RingPlace& place, const BlockIndex& block, Operands& a) const {
+  __device__ __forceinline__ void decode(const WgmmaArgs& args, const Work& work, const RingPlace& place, const BlockIndex& block, Operands& a) const {
     const uint32_t from = this->words_of(args, place);
     uint32_t words[Weights::kRegisters], high[2][4];
     Patch patch = {};
-    if constexpr (Weights::kHasEscapes) patch = this->patches_.put(from, args.w, block);
+    if constexpr (Weights::kHasEscapes) patch = this->put_patches(args, work, place, block);
     this->tile_words_.read(words, from);
     if constexpr (Weights::kHasEscapes) {
       __syncwarp();
@@ -55,7 +55,7 @@ class PipelinedMultiplier : public RingReader<Weights, kN, Work> {
       place = Ring::following(work, args.plan, place);
       if (--left > 0) {
         Ring::wait_full(work, place);
-        decode(args, place, block, next);
+        decode(args, work, place, block, next);
         ptx::wgmma_ready(next);
         ptx::wgmma_fence();  // or the compiler would decode after the wait
       }
@@ -67,7 +67,7 @@ class PipelinedMultiplier : public RingReader<Weights, kN, Work> {
     };
     uint32_t even[4][4] = {}, odd[4][4] = {};
     Ring::wait_full(work, place);
-    decode(args, place, block, even);
+    decode(args, work, place, block, even);
 #pragma unroll 1
     while (step(even, odd) && step(odd, even)) {
     }

@@ -26,9 +26,12 @@ struct WgmmaPlan {
   int line_mask;
   int items;       // 64 x 8 sums of a row block are items of 512 bytes: (8 columns, 16 rows); item i belongs to rank i % cluster
   int owned;       // of the rank with most
+  int owning_most;    // ranks that own so many; the others own one less
+  int ranks_inverse;  // 2^16 / cluster, rounded up
   int received_bytes;  // a team's
   bool sums_in_slots;  // they arrive where the slots were, when all warps of the cluster have done with these
-  int blocks, planes, received, barriers, bytes;  // offsets in shared memory; x is at 0
+  int blocks, planes, received, barriers, overflow, bytes;  // offsets in shared memory; x is at 0
+  bool overflow_listed;  // the CTA has a list of its overflow entries
   // These pass through every slot, also where their cluster has fewer row blocks than others.
   __host__ __device__ int busy_warps() const { return busy * k_groups * 4; }
   // Before the barriers is an area of each warp's own: shifts of 16 rows, and a byte a lane that nobody reads, where lanes without an escape store.
@@ -47,6 +50,11 @@ constexpr int kArrived = kMaxSlots * kSlotBarriers, kMaySend = kArrived + 8 * kM
 // And one of the CTA: no warp of the cluster needs a slot any more.
 constexpr int kIdle = kMaySend + 8 * kMaxGroups;
 constexpr int kBarrierBytes = kIdle + 16;
+
+// A CTA's list of overflow entries has room for one a lane: of a matrix of 525 million weights at 11.44 bits, it has 26. A matrix' own list is
+// gathered from up to kMaxGathered entries; a longer one would take too long.
+constexpr int kOverflowListHeader = 16, kOverflowRoom = 32, kMaxGathered = 768;
+constexpr int kOverflowListBytes = kOverflowListHeader + kOverflowRoom * 8;
 
 __host__ __device__ constexpr int chunk_bytes(int instruction_n) { return instruction_n * kBlock * 2; }
 

@@ -29,7 +29,6 @@ class Results {
   uint8_t* const memory_;
   const int warp_, lane_, tile_, group_, k_groups_, team_, k_group_, ranks_;
   const uint32_t arrived_, may_send_;
-  bool cluster_started_;
 
   __device__ __forceinline__ int team_warp() const { return warp_ - team_ * k_groups_ * 4; }
   __device__ __forceinline__ int row_block_of(int pass) const { return work_.row_block_of(args_.plan, team_, pass); }
@@ -40,14 +39,12 @@ class Results {
     return reinterpret_cast<float4*>(memory_ + args_.plan.received + team_ * args_.plan.received_bytes) + lane_;
   }
   __device__ __forceinline__ int received() const { return kFew ? 0 : (k_groups_ - 1) * args_.plan.items; }  // items before them
+  // `items` / ranks_. A division would take 200 cycles, and there is nothing else to do meanwhile.
+  __device__ __forceinline__ int by_ranks(int items) const { return items * args_.plan.ranks_inverse >> 16; }
   // Of the sums that an owner adds: of CTAs, or of their warp groups.
   __device__ __forceinline__ int sources_of_cta() const { return kFew ? k_groups_ : 1; }
   __device__ __forceinline__ int source() const { return kFew ? work_.rank * k_groups_ + k_group_ : work_.rank; }
 
-  __device__ __forceinline__ void wait_for_cluster() {  // before anything is sent to others
-    if (!cluster_started_) ptx::cluster_wait();
-    cluster_started_ = true;
-  }
   __device__ __forceinline__ void wait_for_shifts() const {
     if (lane_ == 0) ptx::async_copy_wait();
     __syncwarp();
@@ -106,12 +103,12 @@ class Results {
     }
   }
   template <int kGroups, int kOwn>
-  __device__ __forceinline__ void send(int pass, const float (&sums)[kN / 2]) {
+  __device__ __forceinline__ void send(int pass, const float (&sums)[kN / 2]) const {
     if (pass > 0) ptx::barrier_wait(may_send_, (pass - 1) & 1);
     float4* const own = team_memory() + (received() + source() * args_.plan.owned) * 32;
     const uint32_t remote = ptx::shared_address(own);
-    int owner = (4 * kOwn + tile_) % ranks_, at = (4 * kOwn + tile_) / ranks_;
-    const int owner_step = 4 * kGroups % ranks_, at_step = 4 * kGroups / ranks_;
+    const int at_step = by_ranks(4 * kGroups), owner_step = 4 * kGroups - at_step * ranks_;
+    int at = by_ranks(4 * kOwn + tile_), owner = 4 * kOwn + tile_ - at * ranks_;
 #pragma unroll
     for (int g = kOwn; g < kColumnGroups; g += kGroups) {
       if (owner == work_.rank)
@@ -132,7 +129,7 @@ class Results {
     }
   }
   template <int kGroups, int kOwn>
-  __device__ __forceinline__ void add_and_store(int pass, float (&sums)[kN / 2]) {
+  __device__ __forceinline__ void add_and_store(int pass, float (&sums)[kN / 2]) const {
     if constexpr (kGroups > 1) add_groups<kGroups, kOwn>(pass, sums);
     if (ranks_ > 1) {
       send<kGroups, kOwn>(pass, sums);
@@ -146,7 +143,7 @@ class Results {
     for (int g = kOwn; g < kColumnGroups; g += kGroups) store_item(work_.first_column(pass), g, rows, fours, item(sums, g));
     after_items();
   }
-  __device__ __forceinline__ int owned() const { return (args_.plan.items - work_.rank + ranks_ - 1) / ranks_; }
+  __device__ __forceinline__ int owned() const { return args_.plan.owned - (work_.rank >= args_.plan.owning_most); }
   __device__ __forceinline__ void add_ranks_and_store(int pass, bool more) const {
     wait_for_shifts();
     const FourRows rows = four_rows(pass);
@@ -162,8 +159,17 @@ class Results {
         return sum;
       };
       float4 sum = of_cta(0);
-#pragma unroll 2
-      for (int r = 1; r < ranks_; ++r) sum = add(sum, of_cta(r));
+      constexpr int kAtOnce = kFew ? 2 : 4;
+#pragma unroll 1
+      for (int r = 1; r < ranks_; r += kAtOnce) {
+        float4 more[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+          if (r + j < ranks_) more[j] = of_cta(r + j);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+          if (r + j < ranks_) sum = add(sum, more[j]);
+      }
       store_item(work_.first_column(pass), (i * ranks_ + work_.rank) >> 2, rows, fours, sum);
     }
     after_items();
@@ -254,7 +260,12 @@ class Results {
       : args_(args), work_(work), memory_(memory), warp_(warp), lane_(lane), tile_(warp & 3), group_(warp >> 2),
         k_groups_(Work::kSplitsK ? args.plan.k_groups : 1),
         team_(group_ >> args.plan.log_k_groups), k_group_(group_ & (k_groups_ - 1)), ranks_(Work::kSplitsK ? args.plan.cluster : 1),
-        arrived_(work.barriers + kArrived + 8 * team_), may_send_(work.barriers + kMaySend + 8 * team_), cluster_started_(ranks_ == 1) {}
+        arrived_(work.barriers + kArrived + 8 * team_), may_send_(work.barriers + kMaySend + 8 * team_) {}
+
+  // Once, before anything is sent to other CTAs.
+  __device__ __forceinline__ void wait_for_cluster() const {
+    if (ranks_ > 1) ptx::cluster_wait();
+  }
 
   // The shared address of what is this warp's own: shifts of the rows that it stores, then bytes that nobody reads.
   __device__ __forceinline__ uint32_t warp_area() const { return work_.barriers - kWarpAreasBytes + warp_ * kWarpAreaBytes; }
@@ -265,14 +276,13 @@ class Results {
     if (lane_ == 0) ptx::async_copy_16(warp_area(), args_.w.shift + row_block_of(pass) * kBlock + stored_tile() * kTileRows);
   }
   // Where sums arrive in the slots: this warp needs them no more.
-  __device__ __forceinline__ void announce_idle() {
-    wait_for_cluster();
+  __device__ __forceinline__ void announce_idle() const {
     __syncwarp();
     if (ranks_ == 1) arrive(work_.barriers + kIdle, lane_);
     if (ranks_ > 1) arrive_at_all(work_.barriers + kIdle, ranks_, lane_);
   }
   __device__ __forceinline__ bool used_planes() const { return stores_lines(); }
-  __device__ __forceinline__ void store(int pass, int passes, float (&sums)[kN / 2]) {
+  __device__ __forceinline__ void store(int pass, int passes, float (&sums)[kN / 2]) const {
     if (stores_lines()) {
       if (kResidualLines && args_.epilogue.residual)
         store_lines<kResidualLines>(pass, sums);
@@ -280,22 +290,20 @@ class Results {
         store_lines<false>(pass, sums);
       return;
     }
-    if (ranks_ > 1) wait_for_cluster();
     if (args_.plan.sums_in_slots) ptx::barrier_wait(work_.barriers + kIdle, 0);
     if (kFew && ranks_ > 1) {
       send<1, 0>(pass, sums);
       add_ranks_and_store(pass, pass + 1 < passes);
       return;
     }
-    switch (k_groups_ + k_group_) {
-      case 1: add_and_store<1, 0>(pass, sums); break;
-      case 2: add_and_store<2, 0>(pass, sums); break;
-      case 3: add_and_store<2, 1>(pass, sums); break;
-      case 4: add_and_store<4, 0>(pass, sums); break;
-      case 5: add_and_store<4, 1>(pass, sums); break;
-      case 6: add_and_store<4, 2>(pass, sums); break;
-      case 7: add_and_store<4, 3>(pass, sums); break;
-    }
+    // No switch: its table would have to be fetched.
+    if (k_groups_ == 1) add_and_store<1, 0>(pass, sums);
+    else if (k_groups_ == 2 && k_group_ == 0) add_and_store<2, 0>(pass, sums);
+    else if (k_groups_ == 2) add_and_store<2, 1>(pass, sums);
+    else if (k_group_ == 0) add_and_store<4, 0>(pass, sums);
+    else if (k_group_ == 1) add_and_store<4, 1>(pass, sums);
+    else if (k_group_ == 2) add_and_store<4, 2>(pass, sums);
+    else add_and_store<4, 3>(pass, sums);
     if (ranks_ > 1) add_ranks_and_store(pass, pass + 1 < passes);
   }
 };

@@ -32,6 +32,12 @@ class RingReader {
   __device__ __forceinline__ uint32_t words_of(const WgmmaArgs& args, const RingPlace& p) const {
     return first_words_ + p.index * args.plan.slot_bytes + p.in_line;
   }
+  // Puts the escapes of the chunk at `p` into the plane; `block()` is the index that overflow entries give.
+  template <class BlockIndex>
+  __device__ __forceinline__ Patch put_patches(const WgmmaArgs& args, const Work& work, const RingPlace& p, const BlockIndex& block) const {
+    return patches_.put(words_of(args, p),
+                        [&](uint32_t first) { work.scatter_overflow(args, first, block(), patches_.plane, patches_.tile); });
+  }
   __device__ __forceinline__ uint32_t b_of(const Work& work, const RingPlace& p) const { return first_b_ + p.index * (work.x_bytes >> 4); }
 
  public:

@@ -60,9 +60,10 @@ struct Patches {
     ptx::store_shared_u8(to, plane_byte(entry));
     return to;
   }
-  // `words` is the block's shared address, `block()` the index that overflow entries give. The plane holds constants before.
-  template <class BlockIndex>
-  __device__ __forceinline__ Patch put(uint32_t words, const Matrix& w, const BlockIndex& block) const {
+  // `words` is the block's shared address; `overflow(first)` puts its overflow entries, of which that is the first. The plane holds constants
+  // before.
+  template <class Overflow>
+  __device__ __forceinline__ Patch put(uint32_t words, const Overflow& overflow) const {
     uint32_t header[2];  // ends, overflow
     ptx::load_shared_words<2>(header, words + kHeaderStart * 4);
     const uint32_t first = __byte_perm(header[0], 0, first_of), count = __byte_perm(header[0], 0, last_of) - first;
@@ -71,8 +72,7 @@ struct Patches {
     if (patch.rare) {
 #pragma unroll 1
       for (uint32_t i = 32; i < count; i += 32) scatter(entries + 2 * i, i + lane < count);
-      if (header[1])
-        scatter_overflow(w.overflow, w.overflow_length, header[1] - 1, block(), plane, tile * kTileElements, kTileElements);
+      if (header[1]) overflow(header[1] - 1);
     }
     return patch;
   }

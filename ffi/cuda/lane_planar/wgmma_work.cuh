@@ -1,6 +1,7 @@
 // How the wgmma matmul's work is split, as every warp of a CTA knows it.
 #pragma once
 #include "arrivals.cuh"
+#include "overflow_list.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
 #include "wgmma_x.cuh"
@@ -44,6 +45,20 @@ struct WgmmaWork {
     const int of_teams = kPairs ? plan.pair_of_teams : 0, of_passes = kPairs ? plan.pair_of_passes : 0;
     const bool second = (team & of_teams) | (pass & of_passes);
     return first_row_block + ((team >> of_teams) + (pass >> of_passes) * plan.takers) * plan.clusters + (second ? plan.half : 0);
+  }
+  // Whether the encoded block is one of this CTA's.
+  __device__ __forceinline__ bool has_block(const WgmmaArgs& args, uint32_t block) const {
+    const WgmmaPlan& plan = args.plan;
+    const uint32_t row_block = block / args.w.k_blocks(), chunk = block - row_block * args.w.k_blocks();
+    const bool second = kPairs && plan.pair_of_teams + plan.pair_of_passes && row_block >= plan.half;
+    const uint32_t dealt = row_block - (second ? plan.half : 0) - first_row_block;
+    return chunk - k_begin < chunks && dealt < row_blocks * plan.clusters && dealt % plan.clusters == 0;
+  }
+  __device__ __forceinline__ OverflowList overflow_list(const WgmmaPlan& plan) const { return {shared + plan.overflow}; }
+  // Puts the overflow entries of a block's tile, of which `first` is the block's first, into a patch plane.
+  __device__ __forceinline__ void scatter_overflow(const WgmmaArgs& args, uint32_t first, uint32_t block, uint32_t plane, int tile) const {
+    if (args.plan.overflow_listed && overflow_list(args.plan).scatter(block, plane, tile)) return;
+    lane_planar::scatter_overflow(args.w.overflow, args.w.overflow_length, first, block, plane, tile * kTileElements, kTileElements);
   }
   __device__ __forceinline__ int passes_of(const WgmmaPlan& plan, int team) const {
     const int of_teams = kPairs ? plan.pair_of_teams : 0, of_passes = kPairs ? plan.pair_of_passes : 0;

@@ -3,6 +3,7 @@
 #include "arrivals.cuh"
 #include "matmul_wide.h"
 #include "ptx.cuh"
+#include "weights.cuh"
 #include "wgmma.cuh"
 #include "wgmma_x.cuh"
 
@@ -46,6 +47,10 @@ struct WideWork {
     const int group = (unit(pass) - first * groups) / min(kWideBand, slices - first), own = group * kWideShare + rank;
     if (plan.pair_of_teams) return own < plan.half ? own + team * plan.half : 2 * plan.half;
     return own * kWideTeams + team;
+  }
+  // Puts the overflow entries of a block's tile, of which `first` is the block's first, into a patch plane.
+  __device__ __forceinline__ void scatter_overflow(const WgmmaArgs& args, uint32_t first, uint32_t block, uint32_t plane, int tile) const {
+    lane_planar::scatter_overflow(args.w.overflow, args.w.overflow_length, first, block, plane, tile * kTileElements, kTileElements);
   }
   // Every CTA of the cluster writes into the slot.
   __device__ __forceinline__ void release(uint32_t empty, int lane) const {
