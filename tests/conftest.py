@@ -47,7 +47,17 @@ def _is_slow(item) -> bool:
     return parameters.get("implementation") == "pallas" or item.module.__name__ in SLOW_MODULES
 
 
+def pytest_addoption(parser):
+    parser.addoption("--first-case", action="store_true", help="of each parametrized test only the first case")
+
+
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--first-case"):
+        first = {}
+        for item in items:
+            first.setdefault((item.path, item.cls, getattr(item, "originalname", item.name)), item)
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(first.values())])
+        items[:] = first.values()
     for item in items:
         if _is_slow(item):
             item.add_marker(pytest.mark.slow)
