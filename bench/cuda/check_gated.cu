@@ -71,7 +71,8 @@ int check_gated(const ExponentClasses& classes, cudaStream_t stream) {
     const char* weights;
   };
   int failures = 0, checked = 0;
-  for (const Case& c : {Case{128, 64, "gaussian"}, Case{640, 1096, "real"}, Case{256, 512, "patterns"}, Case{2816, 1024, "real"}}) {
+  for (const Case& c : {Case{128, 64, "gaussian"}, Case{640, 1096, "real"}, Case{256, 512, "patterns"}, Case{2816, 1024, "real"},
+                        Case{4096, 2048, "real"}}) {
     const Problem p = make_problem(c.m, c.k, c.weights, classes, 0);
     for (const int n : {1, 3, 8, 13, 16, 24, 32, 40, 57, 64}) failures += check(p, n, stream, &checked);
   }

@@ -146,7 +146,7 @@ int check_payload(const char* path, cudaStream_t stream) {
     CHECK(cudaMemcpy(copy.data(), device, copy.size(), cudaMemcpyDeviceToHost));
     return copy != host;
   };
-  int wrong = p.encoded.matrix.block_words != w.block_words || p.encoded.matrix.overflow_length != w.overflow_length;
+  int wrong = p.encoded.matrix.block_words != w.block_words || p.encoded.overflow_entries != w.overflow_length;
   if (!wrong) {
     wrong += differs(p.encoded.shift->get(), shift) + differs(p.encoded.blocks->get(), blocks) + differs(p.encoded.overflow->get(), overflow);
     CHECK(cudaMemcpy(p.encoded.blocks->get(), blocks.data(), blocks.size(), cudaMemcpyHostToDevice));

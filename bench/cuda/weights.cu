@@ -124,9 +124,12 @@ Encoded encode_lane_planar(const uint16_t* w, int m, int k, size_t bytes_of_copi
   CHECK(cudaMemcpy(device_starts.get(), starts.data(), (count + 1) * 4, cudaMemcpyHostToDevice));
   e.block_words_total = count * words;
   e.copies = static_cast<int>(bytes_of_copies / (e.block_words_total * 4)) + 1;
-  e.overflow_stride = (starts[count] + 15) / 16 * 16;
+  e.overflow_entries = starts[count];
+  // Padded with zeros as jaxzip does (formats/lane_planar.py).
+  for (e.overflow_stride = 32; e.overflow_stride < starts[count];) e.overflow_stride *= 2;
   e.blocks = std::make_unique<DeviceArray<uint32_t>>(e.block_words_total * e.copies);
   e.overflow = std::make_unique<DeviceArray<OverflowEntry>>(e.overflow_stride * e.copies);
+  CHECK(cudaMemset(e.overflow->get(), 0, e.overflow_stride * sizeof(OverflowEntry)));
   CHECK(launch_encode(bits, e.shift->get(), device_starts.get(), words, e.blocks->get(), e.overflow->get(), starts[count], nullptr));
   for (int i = 1; i < e.copies; ++i) {
     CHECK(cudaMemcpy(e.overflow->get() + i * e.overflow_stride, e.overflow->get(), e.overflow_stride * sizeof(OverflowEntry), cudaMemcpyDeviceToDevice));
@@ -134,7 +137,7 @@ Encoded encode_lane_planar(const uint16_t* w, int m, int k, size_t bytes_of_copi
   }
   e.matrix.blocks = e.blocks->get();
   e.matrix.overflow = e.overflow->get();
-  e.matrix.overflow_length = starts[count];
+  e.matrix.overflow_length = e.overflow_stride;
   e.matrix.shift = e.shift->get();
   e.matrix.block_words = words;
   const double size = static_cast<double>(m) * k;

@@ -27,7 +27,7 @@ struct Encoded {
   std::unique_ptr<DeviceArray<jaxzip::lane_planar::OverflowEntry>> overflow;
   std::unique_ptr<DeviceArray<int8_t>> shift;
   jaxzip::lane_planar::Matrix matrix;
-  size_t block_words_total, overflow_stride;
+  size_t block_words_total, overflow_stride, overflow_entries;  // of which so many are no padding
   int copies;
   double bits_per_weight, escape_share, overflowing_blocks;
 
