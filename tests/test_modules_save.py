@@ -113,6 +113,19 @@ def test_paths_may_go_up(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "n", "x"]
 
 
+def test_keys_of_dicts_may_be_names_of_their_methods(tmp_path):
+    class InDict(nnx.Module):
+        def __init__(self, *, rngs):
+            kinds = ("items", "keys", "values", "a/b")
+            self.layers = nnx.data({kind: nnx.Linear(64, 128, param_dtype=BF16, rngs=rngs) for kind in kinds})
+
+    small = jaxzip.compress_module(InDict(rngs=nnx.Rngs(0)))
+    assert isinstance(small.layers["items"].kernel.get_value(), CompressedKernel)
+    save_module(small, tmp_path / "saved")
+    structure = nnx.eval_shape(lambda: InDict(rngs=nnx.Rngs(0)))
+    assert_same_state(restore_module(structure, tmp_path / "saved"), small)
+
+
 def test_restore_in_another_format(tmp_path):
     save_module(compressed(), tmp_path / "saved")
     again = restore_module(abstract(), tmp_path / "saved", format="lane-planar")

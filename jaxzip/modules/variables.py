@@ -13,5 +13,7 @@ def own_variables(model: nnx.Module, filter: Any) -> Iterator[tuple[str, nnx.Var
     for path, _ in nnx.to_flat_state(nnx.state(model, filter)):
         variable = model  # found by its path: the variables of a state may be copies
         for key in path:
-            variable = getattr(variable, key) if isinstance(key, str) and hasattr(variable, key) else variable[key]
+            # A dict's own methods are no variables: "items" and "values" are keys there.
+            named = isinstance(key, str) and not isinstance(variable, dict) and hasattr(variable, key)
+            variable = getattr(variable, key) if named else variable[key]
         yield "/".join(map(str, path)), variable
