@@ -233,6 +233,47 @@ def test_weights_are_decoded_outside_of_the_hooks(with_uses, with_fused):
         np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(want, np.float32), rtol=0.02, atol=0.02)
 
 
+def test_arguments_of_layers_may_be_named():
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            embed = nn.Embed(128, 64, param_dtype=BF16)
+            x = nn.Dense(64, param_dtype=BF16)(inputs=embed(inputs=ids))
+            x = nn.Einsum((64, 64), param_dtype=BF16)(inputs=x, einsum_str="btd,df->btf")
+            return embed.attend(query=nn.DenseGeneral(64, param_dtype=BF16)(inputs=x))
+
+    params = Named().init(jax.random.key(0), IDS)["params"]
+    z, report = compress_linen(params, uses=find_uses(Named(), IDS))
+    assert {row.format for row in report.tensors if len(row.shape) > 1} == {"tca-tbe"}
+
+    def f(z):
+        with fused():
+            return Named().apply({"params": z}, IDS)
+
+    assert_same(f(z), f(raw(z)))
+
+
+def test_subclasses_draw_and_sow_inside_fused():
+    class Noisy(nn.Dense):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("intermediates", "x", x)
+            return super().__call__(x + jax.random.normal(self.make_rng("noise"), x.shape, x.dtype))
+
+    class Inside(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Noisy(128, param_dtype=BF16)(x)
+
+    x, keys = jnp.ones((3, 64), BF16), {"params": jax.random.key(0), "noise": jax.random.key(1)}
+    params = Inside().init(keys, x)["params"]
+    z, _ = compress_linen(params, uses=find_uses(Inside(), x))
+    want = Inside().apply({"params": params}, x, rngs=keys, mutable="intermediates")
+    with fused():
+        got = Inside().apply({"params": z}, x, rngs=keys, mutable="intermediates")
+    jax.tree.map(assert_same, got, want)
+
+
 def test_fused_needs_no_uses():
     layer, x = nn.Dense(128, param_dtype=BF16), jnp.ones((3, 64), BF16)
     z, _ = compress_linen(layer.init(jax.random.key(0), x)["params"])

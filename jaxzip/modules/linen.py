@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -210,8 +211,8 @@ def find_uses(model: nn.Module, *args, **kwargs) -> dict[str, KernelUse | str]:
         if isinstance(layer, nn.Embed):
             uses["/".join((*layer.path, "embedding"))] = TABLE
         elif context.method_name == "__call__":
-            inputs, equations = call_args[0], call_args[1:] or (call_kwargs.get("einsum_str"),)
-            use = _layer_use(layer, inputs.ndim, equations[0])
+            inputs, *equation_of_call = _arguments(layer, "__call__", call_args, call_kwargs)
+            use = _layer_use(layer, inputs.ndim, *equation_of_call)
             if isinstance(use, KernelUse):  # inside a scan or vmap, where the kernel is that of one layer
                 kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
                 use = dataclasses.replace(use, shape=tuple(kernel.shape))
@@ -252,7 +253,9 @@ def fused(*, implementation: str | None = None, batch_invariant: bool = False) -
             own = layer.dot_general is not None or layer.dot_general_cls is not None
             if own or not _has_default_promotion(layer) or not _is_boxed(layer, "kernel"):
                 return next_fun(*args, **kwargs)
-            token = _in_hooked_layer.set(_has_call_of_flax(layer))
+            if not _has_call_of_flax(layer):  # which may draw random numbers or sow: a clone has no such collections
+                return next_fun(*args, **kwargs)
+            token = _in_hooked_layer.set(True)
             try:
                 return layer.clone(parent=None, name=None, **hooks).apply(dict(layer.variables), *args, **kwargs)
             finally:
@@ -264,7 +267,7 @@ def fused(*, implementation: str | None = None, batch_invariant: bool = False) -
             if _is_boxed(layer, "embedding"):
                 table = layer.get_variable("params", "embedding").value
                 options = TableOptions(implementation, batch_invariant)
-                return _embed(layer, method, table, options, *args, **kwargs)
+                return _embed(layer, method, table, options, *_arguments(layer, method, args, kwargs))
         if isinstance(layer, _REWRITERS) and method == "__call__":
             _check_rewriter(layer)
         return next_fun(*args, **kwargs)
@@ -295,6 +298,11 @@ def _embed(layer: nn.Embed, method: str, table: CompressedTensor, options: Table
     if method == "__call__":
         return lookup(table, inputs, layer.dtype or table.dtype)
     return attend(table, inputs, layer.dtype or jnp.promote_types(inputs.dtype, table.dtype), options)
+
+
+def _arguments(layer: nn.Module, method: str, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+    """The arguments of a call of ``layer.method`` in the order of its signature, named ones too."""
+    return inspect.signature(getattr(type(layer), method)).bind(layer, *args, **kwargs).args[1:]
 
 
 def _is_boxed(layer: nn.Module, name: str) -> bool:
@@ -330,7 +338,7 @@ def _has_default_promotion(layer: nn.Module) -> bool:
     return layer.promote_dtype is default
 
 
-def _layer_use(layer: nn.Module, ndim: int, einsum_str: str | None) -> KernelUse | str:
+def _layer_use(layer: nn.Module, ndim: int, einsum_str: str | None = None) -> KernelUse | str:
     if isinstance(layer, nn.Dense):
         return KernelUse(2, (0,))
     if isinstance(layer, nn.Einsum):
