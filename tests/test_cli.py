@@ -97,6 +97,8 @@ def test_convert_leaves_the_source_alone(source, tmp_path):
 def test_inspect_table_and_json(converted):
     table = run("inspect", converted)
     assert table.exit_code == 0 and "bits per weight" in table.stdout
+    cells = {line.split()[0]: line.split()[1:] for line in table.stdout.splitlines()}
+    assert cells["layers/0/mlp/up_proj/kernel"][:3] == ["64x128", "bfloat16", "tca-tbe"]  # though a pipe has 80 columns
     data = json.loads(run("inspect", converted, "--json").stdout)
     rows = {row["path"]: row for row in data["tensors"]}
     assert rows["layers/0/mlp/up_proj/kernel"]["format"] == "tca-tbe"

@@ -16,13 +16,20 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 #: Text is printed as it is: paths and names may have brackets and colons, which rich's markup would swallow.
 _PLAIN = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+_WIDEST = 1 << 16
 out = Console(**_PLAIN)
 #: Progress and errors, so that standard output stays clean for pipes and ``--json``.
 err = Console(stderr=True, **_PLAIN)
+
+
+def print_table(table: Table) -> None:
+    """Prints ``table`` at its own width: rich would cut names and numbers down to the terminal's, or a pipe's 80."""
+    Console(file=out.file, width=_WIDEST, **_PLAIN).print(table)
 
 
 def fail(message: str) -> typer.Exit:

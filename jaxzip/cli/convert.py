@@ -37,7 +37,7 @@ def convert_command(
     ] = "auto",
     cast: Annotated[
         str | None,
-        typer.Option(help="Round floating-point weights to this dtype on the way in (bfloat16). Lossy, never default."),
+        typer.Option(help="bfloat16: round fp32 tensors to it on the way in, others stay. Lossy, never default."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from an interrupted conversion of the same source.")] = True,
 ) -> None:

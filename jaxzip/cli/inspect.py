@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from jaxzip.cli.console import human_bytes, out
+from jaxzip.cli.console import human_bytes, out, print_table
 
 
 def inspect_command(
@@ -44,7 +44,7 @@ def inspect_command(
     if as_json:
         print(json.dumps(data, indent=2))
         return
-    out.print(tensor_table(data["tensors"]))
+    print_table(tensor_table(data["tensors"]))
     total = data["total"]
     out.print(
         f"{len(data['tensors'])} tensors, {human_bytes(total['original_bytes'])} -> "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from jaxzip.cli.console import fail, human_bytes, out
+from jaxzip.cli.console import fail, human_bytes, out, print_table
 
 if TYPE_CHECKING:
     from jaxzip.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def show_plan(
         sizes = (human_bytes(row[key]) for key in ("weight_bytes", "cache_bytes", "working_bytes", "total_bytes"))
         most = (str(row[key]) for key in ("most_sequences", "longest_context"))
         table.add_row(row["weights"], *sizes, "yes" if row["fits"] else Text("no", style="red"), *most)
-    out.print(table)
+    print_table(table)
     out.print("Total is the peak of JAX's arrays; about 1 GiB more is CUDA's own, and counted in what fits.")
 
 

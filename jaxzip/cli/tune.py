@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaxzip.cli.console import err, out
+from jaxzip.cli.console import err, out, print_table
 
 #: Of x, so that it and the result stay small beside the weights of a model.
 MOST_ROWS = 1 << 16
@@ -60,7 +60,7 @@ def tune_command(
         cells = (f"{f.us[n]:.1f}" + (" *" if n == f.fastest else "  ") if n in f.us else "" for n in names)
         config = [f.configs.get(f.fastest, "its own choice")] if with_configs else []
         table.add_row(f.format, f"{f.m} x {f.k}", str(f.rows), *cells, *config)
-    out.print(table)
+    print_table(table)
     out.print(f"* runs on {found[0].device_kind} from now on: recorded in {tuning.cache_file()}")
 
 
