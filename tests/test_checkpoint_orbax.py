@@ -81,13 +81,22 @@ def test_a_sharded_checkpoint_is_read_on_one_host(tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_random_keys_come_back(tmp_path):
-    cases.save_v1(tmp_path / "src", {"key": jax.random.key(3), "w": np.ones(3, np.float32)})
+    tree = {"key": jax.random.key(3), "keys": jax.random.split(jax.random.key(4), 3), "w": np.ones(3, np.float32)}
+    cases.save_v1(tmp_path / "src", tree)
     checkpoint.convert(tmp_path / "src", tmp_path / "dst")
     assert checkpoint.verify(tmp_path / "src", tmp_path / "dst")
     checkpoint.restore(tmp_path / "dst", tmp_path / "back")
     original, back = (checkpoint.open_source(tmp_path / name).tensors()[0].leaf for name in ("src", "back"))
     assert original.extension and original == back
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    for path in (tmp_path / "dst", tmp_path / "back"):
+        for found in (ocp_v1.load(path), ocp.PyTreeCheckpointer().restore(path), ocp_v1.load(path, target)):
+            for name in ("key", "keys"):
+                assert found[name].dtype == tree[name].dtype
+                np.testing.assert_array_equal(jax.random.key_data(found[name]), jax.random.key_data(tree[name]))
 
 
 def test_report_names_what_was_compressed_and_why_not(nested):

@@ -6,6 +6,7 @@ because those hold the whole tree: a converter that streams needs the tree's sha
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -19,6 +20,9 @@ TREE_FILE = "_METADATA"
 STRINGS_FILE = "_strings.json"
 OCDBT_FILE = "manifest.ocdbt"
 EXTENSIONS_FILE = "array_metadatas/process_0"
+SHARDING_FILE = "_sharding"
+#: Where a random key is restored if Orbax is not told; it has no such entry for ``np.ndarray``.
+_ON_CPU = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"})
 SEQUENCE_KEY, DICT_KEY = 1, 2
 #: Kinds of leaves that have an array on disk; the others live in the JSON files alone.
 _NO_ARRAY = ("None", "Dict", "List", "Tuple", "NamedTuple", "EmptyNode", "string")
@@ -133,14 +137,15 @@ def _read_extensions(file: Path) -> dict[str, Any]:
 def write_tree(directory: Path, leaves: Iterable[Leaf]) -> None:
     """Writes the files that make ``directory``, whose arrays are there, a tree that Orbax restores.
 
-    Arrays are written as ``np.ndarray`` leaves: they restore on any number of devices. Random keys stay what they are.
+    Arrays are written as ``np.ndarray`` leaves: they restore on any number of devices. Random keys stay what they are:
+    where there is no CPU device, as in any checkpoint that was saved on another machine, Orbax must be told theirs.
     """
-    tree, strings, extensions = {}, {}, []
+    tree, strings, extensions, shardings = {}, {}, [], {}
     for leaf in leaves:
         kind = leaf.value_type
         if leaf.extension:
-            extension = {"param_name": leaf.store_name, "write_shape": None, "chunk_shape": None}
-            extensions.append({"array_metadata": {**extension, "ext_metadata": leaf.extension}})
+            extensions.append({"array_metadata": _extension(directory, leaf)})
+            shardings[base64.b64encode(leaf.store_name.encode()).decode()] = _ON_CPU
         elif leaf.has_array and kind != "scalar":
             kind = "np.ndarray"
         if kind == "string":
@@ -162,6 +167,18 @@ def write_tree(directory: Path, leaves: Iterable[Leaf]) -> None:
     if extensions:
         (directory / EXTENSIONS_FILE).parent.mkdir(exist_ok=True)
         write_json(directory / EXTENSIONS_FILE, {"array_metadatas": extensions})
+        write_json(directory / SHARDING_FILE, shardings)
+
+
+def _extension(directory: Path, leaf: Leaf) -> dict[str, Any]:
+    """What Orbax keeps beside the array of ``leaf``, which is in ``directory``; it reads none without the shapes."""
+    array = read_json(directory / leaf.store_name / "zarr.json")
+    return {
+        "param_name": leaf.store_name,
+        "write_shape": array["shape"],
+        "chunk_shape": array["chunk_grid"]["configuration"]["chunk_shape"],
+        "ext_metadata": leaf.extension,
+    }
 
 
 def write_json(path: Path, document: Any) -> None:
