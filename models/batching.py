@@ -32,9 +32,9 @@ def pad_prompts(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
-    if not len(prompts):
+    rows = [_row(i, prompt) for i, prompt in enumerate(prompts)]
+    if not rows:
         raise PromptError("there is no prompt; pass a list with at least one list of token ids")
-    rows = [np.asarray(prompt) for prompt in prompts]
     for i, row in enumerate(rows):
         _check(config, i, row, max_new_tokens)
     width = bucket(max(len(row) for row in rows))
@@ -42,6 +42,13 @@ def pad_prompts(
     for i, row in enumerate(rows):
         tokens[i, width - len(row) :] = row
     return tokens, np.array([width - len(row) for row in rows], np.int32)
+
+
+def _row(i: int, prompt: Sequence[int]) -> np.ndarray:
+    try:
+        return np.asarray(prompt)
+    except ValueError:  # lists in it, of different lengths
+        raise PromptError(f"prompt {i} has lists in it; each prompt is one list of token ids") from None
 
 
 def _check(config: DecoderConfig, i: int, row: np.ndarray, max_new_tokens: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxzip.models.batching import bucket, pad_prompts
 from jaxzip.models.cache import KVCache
+from jaxzip.models.config import DecoderConfig
 from jaxzip.models.decoder import Decoder
 from jaxzip.models.sampling import GREEDY, Sampling, sample
 
@@ -50,7 +51,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
-    eos: Sequence[int] | None = None,
+    eos: Sequence[int] | int | None = None,
     pad: int = 0,
     return_logits: bool = False,
     batch_invariant: bool = False,
@@ -64,9 +65,9 @@ def generate(
       prompts: token ids, of different lengths; a row's result depends on the others only by rounding, and with
         ``batch_invariant`` not at all.
       sampling: how tokens are drawn.
-      key: typed PRNG key (``jax.random.key(seed)``); needed unless greedy. A row's draws depend on the key, the row's
+      key: one PRNG key (``jax.random.key(seed)``); needed unless greedy. A row's draws depend on the key, the row's
         index and the step only.
-      eos: token ids that end a row; default: the config's. ``()`` never ends.
+      eos: token ids that end a row, or one; default: the config's. ``()`` never ends.
       pad: what fills ``tokens`` after a row's end.
       return_logits: keep the logits of every step (``4 * B * max_new_tokens * vocab_size`` bytes).
       batch_invariant: weights are compressed, and every product and sum of a row is computed in the same order whatever
@@ -77,8 +78,10 @@ def generate(
       NotImplementedError: ``batch_invariant`` and a weight is dense or in a format without such a kernel, or attention
         on a GPU has none (heads of other sizes than 32, 64, 128 and 256).
       PromptError: no prompt, an empty one, an id outside the vocabulary, or a prompt too long for the context.
-      TypeError: ``max_new_tokens`` is no integer.
-      ValueError: ``max_new_tokens`` is below 1, or sampling without a key.
+      TypeError: ``max_new_tokens``, ``pad`` or a token id in ``eos`` is no integer, ``sampling`` is no Sampling, or
+        ``key`` no PRNG key.
+      ValueError: ``max_new_tokens`` is below 1, an integer has more than 32 bits, there is more than one key, or
+        sampling without a key.
     """
     max_new_tokens = _integer("max_new_tokens", max_new_tokens)
     setup = _Setup.of(model, prompts, max_new_tokens, sampling, key, eos, pad, batch_invariant)
@@ -95,7 +98,7 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
-    eos: Sequence[int] | None = None,
+    eos: Sequence[int] | int | None = None,
     chunk: int = 1,
     batch_invariant: bool = False,
 ) -> Iterator[int]:
@@ -120,6 +123,34 @@ def _integer(name: str, value) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}, expected an integer") from None
+
+
+def _int32(name: str, value) -> np.int32:
+    found, range_ = _integer(name, value), np.iinfo(np.int32)
+    if not range_.min <= found <= range_.max:
+        raise ValueError(f"{name} is {found}, expected a token id of 32 bits")
+    return np.int32(found)
+
+
+def _eos(eos, config: DecoderConfig) -> np.ndarray:
+    """The token ids that end a row, int32 ``[N]``."""
+    if eos is None:
+        eos = config.eos_token_ids
+    try:
+        ids = [eos] if hasattr(eos, "__index__") and not getattr(eos, "shape", ()) else list(eos)
+    except TypeError:
+        ids = [eos]
+    return np.array([_int32("eos", token) for token in ids], np.int32)
+
+
+def _check_key(key) -> None:
+    """Raises unless ``key`` is one PRNG key, typed or as ``jax.random.PRNGKey`` makes it."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and (dtype != np.uint32 or not shape):
+        raise TypeError(f"key is {key!r}, expected a PRNG key: jax.random.key(seed)")
+    if shape if typed else len(shape) > 1:
+        raise ValueError(f"key has shape {shape}, expected one key: rows of a batch draw from parts of it")
 
 
 def _stream(setup: _Setup, chunk: int) -> Iterator[int]:
@@ -154,17 +185,20 @@ class _Setup:
     @classmethod
     def of(cls, model, prompts, max_new_tokens, sampling, key, eos, pad, batch_invariant=False) -> _Setup:
         tokens, start = pad_prompts(model.config, prompts, max_new_tokens)
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling is {sampling!r}, expected a jaxzip.models.Sampling")
         if key is None:
             if sampling.kind != "greedy":
                 raise ValueError(f"{sampling} draws at random; pass key=jax.random.key(seed)")
             key = jax.random.key(0)
+        _check_key(key)
         graphdef, weights = nnx.split(model)
         inputs = {
             "tokens": tokens,
             "start": start,
             "limit": np.int32(max_new_tokens),
-            "eos": np.array(model.config.eos_token_ids if eos is None else tuple(eos), np.int32),
-            "pad": np.int32(pad),
+            "eos": _eos(eos, model.config),
+            "pad": _int32("pad", pad),
             "key": key,
             "sampling": sampling.values(),
         }

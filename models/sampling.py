@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ class Sampling:
         2020); 1 is all. Temperature is applied first, then top-k, then top-p.
 
     Raises:
+      TypeError: ``temperature`` or ``top_p`` is no number, or ``top_k`` no integer.
       ValueError: ``temperature`` or ``top_k`` is negative, or ``top_p`` is not in (0, 1].
     """
 
@@ -33,6 +35,17 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
+        kinds = {
+            "temperature": (float, "a number"),
+            "top_k": (operator.index, "an integer"),
+            "top_p": (float, "a number"),
+        }
+        for name, (read, kind) in kinds.items():
+            value = getattr(self, name)
+            try:
+                read(None if isinstance(value, str) else value)
+            except TypeError:
+                raise TypeError(f"{name} is {value!r}, expected {kind}") from None
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy) or a positive number")
         if self.top_k < 0:

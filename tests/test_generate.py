@@ -290,6 +290,7 @@ def test_streaming_donates_the_cache(model):
             r"prompt 0 has 120 tokens and max_new_tokens is 9, together 129; .* is 128 tokens",
         ),
         (["text"], "encode the text first"),
+        ([[1], [[1, 2], [3]]], "prompt 1 has lists in it"),
     ],
 )
 def test_bad_prompts(model, prompts, message):
@@ -308,6 +309,13 @@ def test_bad_sampling(bad):
         Sampling(**bad)
 
 
+@pytest.mark.parametrize("bad", [{"temperature": "1"}, {"temperature": None}, {"top_k": 2.5}, {"top_p": "a"}])
+def test_sampling_of_another_kind(bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(TypeError, match=f"{name} is {value!r}, expected an? "):
+        Sampling(**bad)
+
+
 def test_bad_arguments(model):
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         generate(model, PROMPTS, max_new_tokens=0)
@@ -318,6 +326,42 @@ def test_bad_arguments(model):
     for call in (lambda **options: generate(model, PROMPTS, **options), functools.partial(stream, model, PROMPTS[0])):
         with pytest.raises(TypeError, match=r"max_new_tokens is 2\.5, expected an integer"):
             call(max_new_tokens=2.5)
+
+
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        ({"eos": [1.5]}, TypeError, r"eos is 1\.5, expected an integer"),
+        ({"eos": "12"}, TypeError, "eos is '1', expected an integer"),
+        ({"eos": [[1], [2]]}, TypeError, r"eos is \[1\], expected an integer"),
+        ({"eos": 2**40}, ValueError, "eos is 1099511627776, expected a token id"),
+        ({"pad": 1.5}, TypeError, r"pad is 1\.5, expected an integer"),
+        ({"pad": None}, TypeError, "pad is None, expected an integer"),
+        ({"sampling": 0.5}, TypeError, r"sampling is 0\.5, expected a jaxzip\.models\.Sampling"),
+        ({"sampling": HOT, "key": 3}, TypeError, r"key is 3, expected .*jax\.random\.key\(seed\)"),
+        (
+            {"sampling": HOT, "key": jax.random.split(jax.random.key(0), 3)},
+            ValueError,
+            r"shape \(3,\), expected one key",
+        ),
+    ],
+)
+def test_arguments_of_another_kind(model, bad, error, message):
+    with pytest.raises(error, match=message):
+        generate(model, PROMPTS, max_new_tokens=1, **bad)
+
+
+def test_eos_may_be_one_id(model, batch):
+    ends = int(batch.tokens[0, 2])
+    found = [generate(model, PROMPTS, max_new_tokens=32, eos=eos).sequences() for eos in ([ends], ends, np.int32(ends))]
+    assert found[0] == found[1] == found[2] and len(found[0][0]) <= 3
+
+
+def test_an_unknown_implementation_is_matmuls_error():
+    params, _ = jaxzip.compress_params(random_params(CONFIG, dtype="bfloat16"))
+    model = Llama.from_params(CONFIG, params, implementation="fii")
+    with pytest.raises(ValueError, match="unknown implementation 'fii'; there are: .*decompress"):
+        generate(model, PROMPTS, max_new_tokens=1)
 
 
 def test_numbers_of_tokens_may_be_numpys(model):
