@@ -33,7 +33,8 @@ def load_model(
     """Loads a model of whatever family, and its tokenizer.
 
     Args:
-      path: a compressed checkpoint that was converted from a model's safetensors or GGUF file.
+      path: a compressed checkpoint that was converted from a model's safetensors or GGUF file, or from an Orbax
+        checkpoint of Gemma's.
       implementation: of every matmul, see :func:`jaxzip.matmul`.
       format: what compressed weights are changed to on the way in; ``"auto"``: what runs fastest on this process's
         devices. ``None``: as they are stored.
@@ -130,7 +131,9 @@ def read_tokenizer(checkpoint: Checkpoint, config: DecoderConfig, path: str | Pa
     """
     data = checkpoint.extra_file("tokenizer.json")
     if data is None:
-        raise CheckpointError(f"{path} has no tokenizer.json: its source had none beside the weights")
+        raise CheckpointError(
+            f"{path} has no tokenizer.json: its source had none beside the weights; put it there and convert again"
+        )
     try:
         return Tokenizer.from_json(data, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
     except ValueError as error:

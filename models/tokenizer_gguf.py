@@ -34,17 +34,15 @@ def tokenizer_json_from_gguf(reader: gguf.GGUFReader) -> str:
     kind = field(reader, "tokenizer.ggml.model")
     if kind != "gpt2":
         raise UnsupportedConfigError(
-            f'gguf: tokenizer.ggml.model is {kind!r}; only "gpt2" (byte-level BPE) is converted: pass a tokenizer.json'
+            f'gguf: tokenizer.ggml.model is {kind!r}; only "gpt2" (byte-level BPE) is converted'
         )
     words = field(reader, "tokenizer.ggml.pre", "gpt-2")
     if words not in _PRE_TOKENIZERS:
-        raise UnsupportedConfigError(
-            f"gguf: tokenizer.ggml.pre is {words!r}, known are {', '.join(_PRE_TOKENIZERS)}: pass a tokenizer.json"
-        )
+        raise UnsupportedConfigError(f"gguf: tokenizer.ggml.pre is {words!r}, known are {', '.join(_PRE_TOKENIZERS)}")
     tokens = field(reader, "tokenizer.ggml.tokens")
     merges = field(reader, "tokenizer.ggml.merges")
     if not tokens or merges is None:
-        raise UnsupportedConfigError("gguf: tokenizer.ggml.tokens or .merges is missing: pass a tokenizer.json")
+        raise UnsupportedConfigError("gguf: tokenizer.ggml.tokens or .merges is missing")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     # A token may contain no space (byte-level BPE writes it as another character), so one space separates the pair.
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]

@@ -163,18 +163,19 @@ def permute(array, heads):
     return array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def write_gguf(path, tensors, *, quantised):
-    """A GGUF file of a Hugging Face Llama, matrices in Q8_0 or bf16."""
+def write_gguf(path, tensors, *, quantised, kv_heads=KV_HEADS, add=lambda writer: None):
+    """A GGUF file of a Hugging Face Llama, matrices in Q8_0 or bf16; ``add`` puts more into it."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(64)
     writer.add_feed_forward_length(96)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
+    writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(160)
+    add(writer)
     parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
              "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
@@ -247,6 +248,39 @@ def test_a_rule_for_everything_leaves_an_embedding_a_table(tmp_path, kind):
     z = opened.load("embedder/embedding")
     assert (z.format, z.output_axis) == ("lane-planar", -2) and opened.load("lm_head/kernel").output_axis == -1
     np.testing.assert_array_equal(cases.bits(jaxzip.decompress(z)), cases.bits(tensors["model.embed_tokens.weight"]))
+
+
+def test_gguf_with_a_number_for_each_layer(tmp_path):
+    tensors = cases.llama_tensors()
+    write_gguf(tmp_path / "same.gguf", tensors, quantised=False, kv_heads=[KV_HEADS, KV_HEADS])
+    checkpoint.convert(tmp_path / "same.gguf", tmp_path / "dst")
+    assert checkpoint.open_checkpoint(tmp_path / "dst").hf_config["num_key_value_heads"] == KV_HEADS
+    write_gguf(tmp_path / "other.gguf", tensors, quantised=False, kv_heads=[KV_HEADS, 1])
+    with pytest.raises(CheckpointError, match=r"head_count_kv \[2, 1\], expected a positive integer"):
+        checkpoint.convert(tmp_path / "other.gguf", tmp_path / "new")
+
+
+def test_gguf_with_experts_is_no_llama(tmp_path):
+    write_gguf(
+        tmp_path / "m.gguf", cases.llama_tensors(), quantised=False, add=lambda writer: writer.add_expert_count(8)
+    )
+    checkpoint.convert(tmp_path / "m.gguf", tmp_path / "dst")
+    opened = checkpoint.open_checkpoint(tmp_path / "dst")
+    assert opened.hf_config is None and "blk/0/attn_q/weight" in opened.tensors
+
+
+def test_gguf_takes_the_tokenizer_beside_it_where_its_own_cannot_be_expressed(tmp_path):
+    def sentencepiece(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<s>", "a"])
+
+    write_gguf(tmp_path / "m.gguf", cases.llama_tensors(), quantised=False, add=sentencepiece)
+    checkpoint.convert(tmp_path / "m.gguf", tmp_path / "without")
+    (note,) = (n for n in checkpoint.inspect(tmp_path / "without")["notes"] if "tokenizer" in n)
+    assert "'llama'" in note and note.endswith("put the model's beside the file and convert it again")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    checkpoint.convert(tmp_path / "m.gguf", tmp_path / "with")
+    assert checkpoint.open_checkpoint(tmp_path / "with").extra_file("tokenizer.json") == b"{}"
 
 
 def test_gguf_truncated(tmp_path):

@@ -27,7 +27,7 @@ class GgufSource:
     and so are its fp32 norms, because the model that comes out is a bf16 model. Of a Llama in BF16, whose norms are
     F32 in GGUF, only those vectors are rounded. The metadata says so. Everything else passes through as it is. The rows
     of q and k, which llama.cpp permutes for its rotary embedding, are put back into Hugging Face's order. Tensors of
-    other architectures keep their own names.
+    other architectures, and of Llamas with experts, keep their own names.
     """
 
     kind = "gguf"
@@ -45,7 +45,9 @@ class GgufSource:
             ) from None
         self._fields = _Fields(self._reader)
         self._check_whole()
-        self._llama = self._fields.get("general.architecture") == "llama"
+        # Mixtral is a "llama" there, too.
+        experts = self._fields.get("llama.expert_count", 0)
+        self._llama = self._fields.get("general.architecture") == "llama" and not experts
         self._tensors = {}
         size, types = path.stat().st_size, set()
         for tensor in self._reader.tensors:
@@ -158,24 +160,30 @@ class GgufSource:
     def _permuted_heads(self, name: str) -> int:
         if not self._llama or not name.startswith("blk."):
             return 0
-        heads = int(self._fields["llama.attention.head_count"])
+        heads = _whole(self._fields, "llama.attention.head_count")
         if ".attn_q." in name:
             return heads
-        return int(self._fields.get("llama.attention.head_count_kv", heads)) if ".attn_k." in name else 0
+        return _whole(self._fields, "llama.attention.head_count_kv", heads) if ".attn_k." in name else 0
 
     def _tokenizer(self) -> dict[str, bytes]:
-        if "tokenizer.ggml.tokens" not in self._reader.fields:
-            return {}
-        try:
-            from jaxzip.models.tokenizer_gguf import tokenizer_json_from_gguf
-        except ImportError:
-            self.notes += ("no tokenizer.json: jaxzip.models is not installed",)
-            return {}
-        try:
-            return {"tokenizer.json": tokenizer_json_from_gguf(self._reader).encode()}
-        except (NotImplementedError, ValueError, KeyError) as error:
-            self.notes += (f"no tokenizer.json: {error}",)
-            return {}
+        """The file's own tokenizer as tokenizer.json, or where that cannot be expressed, the one beside the file."""
+        problem = "the GGUF file has no tokenizer"
+        if "tokenizer.ggml.tokens" in self._reader.fields:
+            try:
+                from jaxzip.models.tokenizer_gguf import tokenizer_json_from_gguf
+
+                return {"tokenizer.json": tokenizer_json_from_gguf(self._reader).encode()}
+            except ImportError:
+                problem = "jaxzip.models is not installed"
+            except (NotImplementedError, ValueError, KeyError, IndexError, TypeError) as error:
+                problem = str(error)
+        beside = self.path.parent / "tokenizer.json"
+        if beside.is_file():
+            self.notes += (f"tokenizer.json is the one beside the file: {problem}",)
+            return {"tokenizer.json": beside.read_bytes()}
+        if self._llama:
+            self.notes += (f"no tokenizer.json: {problem}; put the model's beside the file and convert it again",)
+        return {}
 
 
 class _Fields(Mapping):
@@ -201,6 +209,24 @@ def unpermute_rows(array: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
+def _whole(fields: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive integer of the metadata, or what all layers have in a list of one for each.
+
+    Raises:
+      CheckpointError: it is something else, or missing with no default.
+    """
+    found = fields.get(key, default)
+    if found is None:
+        raise CheckpointError(f"the GGUF file has no {key!r}; it is no complete Llama model, get another file")
+    value = found[0] if isinstance(found, list) and len(set(found)) == 1 else found
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"the GGUF file has {key} {found!r}, expected a positive integer, the same for all layers; it is no Llama "
+            "model, get another file"
+        )
+    return value
+
+
 def hf_config(fields: Mapping[str, Any], tensor_names: Mapping[str, Any]) -> dict[str, Any]:
     """A Llama's configuration in the terms of Hugging Face's config.json.
 
@@ -212,26 +238,21 @@ def hf_config(fields: Mapping[str, Any], tensor_names: Mapping[str, Any]) -> dic
         # GGUF holds float32; the shortest decimal that rounds to it is what the model's author wrote.
         return default if key not in fields else float(str(np.float32(fields[key])))
 
-    try:
-        heads, hidden = int(fields["llama.attention.head_count"]), int(fields["llama.embedding_length"])
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "hidden_size": hidden,
-            "intermediate_size": int(fields["llama.feed_forward_length"]),
-            "num_hidden_layers": int(fields["llama.block_count"]),
-            "num_attention_heads": heads,
-            "num_key_value_heads": int(fields.get("llama.attention.head_count_kv", heads)),
-            "head_dim": int(fields.get("llama.attention.key_length", hidden // heads)),
-            "max_position_embeddings": int(fields["llama.context_length"]),
-            "rms_norm_eps": decimal("llama.attention.layer_norm_rms_epsilon"),
-            "rope_theta": decimal("llama.rope.freq_base", 10000.0),
-        }
-    except KeyError as error:
-        raise CheckpointError(
-            f"the GGUF file has no {error}; it is no complete Llama model, get another file"
-        ) from None
+    heads, hidden = _whole(fields, "llama.attention.head_count"), _whole(fields, "llama.embedding_length")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": _whole(fields, "llama.feed_forward_length"),
+        "num_hidden_layers": _whole(fields, "llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _whole(fields, "llama.attention.head_count_kv", heads),
+        "head_dim": _whole(fields, "llama.attention.key_length", hidden // heads),
+        "max_position_embeddings": _whole(fields, "llama.context_length"),
+        "rms_norm_eps": decimal("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": decimal("llama.rope.freq_base", 10000.0),
+    }
     if "rope_freqs.weight" in tensor_names:
         raise CheckpointError(
             "the GGUF file has rope_freqs (Llama 3.1 rotary scaling), which GGUF stores without its parameters; "
