@@ -15,9 +15,11 @@ from jaxzip.models.batching import bucket, pad_prompts
 from jaxzip.models.cache import KVCache
 from jaxzip.models.config import DecoderConfig
 from jaxzip.models.decoder import Decoder
+from jaxzip.models.params import variables
 from jaxzip.models.sampling import GREEDY, Sampling, sample
 
 from jaxzip.formats.auto import default_device
+from jaxzip.tensor import CompressedTensor
 
 #: Decode steps on a GPU between two looks at whether every row has ended: the host waits for the device to look, and
 #: then starts the next step late.
@@ -143,6 +145,23 @@ def _eos(eos, config: DecoderConfig) -> np.ndarray:
     return np.array([_int32("eos", token) for token in ids], np.int32)
 
 
+def _check_invariant(model: Decoder) -> None:
+    """Raises NotImplementedError if ``model`` multiplies by dense weights: XLA's dot is not batch invariant."""
+    taken = ("kernel", "embedding") if model.config.tie_word_embeddings else ("kernel",)
+    dense = [
+        path
+        for path, variable in variables(model)
+        if path.endswith(taken) and not isinstance(variable.get_value(), CompressedTensor)
+    ]
+    if dense:
+        more = f" and {len(dense) - 1} more are" if len(dense) > 1 else " is"
+        raise NotImplementedError(
+            f"batch_invariant: {dense[0]}{more} dense, and XLA chooses a dot's order of accumulation by its shape: not "
+            'batch invariant; compress all weights (load_model\'s transform), with jaxzip.compress(w, format="raw") '
+            "what would not shrink"
+        )
+
+
 def _check_key(key) -> None:
     """Raises unless ``key`` is one PRNG key, typed or as ``jax.random.PRNGKey`` makes it."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
@@ -192,6 +211,8 @@ class _Setup:
                 raise ValueError(f"{sampling} draws at random; pass key=jax.random.key(seed)")
             key = jax.random.key(0)
         _check_key(key)
+        if batch_invariant:
+            _check_invariant(model)
         graphdef, weights = nnx.split(model)
         inputs = {
             "tokens": tokens,

@@ -122,6 +122,7 @@ def test_command(converted):  # noqa: F811
         (("--memory", "1GB", "--batch", 0), "--batch is 0"),
         (("--memory", "1GB", "--context", 8, "--new-tokens", 8), "--new-tokens is 8"),
         (("--memory", "1GB", "--context", 33), "--context is 33, but"),
+        (("--memory", "1GB", "--context", 1), "--context is 1, expected 2 or more"),
         (("--memory", f"{10**300}TB"), "--memory '1000"),
         (("--memory", "1GB", "--batch", 10**400), "--batch"),
         ((), "--memory 141GB"),

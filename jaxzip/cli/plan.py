@@ -46,6 +46,8 @@ def show_plan(
     checkpoint = open_checkpoint(ckpt)
     config = read_config(checkpoint, ckpt)
     most = config.max_position_embeddings
+    if context is not None and context < 2:
+        raise fail(f"--context is {context}, expected 2 or more: a prompt's token and a new one")
     if context is not None and context > most:
         raise fail(f"--context is {context}, but {ckpt} is a model of at most {most} tokens; give {most} or less")
     limited = context is None and most < CONTEXT
