@@ -146,12 +146,16 @@ def _eos(eos, config: DecoderConfig) -> np.ndarray:
 
 
 def _check_invariant(model: Decoder) -> None:
-    """Raises NotImplementedError if ``model`` multiplies by dense weights: XLA's dot is not batch invariant."""
+    """Raises NotImplementedError if ``model`` multiplies by dense weights: XLA's dot is not batch invariant.
+
+    Routers may be dense, see ``jaxzip.models.moe``.
+    """
     taken = ("kernel", "embedding") if model.config.tie_word_embeddings else ("kernel",)
     dense = [
         path
         for path, variable in variables(model)
-        if path.endswith(taken) and not isinstance(variable.get_value(), CompressedTensor)
+        if path.endswith(taken) and not path.endswith("router/kernel")
+        if not isinstance(variable.get_value(), CompressedTensor)
     ]
     if dense:
         more = f" and {len(dense) - 1} more are" if len(dense) > 1 else " is"

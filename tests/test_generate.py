@@ -13,7 +13,18 @@ import llama_reference
 import numpy as np
 import pytest
 from hlo import made_of_shape, weight_shapes
-from jaxzip.models import GREEDY, Llama, LlamaConfig, Sampling, fuse_projections, generate, random_params, stream
+from jaxzip.models import (
+    GREEDY,
+    Llama,
+    LlamaConfig,
+    Mixtral,
+    MixtralConfig,
+    Sampling,
+    fuse_projections,
+    generate,
+    random_params,
+    stream,
+)
 from jaxzip.models.batching import bucket
 from jaxzip.models.sampling import keep_likely, sample
 
@@ -143,6 +154,18 @@ def test_batch_invariance_needs_compressed_weights(params):
     message = r"embedder/embedding and 14 more are dense, .* not batch invariant; compress all weights"
     with pytest.raises(NotImplementedError, match=message):
         generate(model, PROMPTS, max_new_tokens=2, batch_invariant=True)
+
+
+def test_batch_invariant_generation_takes_a_dense_router():
+    sizes = {"dtype": "bfloat16", "num_layers": 1, "num_experts": 4, "num_kv_heads": 4, "head_dim": 32}
+    config = MixtralConfig(**{**dataclasses.asdict(CONFIG), **sizes})
+    params, _ = jaxzip.compress_params(random_params(config), LANE_PLANAR)
+    router = params["layers"]["0"]["mlp"]["router"]
+    assert isinstance(router["kernel"], np.ndarray)  # too small to shrink
+    model = Mixtral.from_params(config, params)
+    options = {"max_new_tokens": 4, "batch_invariant": True}
+    together = generate(model, PROMPTS, **options).sequences()
+    assert together[1:2] == generate(model, PROMPTS[1:2], **options).sequences()
 
 
 def test_no_weight_is_copied(monkeypatch):
