@@ -97,6 +97,8 @@ def check_array(w, caller: str = "compress") -> None:
         )
     if not isinstance(w, jax.Array | np.ndarray):
         raise TypeError(f"{caller}: expected an array, got {type(w).__name__}")
+    if jax.numpy.issubdtype(w.dtype, jax.dtypes.extended):
+        raise TypeError(f"{caller}: an array of {w.dtype} cannot be stored; keep jax.random.key_data(key)")
 
 
 def check_output_axis(output_axis: int, caller: str = "compress") -> None:

@@ -99,6 +99,7 @@ def test_64_bits_stay_64_bits():
         (lambda: jaxzip.compress(gaussian_weights((0, 64)), format="tca-tbe"), ValueError, "no elements"),
         (lambda: jaxzip.compress(gaussian_weights((64, 64)), output_axis=0), ValueError, "output_axis"),
         (lambda: jaxzip.compress([1.0]), TypeError, "list"),
+        (lambda: jaxzip.compress(jax.random.key(0)), TypeError, r"key<fry>.*jax\.random\.key_data"),
         (lambda: jax.jit(jaxzip.compress)(gaussian_weights((64, 64))), TypeError, "traced"),
         (lambda: jaxzip.CompressionRule(format="gzip"), ValueError, "gzip"),
         (lambda: jaxzip.CompressionRule(output_axis=5), ValueError, "CompressionRule: output_axis is 5, expected -1"),

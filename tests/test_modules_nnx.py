@@ -409,6 +409,10 @@ def test_errors():
         z(jnp.ones((2, 65), BF16))
     with pytest.raises(ValueError, match="rank"):
         jaxzip.einsum("btd,df->btf", jnp.ones((2, 64)), z.kernel[...])
+    with pytest.raises(TypeError, match=r"got CompressedKernel; .*jaxzip\.einsum"):
+        jaxzip.matmul(jnp.ones((2, 64), BF16), z.kernel.get_value())
+    with pytest.raises(TypeError, match=r"got CompressedKernel; its array is z\.dense\(\)"):
+        jaxzip.decompress(z.kernel.get_value())
 
 
 def test_compressed_tensors_in_einsum():

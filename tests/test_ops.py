@@ -274,6 +274,10 @@ def test_dense_weights_are_multiplied_too():
         (lambda x, z: jaxzip.matmul(x, encoded(gaussian_weights((2, 96, 70)))), ValueError, "vmap"),
         (lambda x, z: jaxzip.decompress(x), TypeError, "CompressedTensor"),
         (lambda x, z: jaxzip.take(z, jnp.float32(1)), TypeError, "float32"),
+        (lambda x, z: jaxzip.take([[1.0]], [0]), TypeError, "got list"),
+        (lambda x, z: jaxzip.matmul(z.T, z), TypeError, "the weight comes second"),
+        (lambda x, z: jaxzip.einsum("km,nk->nm", z, x), TypeError, "the weight comes second"),
+        (lambda x, z: jaxzip.dot_general(z, x, (((0,), (1,)), ((), ()))), TypeError, "the weight comes second"),
     ],
 )
 def test_bad_arguments(call, error, words):

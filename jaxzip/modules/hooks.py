@@ -45,6 +45,7 @@ class DotGeneral:
         *,
         out_sharding: Any = None,
     ) -> jax.Array:
+        _check_first("dot_general", lhs)
         rhs, fused = as_operand(rhs), None
         if isinstance(rhs, Operand) and out_sharding is None:
             fused = _matched(lhs, rhs, dimension_numbers, preferred_element_type)
@@ -114,6 +115,7 @@ class Einsum:
         preferred_element_type: Any = None,
         out_sharding: Any = None,
     ) -> jax.Array:
+        _check_first("einsum", x)
         w = as_operand(w)
         parsed = parse(equation, x.ndim, w.ndim) if isinstance(w, Operand) else None
         if parsed is not None and out_sharding is None and w.cast_is_exact:
@@ -146,6 +148,7 @@ def dot_general(
 
     Raises:
       ValueError: sizes of contracted or batch axes differ.
+      TypeError: ``lhs`` is compressed.
     """
     return DotGeneral()(lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding)
 
@@ -166,6 +169,7 @@ def einsum(
 
     Raises:
       ValueError: the equation does not fit the operands.
+      TypeError: ``x`` is compressed.
     """
     options = {"precision": precision, "preferred_element_type": preferred_element_type, "out_sharding": out_sharding}
     return Einsum()(equation, x, w, **options)
@@ -197,6 +201,11 @@ def as_operand(w: Any) -> Any:
         axes = KernelAxes(w.shape, (lead + 1 if table else lead,), tuple(range(lead)))
         w = CompressedKernel(w.T if table else w, axes)
     return Operand(w) if isinstance(w, CompressedKernel) else w
+
+
+def _check_first(op: str, x: Any) -> None:
+    if isinstance(x, CompressedTensor):
+        raise TypeError(f"{op}: the first operand is a CompressedTensor; the weight comes second, the input first")
 
 
 def _cast(a, dtype):

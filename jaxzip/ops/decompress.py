@@ -36,7 +36,8 @@ def decompress(z: CompressedTensor, *, implementation: str | None = None) -> jax
 
 def require_compressed(z, op: str) -> None:
     if not isinstance(z, CompressedTensor):
-        raise TypeError(f"{op}: expected a CompressedTensor, got {type(z).__name__}; make one with jaxzip.compress")
+        advice = "its array is z.dense()" if hasattr(z, "dense") else "make one with jaxzip.compress"
+        raise TypeError(f"{op}: expected a CompressedTensor, got {type(z).__name__}; {advice}")
 
 
 @functools.partial(jax.jit, static_argnames="implementation")

@@ -83,10 +83,13 @@ def matmul(
 
 def checked_activations(op: str, x, w) -> jax.Array:
     """``x`` as an array, if operation ``op`` can multiply it by ``w``; else TypeError. Shapes are not looked at."""
+    if isinstance(x, CompressedTensor):
+        raise TypeError(f"{op}: x is a CompressedTensor; the weight comes second, and one of the two must be dense")
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         x = jnp.asarray(x)
     if not isinstance(w, CompressedTensor) and not isinstance(w, jax.Array | np.ndarray):
-        raise TypeError(f"{op}: w must be a CompressedTensor or an array, got {type(w).__name__}")
+        advice = "; a CompressedKernel is multiplied by jaxzip.einsum" if hasattr(w, "__jax_array__") else ""
+        raise TypeError(f"{op}: w must be a CompressedTensor or an array, got {type(w).__name__}{advice}")
     if x.dtype not in ACTIVATION_DTYPES:
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected bfloat16, float16 or float32; cast it first")
     if not jnp.issubdtype(w.dtype, jnp.floating):

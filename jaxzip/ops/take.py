@@ -26,9 +26,11 @@ def take(table: CompressedTensor | jax.Array, ids: jax.Array, *, implementation:
       ``ids.shape + (K,)`` in the table's dtype.
 
     Raises:
-      TypeError: ``ids`` are not integers.
+      TypeError: ``ids`` are not integers, or ``table`` is neither compressed nor an array.
       ValueError: ``table`` is no matrix, or no such implementation.
     """
+    if not isinstance(table, CompressedTensor | jax.Array | np.ndarray):
+        raise TypeError(f"take: table must be a CompressedTensor or an array, got {type(table).__name__}")
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"take: ids have dtype {ids.dtype}, expected integers")
