@@ -242,6 +242,17 @@ def test_errors(tmp_path):
         restore_module(wrong, tmp_path / "saved")
 
 
+def test_what_is_no_module_is_refused(tmp_path):
+    for tree in ({"step": 1}, nnx.split(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))):  # the second would be saved as "1/kernel"
+        with pytest.raises(TypeError, match="save_module: expected an nnx.Module, got (dict|tuple)"):
+            save_module(tree, tmp_path / "saved")
+    assert not any(tmp_path.iterdir())
+    save_module(nnx.state(compressed(), STORED), tmp_path / "state")
+    assert_same_state(restore_module(abstract(), tmp_path / "state"), compressed())
+    with pytest.raises(TypeError, match="restore_module: expected an nnx.Module, got dict"):
+        restore_module({}, tmp_path / "state")
+
+
 @pytest.mark.parametrize("axes", [{"shape": [64], "contract": [0]}, {"shape": [8, 8, 8], "contract": [0]}, {"no": [1]}])
 def test_axes_that_do_not_fit_are_found(tmp_path, axes):
     save_module(compressed(), tmp_path / "saved")

@@ -48,12 +48,14 @@ def save_module(model: nnx.Module, path: str | Path) -> None:
 
     Raises:
       CheckpointError: ``path`` exists or cannot be written.
-      TypeError: a variable holds something else than an array, a number or a compressed weight (a typed PRNG key,
-        ``None``, a string); names it.
+      TypeError: ``model`` is neither an NNX module nor its state, or a variable holds something else than an array, a
+        number or a compressed weight (a typed PRNG key, ``None``, a string); names it.
     """
     # Imported here: jaxzip.__init__ offers this module's functions, and holds the version.
     from jaxzip import __version__
 
+    if not isinstance(model, nnx.Module | nnx.State):
+        raise TypeError(f"save_module: expected an nnx.Module, got {type(model).__name__}")
     plan = {"operation": "save_module", "run": uuid.uuid4().hex}
     entries = []
     with PartialCheckpoint(Path(path).absolute(), plan, resume=False) as partial:
@@ -127,10 +129,13 @@ def restore_module(
       implementation, batch_invariant: see :func:`jaxzip.compress_module`.
 
     Raises:
+      TypeError: ``model`` is no NNX module.
       ValueError: a variable's shape or dtype is not the one in the checkpoint.
       TensorNotFoundError: the checkpoint lacks a variable; names the nearest.
       CheckpointError, CorruptDataError: see :meth:`jaxzip.checkpoint.Checkpoint.load`.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"restore_module: expected an nnx.Module, got {type(model).__name__}")
     checkpoint = open_checkpoint(path)
     saved = checkpoint.metadata["source"]["kind"] == SOURCE_KIND
 
