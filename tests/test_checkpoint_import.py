@@ -297,6 +297,16 @@ def test_unpermute_undoes_permute():
     np.testing.assert_array_equal(gguf_source.unpermute_rows(permute(w, 4), 4), w)
 
 
+def test_directories_with_names_of_files_are_passed_by(tmp_path):
+    cases.write_llama(tmp_path / "hf")
+    (tmp_path / "hf" / "other.safetensors").mkdir()
+    checkpoint.convert(tmp_path / "hf", tmp_path / "dst")
+    assert checkpoint.verify(tmp_path / "hf", tmp_path / "dst")
+    (tmp_path / "only" / "a.gguf").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="only: unknown format"):
+        checkpoint.convert(tmp_path / "only", tmp_path / "new")
+
+
 def test_index_that_names_files_elsewhere(tmp_path):
     cases.write_llama(tmp_path / "hf")
     index = tmp_path / "hf" / "model.safetensors.index.json"

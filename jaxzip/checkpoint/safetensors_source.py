@@ -198,7 +198,7 @@ class SafetensorsSource:
         if path.is_file():
             return (path,)
         if not (path / INDEX_FILE).exists():
-            return tuple(sorted(path.glob("*.safetensors")))
+            return tuple(sorted(file for file in path.glob("*.safetensors") if file.is_file()))
         index = read_json(path / INDEX_FILE)
         try:
             names = sorted(set(index["weight_map"].values()))

@@ -187,13 +187,13 @@ def _open(path: Path) -> Source:
         )
     if ".orbax-checkpoint-tmp" in path.name or path.name.endswith((".partial_save", layout.PARTIAL_SUFFIX)):
         raise CheckpointError(f"{path} is a checkpoint whose writing was not finished; give a finished one")
-    if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
+    if any(file.is_file() for file in path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
         return SafetensorsSource(path)
     notes: list[str] = []
     tree = tree_directory(path, notes)
     if tree is not None:
         return OrbaxSource(path, tree, tuple(notes))
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = sorted(file for file in path.glob("*.gguf") if file.is_file())
     if len(ggufs) == 1:
         return GgufSource(ggufs[0])
     if len(ggufs) > 1:
