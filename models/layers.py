@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxzip.models import rms_norm
 from jaxzip.models.config import DecoderConfig
 from jaxzip.models.execution import DEFAULT, Execution, gpu_is_here, with_gradient_of
@@ -37,9 +38,9 @@ def _operands(x: jax.Array, weight: Any, op: str, execution: Execution) -> tuple
     """The activations, the weight and the implementation to call ``op`` with.
 
     Dense weights are XLA's, and so is a compressed weight that is to run by ``"xla"``: behind a barrier XLA cannot tell
-    the decoded array from a stored one. Otherwise it folds the decoder's transpose into the dot, which may then sum in
-    another order; so ``"xla"`` gives the logits of the dense model bit for bit. A backend that lacks ``op`` leaves it
-    to the best one.
+    the decoded array from a stored one, which it lies in memory like. Otherwise XLA folds the decoder's transpose
+    into the dot, or has the decoder write it, and the dot may sum in another order; so ``"xla"`` gives the logits of
+    the dense model bit for bit. A backend that lacks ``op`` leaves it to the best one.
     """
     # Activations and weight go through one barrier, dense or not: what XLA fuses into the activations is then the same
     # for both, and nothing that is done to a weight (decoding, widening) is moved out of the decode loop.
@@ -48,7 +49,9 @@ def _operands(x: jax.Array, weight: Any, op: str, execution: Execution) -> tuple
     if not isinstance(weight, CompressedTensor):
         return x, weight, None
     if implementation == registry.XLA and op in ("matmul", "ragged_matmul"):
-        return x, jax.lax.optimization_barrier(jaxzip.decompress(weight, implementation=registry.XLA)), None
+        dense = jaxzip.decompress(weight, implementation=registry.XLA)
+        dense = with_layout_constraint(dense, Layout(major_to_minor=tuple(range(dense.ndim))))
+        return x, jax.lax.optimization_barrier(dense), None
     known = op == "matmul" or implementation in ops.implementations(op)  # matmul knows them all, and refuses others
     return x, weight, implementation if known else None
 

@@ -45,8 +45,8 @@ LANE_PLANAR = (
 )
 
 
-def slow(parameter):
-    return pytest.param(parameter, marks=pytest.mark.slow)
+def slow(*parameters):
+    return pytest.param(*parameters, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,11 @@ def test_a_row_does_not_depend_on_the_others(model, batch):
         assert alone.sequences()[0] == batch.sequences()[i]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", slow("float32")])
-def test_compressed_model_gives_the_dense_tokens_and_logits(dtype):
-    config = dataclasses.replace(CONFIG, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "tied", "vocabulary"), [("bfloat16", True, 96), ("bfloat16", False, 256), slow("float32", True, 96)]
+)
+def test_compressed_model_gives_the_dense_tokens_and_logits(dtype, tied, vocabulary):
+    config = dataclasses.replace(CONFIG, dtype=dtype, tie_word_embeddings=tied, vocab_size=vocabulary)
     params = random_params(config, dtype="bfloat16")
     params_z, _ = jaxzip.compress_params(params)
     run = lambda p: generate(  # noqa: E731
