@@ -243,6 +243,15 @@ class TestTake:
         assert np.array_equal(bits(out[-2:]), bits(w[[0, 69]]))
 
 
+@pytest.mark.parametrize("table", [jnp.asarray, lambda w: raw(w, TABLE_AXIS)], ids=["dense", "raw"])
+@pytest.mark.parametrize("columns", [16, 64])
+def test_dense_rows_keep_the_bits_of_nan(table, columns):
+    """In the last column, where the CPU's code for the rest of a row's vectors once had floats."""
+    w = np.arange(1 << 16, dtype=np.uint16).view(BF16).reshape(-1, columns)
+    rows = jaxzip.take(table(w), jnp.arange(len(w)))
+    assert np.array_equal(bits(rows), bits(w))
+
+
 def test_best_implementation_is_used_and_agrees():
     w = gaussian_weights((128, 128))
     best = ops.implementations("matmul")[0]
