@@ -70,16 +70,14 @@ def _take_dense(table: jax.Array, ids: jax.Array) -> jax.Array:
     if not jnp.issubdtype(table.dtype, jnp.floating) or table.dtype.itemsize > 4:
         return jnp.take(table, ids, axis=0, mode="fill")
     # As integers, without a select that could become one of floats: XLA's CPU backend may widen narrow floats to
-    # fp32 and back, which quiets signalling NaNs and flushes subnormals.
+    # fp32 and back, which quiets signalling NaNs and flushes subnormals. LLVM makes a select of a mask, too, if it
+    # is a comparison's, and of its last columns, which its vectors do not reach, fp32: so the mask is a sign's.
     rows = table.shape[0]
     word = np.dtype(f"u{table.dtype.itemsize}")
     nan = np.asarray(jnp.nan, table.dtype).view(word)
-    inside = -(ids < rows).astype(word)[:, None]
+    inside = ((ids - rows) >> 31).astype(word)[:, None]  # no id is negative
     found = jnp.take(jax.lax.bitcast_convert_type(table, word), ids, axis=0, mode="clip")
-    bits = (found & inside) | (~inside & nan)
-    # LLVM makes one of these, too, if it sees both: in the last columns of a row, which its vectors do not reach.
-    bits = jax.lax.platform_dependent(bits, cpu=jax.lax.optimization_barrier, default=lambda bits: bits)
-    return jax.lax.bitcast_convert_type(bits, table.dtype)
+    return jax.lax.bitcast_convert_type((found & inside) | (~inside & nan), table.dtype)
 
 
 registry.register("take", registry.XLA, take_xla)
