@@ -1,10 +1,14 @@
 // Arguments of one launch of the small-N matmul, and how its work and its shared memory are dealt.
 #pragma once
+#include <algorithm>
+
 #include "../epilogue.h"
 #include "layout.h"
 
 namespace jaxzip::lane_planar {
 
+constexpr int kListHeader = 16;  // its barrier
+constexpr uint32_t kMaxListed = 512;  // overflow entries: of longer lists each block's are read when it needs them
 constexpr int kSumPad = 4;  // floats after a column of sums: a warp's stores then fall into different banks
 
 // Work split and shared memory (bytes from its start) of one launch, computed on the host. A row group is what a warp takes
@@ -21,7 +25,8 @@ struct DirectPlan {
   int area;     // of a warp: its patch planes, and in the end the sum of the row group that it did not finish
   int chunks;   // of four rows that a rank owns of every row group: chunk c is the (c / cluster)th of rank c % cluster
   int magic;    // c / cluster = c * magic >> 16
-  int barrier, owners, shift, x, finished, received, bytes;
+  int barrier, owners, shift, x, finished, received, overflow, bytes;
+  bool overflow_listed;  // the matrix' overflow entries are copied to shared memory
 };
 
 struct DirectArgs {
@@ -34,7 +39,7 @@ struct DirectArgs {
 };
 
 template <class Weights>
-DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, int cluster, int clusters, bool gated) {
+DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, int cluster, int clusters, bool gated, int limit) {
   DirectPlan p = {};
   const int group_rows = tiles_per_warp * kTileRows, all_groups = (w.m + group_rows - 1) / group_rows;
   p.cluster = cluster;
@@ -60,7 +65,10 @@ DirectPlan plan_direct(const Matrix& w, int n, int tiles_per_warp, int warps, in
   p.x = p.shift + most_groups * group_rows;
   p.finished = p.x + n * p.x_pitch;
   p.received = p.finished + most_groups * sum_bytes;
-  p.bytes = p.received + (cluster > 1 ? cluster * (most_groups * p.chunks << p.log_n) * 16 : 0);
+  p.overflow = p.received + (cluster > 1 ? cluster * (most_groups * p.chunks << p.log_n) * 16 : 0);
+  const int list_bytes = kListHeader + static_cast<int>(std::min<uint32_t>(w.overflow_length, kMaxListed + 1) * sizeof(OverflowEntry));
+  p.overflow_listed = w.overflow_length && w.overflow_length <= kMaxListed && p.overflow + list_bytes <= limit;
+  p.bytes = p.overflow + (p.overflow_listed ? list_bytes : 0);
   return p;
 }
 

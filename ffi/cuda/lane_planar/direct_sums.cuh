@@ -145,7 +145,6 @@ struct DirectSums {
       }
       return sums;
     };
-    if (ranks > 1) ptx::cluster_wait();  // the others have started
     const int pairs = ranks == 1 ? plan.gated : 0;
 #pragma unroll 1
     for (uint32_t o = threadIdx.x; o < (groups >> pairs) * kGroupItems << plan.log_n; o += kThreads) {

@@ -47,9 +47,11 @@ const Variant* find_variant(int n, const DirectConfig& c, bool raw) {
   return raw ? find_variant<Raw>(n, c) : find_variant<LanePlanar>(n, c);
 }
 
+int shared_limit(const DirectConfig& c) { return kSharedPerSm / c.ctas_per_sm - (c.ctas_per_sm > 1 ? 1024 : 0); }
+
 DirectPlan plan_for(const Matrix& w, int n, const DirectConfig& c, bool raw, bool gated) {
-  return raw ? plan_direct<Raw>(w, n, c.tiles_per_warp, c.warps, c.cluster, c.clusters, gated)
-             : plan_direct<LanePlanar>(w, n, c.tiles_per_warp, c.warps, c.cluster, c.clusters, gated);
+  return raw ? plan_direct<Raw>(w, n, c.tiles_per_warp, c.warps, c.cluster, c.clusters, gated, shared_limit(c))
+             : plan_direct<LanePlanar>(w, n, c.tiles_per_warp, c.warps, c.cluster, c.clusters, gated, shared_limit(c));
 }
 
 }  // namespace
@@ -61,7 +63,7 @@ int direct_shared_bytes(const Matrix& w, int n, const DirectConfig& c, bool raw,
   const int group_rows = c.tiles_per_warp * kTileRows;
   if (c.clusters > (w.m + group_rows - 1) / group_rows >> gated) return 0;
   const int bytes = plan_for(w, n, c, raw, gated).bytes;
-  return bytes <= kSharedPerSm / c.ctas_per_sm - (c.ctas_per_sm > 1 ? 1024 : 0) ? bytes : 0;
+  return bytes <= shared_limit(c) ? bytes : 0;
 }
 
 namespace {

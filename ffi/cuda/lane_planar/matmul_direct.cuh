@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   const bool k_longer = rank < plan.k_longer, longer = cluster < plan.groups_longer;
   const int k_begin = rank * plan.k_blocks + min(rank, plan.k_longer), units_k = plan.k_blocks + k_longer;
   const int x_columns = max(0, min(units_k * kBlock, w.k - k_begin * kBlock));
-  const uint32_t x_barrier = shared + plan.barrier, sums_barrier = x_barrier + 8;
+  const uint32_t x_barrier = shared + plan.barrier, sums_barrier = x_barrier + 8, overflow_barrier = shared + plan.overflow;
   const bool bulk_x = w.k % 8 == 0 && (reinterpret_cast<uintptr_t>(args.x) & 15) == 0;
   const __nv_bfloat16* x = args.x + static_cast<size_t>(k_begin) * kBlock;
   auto load_x = [&] {  // by warp 0
@@ -45,8 +45,10 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   // x goes first: behind the weights of all SMs it would come microseconds later.
   if (warp == 0) {
     if (lane == 0) {
-      ptx::barrier_init(x_barrier, 1);
-      ptx::barrier_init(sums_barrier, 1);
+      ptx::barrier_init_only(x_barrier, 1);
+      ptx::barrier_init_only(sums_barrier, 1);
+      if (plan.overflow_listed) ptx::barrier_init_only(overflow_barrier, kThreads);
+      ptx::barrier_init_done();
     }
     __syncwarp();
     if (bulk_x && !args.overlap) load_x();
@@ -123,6 +125,11 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   for (int i = threadIdx.x; i < groups * kTilesPerWarp; i += kThreads)
     ptx::async_copy_16(shared + plan.shift + i * 16,
                        w.shift + static_cast<size_t>(group_index(i / kTilesPerWarp)) * kGroupRows + i % kTilesPerWarp * 16);
+  // Overflow entries of a short list wait in shared memory: read when a block needs them, they would hold its warp up.
+  const bool listed = Weights::kHasEscapes && plan.overflow_listed;
+#pragma unroll 1
+  for (int i = threadIdx.x; listed && i < w.overflow_length; i += kThreads)
+    ptx::async_copy_8(shared + plan.overflow + kListHeader + i * sizeof(OverflowEntry), w.overflow + i);
   if (ranks > 1 && threadIdx.x == 0) {
     const int owned = ((kGroupRows / 4 - 1 - rank) * plan.magic >> 16) + 1;  // chunks of a row group, 0 or more
     ptx::barrier_expect(sums_barrier, ranks * groups * args.n * owned * 16);
@@ -140,6 +147,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   const PatchPlane<kTilesPerWarp> plane{shared + warp * plan.area, lane};
   if (Weights::kHasEscapes) plane.fill();
   __syncthreads();
+  if (listed) ptx::barrier_arrive_after_copies(overflow_barrier);
 
   float* finished = reinterpret_cast<float*>(memory + plan.finished);
   float sums[kTilesPerWarp][kColumnTiles][4] = {};
@@ -164,6 +172,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
   };
 
   float* own_sums = reinterpret_cast<float*>(memory + warp * plan.area);
+  if (ranks > 1) ptx::cluster_wait();  // the others have started, so that sums may be sent to them; here x hides it
   if (bulk_x) ptx::barrier_wait(x_barrier, 0);
   if (begin == end) store_sums(own_sums);  // zeros: there are fewer units than warps
 #pragma unroll 1
@@ -180,9 +189,15 @@ __global__ void __launch_bounds__(kWarps * 32, kCtasPerSm) matmul_direct(const _
         overflow = __shfl_sync(~0u, e.y, 0);
         if (more) load_entries(entries[i]);
         plane.template scatter<false>(e, ends, first_tile);
-        if (overflow)
-          scatter_overflow(w.overflow, w.overflow_length, overflow - 1, block_index(group, k), plane.base,
+        if (overflow) {
+          const OverflowEntry* list = w.overflow;
+          if (listed) {
+            ptx::barrier_wait(overflow_barrier, 0);
+            list = reinterpret_cast<const OverflowEntry*>(memory + plan.overflow + kListHeader);
+          }
+          scatter_overflow(list, w.overflow_length, overflow - 1, block_index(group, k), plane.base,
                            first_tile * kTileElements, plane.kPositions);
+        }
         __syncwarp();
       }
 #pragma unroll

@@ -78,6 +78,14 @@ __device__ __forceinline__ void async_copy_wait() { asm volatile("cp.async.wait_
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0,%1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+// In the last group of copies that was begun.
+__device__ __forceinline__ void async_copy_8(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0],[%1],8;" ::"r"(to), "l"(from) : "memory");
+}
+// When all copies that this thread asked for have landed; the barrier expects it.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 // 16 bytes, kept in L1, or zeros; in the last group of copies that was begun.
 __device__ __forceinline__ void async_copy_16_or_zero(uint32_t to, const void* from, bool copy) {
   asm volatile("cp.async.ca.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(copy ? 16 : 0) : "memory");
