@@ -31,6 +31,9 @@ struct Arguments {
   Attention attention;
   CUtensorMap keys, values;
   int splits, ring_slots, ring_bytes;  // of a warp
+  // What would be divided by on the way to the first copy, where nothing hides it: 200 cycles each.
+  int group;                // heads of a KV head
+  uint32_t step_inverse;    // 2^32 / (splits * kWarps), rounded up
 };
 
 __device__ __forceinline__ int slot_of(int g) { return (g >> 1) | ((g & 1) << 2); }
@@ -44,7 +47,7 @@ __global__ void __launch_bounds__(kWarps * 32, warps_of_sm(kD, kTiles) / kWarps)
   ptx::launch_dependents();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, j = lane & 3;
   const int rank = blockIdx.x, kv_head = blockIdx.y, row_index = blockIdx.z;
-  const int group = a.heads / a.kv_heads, splits = args.splits;
+  const int group = args.group, splits = args.splits;
   uint8_t* barriers = memory + kWarps * args.ring_bytes;
   FoundHere* of_cta = reinterpret_cast<FoundHere*>(barriers + kWarps * args.ring_slots * 8);
   const auto of_warp = [&](int w) { return reinterpret_cast<FoundHere*>(memory + w * args.ring_bytes); };
@@ -68,7 +71,8 @@ __global__ void __launch_bounds__(kWarps * 32, warps_of_sm(kD, kTiles) / kWarps)
   const int first = max(a.window ? max(start, own - (a.window - 1)) : start, 0);
   const int units = own < first ? 0 : (own - first) / kUnit + 1, step = splits * kWarps;
   int unit = rank + splits * warp;  // so that few units are spread over CTAs
-  const bool has_last = unit < units && (units - 1 - unit) % step == 0;
+  const uint32_t behind = units - 1 - unit;
+  const bool has_last = unit < units && behind == __umulhi(behind, args.step_inverse) * step;
   uint4 value = {};  // of the own slot: piece `piece`
   const int piece = lane % (kD / 8);
   if (has_last) {
@@ -234,6 +238,8 @@ cudaError_t launch(const Attention& a, int splits, cudaStream_t stream) {
   constexpr int kMostSlots = std::max(3, (12 << 10) / kSlotBytes);
   const int units_of_warp = (a.slots + kUnit * splits * kWarps - 1) / (kUnit * splits * kWarps), behind_rings = splits == 1 ? 0 : sizeof(FoundHere);
   args.splits = splits;
+  args.group = a.heads / a.kv_heads;
+  args.step_inverse = static_cast<uint32_t>(((1ull << 32) + splits * kWarps - 1) / (splits * kWarps));
   args.ring_slots = std::min(2 * units_of_warp, kMostSlots);
   args.ring_bytes = (std::max<int>(args.ring_slots * kSlotBytes, sizeof(FoundHere)) + 1023) / 1024 * 1024;
 
