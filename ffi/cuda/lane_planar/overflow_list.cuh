@@ -51,7 +51,7 @@ struct OverflowList {
           if (place < kOverflowRoom) ptx::store_shared(list_.entry(place), e_[i].block, e_[i].entry);
         }
         first += kThreads * kAtOnce;
-        if (first - thread_ >= args.w.overflow_length) break;
+        if (first - thread_ >= args.w.overflow_length || !e_[kAtOnce - 1].block) break;  // behind padding is more of it
         load(args.w, first);
       }
       __syncwarp();

@@ -53,7 +53,7 @@ constexpr int kBarrierBytes = kIdle + 16;
 
 // A CTA's list of overflow entries has room for one a lane: of a matrix of 525 million weights at 11.44 bits, it has 26. A matrix' own list is
 // gathered from up to kMaxGathered entries; a longer one would take too long.
-constexpr int kOverflowListHeader = 16, kOverflowRoom = 32, kMaxGathered = 768;
+constexpr int kOverflowListHeader = 16, kOverflowRoom = 32, kMaxGathered = 1024;
 constexpr int kOverflowListBytes = kOverflowListHeader + kOverflowRoom * 8;
 
 __host__ __device__ constexpr int chunk_bytes(int instruction_n) { return instruction_n * kBlock * 2; }
