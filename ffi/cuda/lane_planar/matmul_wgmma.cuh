@@ -42,9 +42,14 @@ __device__ __forceinline__ int early_slots(const WgmmaArgs& args, const Work& wo
   return min(min(total, args.plan.slots), args.overlap ? args.plan.early : kWithoutOverlap);
 }
 
+// Barriers of a CTA's warps. All slots' barriers are made: those that multiply go on when the filling warp has made its own, and that one asks for
+// its first slots before it waits for those of the others.
+constexpr int kFillerReady = 0, kOthersReady = 15;
+
 // The part of the warp that fills the slots.
-template <int kN, int kGroups, class Work, class Join>
-__device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const Work& work, int lane, const Join& join) {
+template <int kN, int kGroups, class Work>
+__device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const Work& work, int lane) {
+  constexpr int kThreads = (kGroups + 1) * 128;
   const WgmmaPlan& plan = args.plan;
   // A team's lane asks for its blocks of a slot: k_groups that lie one behind the other, fewer in a pass's last slot.
   const int own_passes = lane < plan.busy ? work.passes_of(plan, lane) : 0;
@@ -95,6 +100,8 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const Work& wo
     ptx::barrier_init_done();
   }
   __syncwarp();
+  ptx::arrive_threads(kFillerReady, kThreads);
+  if (plan.cluster > 1) ptx::cluster_arrive_relaxed();
   // Where x is many bytes it would be late behind the blocks of several slots.
   const bool x_first = kN >= 32 && !args.overlap;
   Cursor blocks, x;
@@ -107,9 +114,9 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const Work& wo
 #pragma unroll 1
   for (int i = 0; i < early; ++i, advance(x))
     if (!x_first) bring_x(x, i);
-  join();
-  // Only now, since the group's other warps have to come along and those that multiply wait for data anyway.
+  // Only now, since it waits for the group's other warps, and those that multiply wait for data anyway.
   ptx::registers_decrease<Registers<kGroups>::kFill>();
+  ptx::sync_threads(kOthersReady, kThreads);
   int at = early, phase = 1;  // of an unused barrier the phase before has ended
   if (at == plan.slots) at = 0, phase = 0;
 #pragma unroll 1
@@ -147,7 +154,7 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const Work& work
     multiplier.row_block(args, work, work.slots_per_pass, own_slots, block, place, sums);
     if (plan.sums_in_slots) results.announce_idle();
     results.store(pass, own_passes, sums);
-    if (results.used_planes()) multiplier.fill_plane();
+    if (pass + 1 < own_passes && results.used_planes()) multiplier.fill_plane();
   }
 #pragma unroll 1
   for (int i = (work.passes - own_passes) * work.slots_per_pass; i > 0; --i) multiplier.skip_slot(args, work, place);
@@ -157,20 +164,22 @@ __device__ __forceinline__ void multiply(const WgmmaArgs& args, const Work& work
 template <class Weights, int kN, int kGroups, bool kPairs>
 __global__ void __launch_bounds__((kGroups + 1) * 128, 1) matmul_wgmma(const __grid_constant__ WgmmaArgs args) {
   extern __shared__ __align__(1024) uint8_t memory[];
+  // By a warp that has nothing else to do at first: the one that copies x would wait for it.
+  if (threadIdx.x == (kGroups + 1) * 128 - 32 && args.x_load != XLoad::kPlain) ptx::prefetch_tensor_map(&args.x_map);
   const WgmmaPlan& plan = args.plan;
   // By a reduction, whose result the compiler knows to be the warp's: what follows from it then costs no vector registers.
   const int warp = __reduce_max_sync(~0u, threadIdx.x >> 5), lane = threadIdx.x & 31;
   const WgmmaWork<kPairs> work(args, ptx::shared_address(memory), kN);
   ptx::launch_dependents();
-  const auto join = [&] {  // all barriers are made
-    __syncthreads();
-    if (plan.cluster > 1) ptx::cluster_arrive_relaxed();
-  };
   if (warp == kGroups * 4) {
-    if (ptx::elect_one() && args.x_load != XLoad::kPlain) ptx::prefetch_tensor_map(&args.x_map);
-    fill_slots<kN, kGroups>(args, work, lane, join);
+    fill_slots<kN, kGroups>(args, work, lane);
     return;
   }
+  const auto join = [&] {
+    ptx::arrive_threads(kOthersReady, (kGroups + 1) * 128);
+    ptx::sync_threads(kFillerReady, (kGroups + 1) * 128);
+    if (plan.cluster > 1) ptx::cluster_arrive_relaxed();
+  };
   const int busy_warps = plan.busy_warps();
   // A warp makes few barriers: one after another they cost a microsecond. The filling warp makes those that it uses at once.
   if (warp < kGroups * 4 && ptx::elect_one()) {

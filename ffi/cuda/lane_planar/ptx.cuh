@@ -78,6 +78,10 @@ __device__ __forceinline__ void async_copy_wait() { asm volatile("cp.async.wait_
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0,%1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+// Does not wait for the others.
+__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0,%1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 // In the last group of copies that was begun.
 __device__ __forceinline__ void async_copy_8(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0],[%1],8;" ::"r"(to), "l"(from) : "memory");

@@ -39,7 +39,7 @@ struct WgmmaPlan {
 
 constexpr int kItemBytes = 512;
 constexpr int kFewColumns = 16;  // up to so many every warp sends its own sums: adding them in the CTA first costs more than it saves
-constexpr int kMaxGroups = 4;
+constexpr int kMaxGroups = 4, kMaxCluster = 8;
 constexpr int kShiftBytes = 16, kWarpAreaBytes = kShiftBytes + 32, kWarpAreasBytes = kWarpAreaBytes * 4 * kMaxGroups;
 constexpr int kMaxSlots = 16, kMinSlots = 2;
 

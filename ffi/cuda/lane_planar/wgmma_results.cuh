@@ -29,6 +29,7 @@ class Results {
   uint8_t* const memory_;
   const int warp_, lane_, tile_, group_, k_groups_, team_, k_group_, ranks_;
   const uint32_t arrived_, may_send_;
+  const bool stores_lines_;
 
   __device__ __forceinline__ int team_warp() const { return warp_ - team_ * k_groups_ * 4; }
   __device__ __forceinline__ int row_block_of(int pass) const { return work_.row_block_of(args_.plan, team_, pass); }
@@ -159,7 +160,7 @@ class Results {
         return sum;
       };
       float4 sum = of_cta(0);
-      constexpr int kAtOnce = kFew ? 2 : 4;
+      constexpr int kAtOnce = kFew ? 2 : kN <= 64 ? kMaxCluster - 1 : 4;
 #pragma unroll 1
       for (int r = 1; r < ranks_; r += kAtOnce) {
         float4 more[kAtOnce];
@@ -260,7 +261,8 @@ class Results {
       : args_(args), work_(work), memory_(memory), warp_(warp), lane_(lane), tile_(warp & 3), group_(warp >> 2),
         k_groups_(Work::kSplitsK ? args.plan.k_groups : 1),
         team_(group_ >> args.plan.log_k_groups), k_group_(group_ & (k_groups_ - 1)), ranks_(Work::kSplitsK ? args.plan.cluster : 1),
-        arrived_(work.barriers + kArrived + 8 * team_), may_send_(work.barriers + kMaySend + 8 * team_) {}
+        arrived_(work.barriers + kArrived + 8 * team_), may_send_(work.barriers + kMaySend + 8 * team_),
+        stores_lines_(stores_lines()) {}
 
   // Once, before anything is sent to other CTAs.
   __device__ __forceinline__ void wait_for_cluster() const {
@@ -281,9 +283,9 @@ class Results {
     if (ranks_ == 1) arrive(work_.barriers + kIdle, lane_);
     if (ranks_ > 1) arrive_at_all(work_.barriers + kIdle, ranks_, lane_);
   }
-  __device__ __forceinline__ bool used_planes() const { return stores_lines(); }
+  __device__ __forceinline__ bool used_planes() const { return stores_lines_; }
   __device__ __forceinline__ void store(int pass, int passes, float (&sums)[kN / 2]) const {
-    if (stores_lines()) {
+    if (stores_lines_) {
       if (kResidualLines && args_.epilogue.residual)
         store_lines<kResidualLines>(pass, sums);
       else
