@@ -57,8 +57,12 @@ class Results {
     ptx::load_shared_words<1>(&shifts, warp_area() + row);
     return FourRows(args_.epilogue, args_.w.m, row_block_of(pass) * kBlock + stored_tile() * kTileRows + row, shifts);
   }
+  // The column of them.
+  __device__ __forceinline__ int column_of(int first_n, int column_group) const {
+    return first_n + 8 * column_group + 2 * (lane_ & 3) + ((lane_ >> 2) & 1);
+  }
   __device__ __forceinline__ void store_item(int first_n, int column_group, const FourRows& rows, bool fours, float4 sum) const {
-    const int n = first_n + 8 * column_group + 2 * (lane_ & 3) + ((lane_ >> 2) & 1);
+    const int n = column_of(first_n, column_group);
     sum = transpose_rows(sum, lane_);
     if (n >= args_.n) return;
     if (Work::kPairs && args_.epilogue.gated)
@@ -129,12 +133,53 @@ class Results {
       ptx::barrier_arrive(arrived_);
     }
   }
+  // Where a pair is two teams' and no other CTA has parts of its sums, its two warps finish half of their items each. The other half's results
+  // they give each other in their patch planes. Through y, one warp would wait for memory at every item, and for all code of the end twice.
+  __device__ __forceinline__ bool exchanges_pairs() const {
+    return Work::kPairs && Weights::kHasEscapes && args_.epilogue.gated && args_.plan.pair_of_teams && ranks_ == 1;
+  }
   template <int kGroups, int kOwn>
-  __device__ __forceinline__ void add_and_store(int pass, float (&sums)[kN / 2]) const {
+  __device__ __forceinline__ void exchange_and_store(int pass, bool more, const float (&sums)[kN / 2]) const {
+    constexpr int kItems = (kColumnGroups - kOwn + kGroups - 1) / kGroups, kOfGate = kItems / 2, kOfOther = kItems - kOfGate;
+    constexpr uint32_t kItemResults = 32 * sizeof(uint2);
+    static_assert(kN > kGatedMaxN || kOfOther * kItemResults <= kTileElements);
+    wait_for_shifts();
+    const FourRows rows = four_rows(pass);
+    const bool other = team_ & 1;
+    const uint32_t plane = work_.shared + args_.plan.planes + warp_ * kTileElements + lane_ * static_cast<uint32_t>(sizeof(uint2));
+    const uint32_t from = plane + (other ? -1 : 1) * k_groups_ * 4 * kTileElements;
+    uint2 results[kItems + 1];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) results[i] = rounded(rows.finish(transpose_rows(item(sums, kOwn + i * kGroups), lane_)));
+    __syncwarp();  // the plane's last escapes have been taken back
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      if (other == (i < kOfGate)) ptx::store_shared(plane + (i < kOfGate ? i : i - kOfGate) * kItemResults, results[i].x, results[i].y);
+    sync_pair();
+    const int row = rows.first - (other ? args_.w.m / 2 : 0);
+#pragma unroll
+    for (int i = 0; i < kOfOther; ++i) {
+      if (i == kOfGate && !other) break;  // it has one less
+      uint32_t theirs[2];
+      ptx::load_shared(theirs, from + i * kItemResults);
+      const uint2 own = other ? results[kOfGate + i] : results[i], received = make_uint2(theirs[0], theirs[1]);
+      const int n = column_of(work_.first_column(pass), kOwn + (other ? kOfGate + i : i) * kGroups);
+      if (n < args_.n) store_gated(args_.epilogue, args_.w.m, n, row, other ? received : own, other ? own : received);
+    }
+    if (more) sync_pair();  // before the planes are filled again
+  }
+  template <int kGroups, int kOwn>
+  __device__ __forceinline__ void add_and_store(int pass, bool more, float (&sums)[kN / 2]) const {
     if constexpr (kGroups > 1) add_groups<kGroups, kOwn>(pass, sums);
     if (ranks_ > 1) {
       send<kGroups, kOwn>(pass, sums);
       return;
+    }
+    if constexpr (Work::kPairs && Weights::kHasEscapes) {
+      if (exchanges_pairs()) {
+        exchange_and_store<kGroups, kOwn>(pass, more, sums);
+        return;
+      }
     }
     wait_for_shifts();
     const FourRows rows = four_rows(pass);
@@ -283,7 +328,7 @@ class Results {
     if (ranks_ == 1) arrive(work_.barriers + kIdle, lane_);
     if (ranks_ > 1) arrive_at_all(work_.barriers + kIdle, ranks_, lane_);
   }
-  __device__ __forceinline__ bool used_planes() const { return stores_lines_; }
+  __device__ __forceinline__ bool used_planes() const { return stores_lines_ || exchanges_pairs(); }
   __device__ __forceinline__ void store(int pass, int passes, float (&sums)[kN / 2]) const {
     if (stores_lines_) {
       if (kResidualLines && args_.epilogue.residual)
@@ -299,13 +344,13 @@ class Results {
       return;
     }
     // No switch: its table would have to be fetched.
-    if (k_groups_ == 1) add_and_store<1, 0>(pass, sums);
-    else if (k_groups_ == 2 && k_group_ == 0) add_and_store<2, 0>(pass, sums);
-    else if (k_groups_ == 2) add_and_store<2, 1>(pass, sums);
-    else if (k_group_ == 0) add_and_store<4, 0>(pass, sums);
-    else if (k_group_ == 1) add_and_store<4, 1>(pass, sums);
-    else if (k_group_ == 2) add_and_store<4, 2>(pass, sums);
-    else add_and_store<4, 3>(pass, sums);
+    if (k_groups_ == 1) add_and_store<1, 0>(pass, pass + 1 < passes, sums);
+    else if (k_groups_ == 2 && k_group_ == 0) add_and_store<2, 0>(pass, pass + 1 < passes, sums);
+    else if (k_groups_ == 2) add_and_store<2, 1>(pass, pass + 1 < passes, sums);
+    else if (k_group_ == 0) add_and_store<4, 0>(pass, pass + 1 < passes, sums);
+    else if (k_group_ == 1) add_and_store<4, 1>(pass, pass + 1 < passes, sums);
+    else if (k_group_ == 2) add_and_store<4, 2>(pass, pass + 1 < passes, sums);
+    else add_and_store<4, 3>(pass, pass + 1 < passes, sums);
     if (ranks_ > 1) add_ranks_and_store(pass, pass + 1 < passes);
   }
 };

@@ -157,7 +157,7 @@ class WideResults : Results<Weights, kWgmmaMaxN, WideWork> {
 
   __device__ __forceinline__ void store(int pass, float (&sums)[kWgmmaMaxN / 2]) {
     if (!output_.by_lines)
-      this->template add_and_store<1, 0>(pass, sums);
+      this->template add_and_store<1, 0>(pass, false, sums);  // of more it need not know
     else if (this->args_.epilogue.gated)
       this->team_ == 0 ? store_gated<0>(pass, sums) : store_gated<1>(pass, sums);
     else if (this->args_.epilogue.residual)
