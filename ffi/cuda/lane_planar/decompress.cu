@@ -14,15 +14,8 @@ constexpr int kPitch = kWide * kBlock * 2 + 16;  // bytes; eight rows start in e
 constexpr int kChunks = kWide * kBlock / 8;    // of 16 bytes in a row
 constexpr int kRowsAtOnce = kThreads / kChunks, kRounds = kBlock / kRowsAtOnce;
 
-// Takes the shifts back from both halves, whatever the exponents are.
-__device__ __forceinline__ uint32_t unshift(uint32_t pair, int shift_low, int shift_high) {
-  const uint32_t low = unshift_exponent((pair >> 7) & 0xFFu, shift_low);
-  const uint32_t high = unshift_exponent((pair >> 23) & 0xFFu, shift_high);
-  return (pair & 0x807F807Fu) | (low << 7) | (high << 23);
-}
-
 // 2^-shift as bf16. Multiplying by it takes a shift back exactly, zeros and subnormals included (rows of subnormals have
-// shift 0), but may change a NaN's payload: blocks without exponents of 255 use it.
+// shift 0), but may change a NaN's payload: only blocks without exponents of 255 use it.
 __device__ __forceinline__ uint32_t inverse_scale(int shift) { return static_cast<uint32_t>(127 - shift) << 7; }
 
 // Puts the five high exponent bits of an escape in place; `tile_base` is the shared address of the tile's first weight.
@@ -99,33 +92,39 @@ __global__ void __launch_bounds__(kThreads, kMinCtas) decompress(const __grid_co
   }
   const bool any_largest = __syncthreads_or(has_largest);
 
-  const auto shift_of = [&](int i, int c) {
-    return kTransposed ? static_cast<int8_t>(shifts[c >> 2] >> (8 * (c & 3))) : static_cast<int>(shifts[i]);
-  };
   const int rows = kTransposed ? w.k : w.m, columns = kTransposed ? w.m : w.k;
   const int column = first * kBlock + chunk_column;
   if (column >= columns) return;
+  const uint8_t* chunk = memory + chunk_row * kPitch + chunk_column * 2;
+  int row = line * kBlock + chunk_row;
+  uint16_t* to = out + static_cast<size_t>(row) * columns + column;
+  if (!any_largest && columns % 8 == 0) {
 #pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    const int row = chunk_row + i * kRowsAtOnce;
-    if (line * kBlock + row >= rows) continue;
-    const uint4 chunk = *reinterpret_cast<const uint4*>(memory + row * kPitch + chunk_column * 2);
-    uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+    for (int i = 0; i < kRounds; ++i) {
+      if (row + i * kRowsAtOnce >= rows) return;
+      const uint4 eight = *reinterpret_cast<const uint4*>(chunk + i * (kRowsAtOnce * kPitch));
+      uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int low = shift_of(i, 2 * c), high = shift_of(i, 2 * c + 1);
-      pairs[c] = any_largest ? unshift(pairs[c], low, high)
-                              : ptx::multiply_bf16x2(pairs[c], inverse_scale(low) | inverse_scale(high) << 16);
-    }
-    uint16_t* to = out + static_cast<size_t>(line * kBlock + row) * columns + column;
-    if (columns % 8 == 0) {
+      for (int c = 0; c < 4; ++c) {
+        const auto shift_of = [&](int c) { return kTransposed ? static_cast<int8_t>(shifts[c >> 2] >> (8 * (c & 3))) : static_cast<int>(shifts[i]); };
+        pairs[c] = ptx::multiply_bf16x2(pairs[c], inverse_scale(shift_of(2 * c)) | inverse_scale(shift_of(2 * c + 1)) << 16);
+      }
       // Streaming: the output is larger than the L2 and would push out what is still to be read.
-      __stcs(reinterpret_cast<uint4*>(to), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
-    } else {
-#pragma unroll
-      for (int c = 0; c < 8; ++c)
-        if (column + c < columns) to[c] = static_cast<uint16_t>(pairs[c >> 1] >> (16 * (c & 1)));
+      __stcs(reinterpret_cast<uint4*>(to + static_cast<size_t>(i * kRowsAtOnce) * columns), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
     }
+    return;
+  }
+  // Rare, and so few instructions: those that are not run are fetched, too.
+#pragma unroll 1
+  for (; row < rows && row < (line + 1) * kBlock; row += kRowsAtOnce) {
+#pragma unroll 1
+    for (int c = 0; c < 8 && column + c < columns; ++c) {
+      const uint32_t weight = reinterpret_cast<const uint16_t*>(chunk)[c];
+      const int shift = w.shift[kTransposed ? column + c : row];
+      to[c] = static_cast<uint16_t>((weight & 0x807Fu) | unshift_exponent((weight >> 7) & 0xFFu, shift) << 7);
+    }
+    chunk += kRowsAtOnce * kPitch;
+    to += static_cast<size_t>(kRowsAtOnce) * columns;
   }
 }
 
