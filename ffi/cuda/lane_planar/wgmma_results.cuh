@@ -134,9 +134,11 @@ class Results {
     }
   }
   // Where a pair is two teams' and no other CTA has parts of its sums, its two warps finish half of their items each. The other half's results
-  // they give each other in their patch planes. Through y, one warp would wait for memory at every item, and for all code of the end twice.
+  // they give each other in their patch planes. Through y, one warp would wait for memory at every item, and for all code of the end twice. Of
+  // fewer columns there are one or two items, and more code costs more than that (bench/NOTES.md, 58 and 93).
+  static constexpr bool kMayExchangePairs = Work::kPairs && Weights::kHasEscapes && kN >= 32;
   __device__ __forceinline__ bool exchanges_pairs() const {
-    return Work::kPairs && Weights::kHasEscapes && args_.epilogue.gated && args_.plan.pair_of_teams && ranks_ == 1;
+    return kMayExchangePairs && args_.epilogue.gated && args_.plan.pair_of_teams && ranks_ == 1;
   }
   template <int kGroups, int kOwn>
   __device__ __forceinline__ void exchange_and_store(int pass, bool more, const float (&sums)[kN / 2]) const {
@@ -175,7 +177,7 @@ class Results {
       send<kGroups, kOwn>(pass, sums);
       return;
     }
-    if constexpr (Work::kPairs && Weights::kHasEscapes) {
+    if constexpr (kMayExchangePairs) {
       if (exchanges_pairs()) {
         exchange_and_store<kGroups, kOwn>(pass, more, sums);
         return;
