@@ -82,8 +82,8 @@ def generate(
       PromptError: no prompt, an empty one, an id outside the vocabulary, or a prompt too long for the context.
       TypeError: ``max_new_tokens``, ``pad`` or a token id in ``eos`` is no integer, ``sampling`` is no Sampling, or
         ``key`` no PRNG key.
-      ValueError: ``max_new_tokens`` is below 1, an integer has more than 32 bits, there is more than one key, or
-        sampling without a key.
+      ValueError: ``max_new_tokens`` is below 1, an integer has more than 32 bits, there is more than one key, sampling
+        without a key, or an abstract model.
     """
     max_new_tokens = _integer("max_new_tokens", max_new_tokens)
     setup = _Setup.of(model, prompts, max_new_tokens, sampling, key, eos, pad, batch_invariant)
@@ -166,6 +166,15 @@ def _check_invariant(model: Decoder) -> None:
         )
 
 
+def _check_weights(weights: nnx.State) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"the model is abstract: of {jax.tree_util.keystr(path)}, {leaf.dtype}{list(leaf.shape)}, it has the "
+                "shape and no values; load_model has them, or restore_module"
+            )
+
+
 def _check_key(key) -> None:
     """Raises unless ``key`` is one PRNG key, typed or as ``jax.random.PRNGKey`` makes it."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
@@ -218,6 +227,7 @@ class _Setup:
         if batch_invariant:
             _check_invariant(model)
         graphdef, weights = nnx.split(model)
+        _check_weights(weights)
         inputs = {
             "tokens": tokens,
             "start": start,

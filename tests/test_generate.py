@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import llama_reference
 import numpy as np
 import pytest
+from flax import nnx
 from hlo import made_of_shape, weight_shapes
 from jaxzip.models import (
     GREEDY,
@@ -347,6 +348,8 @@ def test_bad_arguments(model):
         generate(model, PROMPTS, max_new_tokens=0)
     with pytest.raises(ValueError, match=r"pass key=jax\.random\.key"):
         generate(model, PROMPTS, max_new_tokens=1, sampling=HOT)
+    with pytest.raises(ValueError, match=r"the model is abstract: of .*embedding.*float32\[96, 64\]"):
+        generate(nnx.eval_shape(lambda: model), PROMPTS, max_new_tokens=4)
     with pytest.raises(ValueError, match="chunk is 0"):
         stream(model, PROMPTS[0], max_new_tokens=1, chunk=0)
     for call in (lambda **options: generate(model, PROMPTS, **options), functools.partial(stream, model, PROMPTS[0])):

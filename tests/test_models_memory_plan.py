@@ -133,6 +133,19 @@ def test_command_refuses(converted, options, words):  # noqa: F811
     assert result.exit_code != 0 and words in (result.stderr + str(result.exception))
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (("--memory", "141GB"), "--memory"),
+        (("--context", 24, "--batch", 3), "--context and --batch"),
+        (("--new-tokens", 4), "--new-tokens"),
+    ],
+)
+def test_options_of_a_plan_need_one(converted, options, names):  # noqa: F811
+    result = run("inspect", converted, *options)
+    assert result.exit_code == 1 and f"{names}: only what --plan shows" in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize(("text", "count"), [("141GB", 141e9), ("80 GiB", 80 << 30), ("7", 7), ("1.5kb", 1500)])
 def test_sizes_in_words(text, count):
     assert parse_bytes(text) == count

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from jaxzip.cli.console import human_bytes, out, print_table
+from jaxzip.cli.console import fail, human_bytes, out, print_table
 
 
 def inspect_command(
@@ -40,6 +40,14 @@ def inspect_command(
 
         show_plan(ckpt, memory=memory, context=context, batch=batch, new_tokens=new_tokens, as_json=as_json)
         return
+    given = {
+        "--memory": memory,
+        "--context": context is not None,
+        "--batch": batch != 1,
+        "--new-tokens": new_tokens is not None,
+    }
+    if names := " and ".join(name for name in given if given[name]):
+        raise fail(f"{names}: only what --plan shows depends on it; give --plan, too")
     data = inspect(ckpt)
     if as_json:
         print(json.dumps(data, indent=2))
