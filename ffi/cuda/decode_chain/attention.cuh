@@ -69,7 +69,7 @@ template <int kD>
 __device__ __forceinline__ void norm_and_rotate(const Norm& norm, float offset, const Scales<kD>& scales, const Angles<kD>& angles,
                                                 uint32_t (&x)[kD / 32][4]) {
   constexpr int kVectors = kD / 32, kHalf = kVectors / 2;
-  if (norm.scale) {
+  if (__builtin_expect(norm.scale != nullptr, 0)) {
     float squares = 0;
 #pragma unroll
     for (int i = 0; i < 4 * kVectors; ++i) {
@@ -119,9 +119,11 @@ __device__ __forceinline__ float share_of(float largest, float of_all) { return 
 template <class Of>
 __device__ __forceinline__ float4 add_up(int count, int head, int d, float& largest, float& total, const Of& of) {
   largest = -INFINITY;
+#pragma unroll 4
   for (int i = 0; i < count; ++i) largest = fmaxf(largest, of(i)->largest[head]);
   float4 sum = make_float4(0, 0, 0, 0);
   total = 0;
+#pragma unroll 4
   for (int i = 0; i < count; ++i) {
     const float share = share_of(of(i)->largest[head], largest);
     const float4 v = *reinterpret_cast<const float4*>(&of(i)->sums[head][d]);

@@ -20,12 +20,14 @@ class CacheRing {
     if (!asks_) return;
     ptx::prefetch_tensor_map(&keys_);
     ptx::prefetch_tensor_map(&values_);
+#pragma unroll 1
     for (int slot = 0; slot < slots_; ++slot) ptx::barrier_init_only(barriers_ + 8 * slot, 1);
     ptx::barrier_init_done();
   }
   // Asks for as many of the units `first`, `first + step`, ... before `units` as there is room for. Unit 0 begins at the cache's row `row`.
   __device__ __forceinline__ void begin(int row, int first, int step, int units) {
     row_ = row, first_ = first, step_ = step, units_ = units;
+#pragma unroll 1
     for (int i = 0; i < slots_; ++i) ask(i, i);
     __syncwarp();
   }

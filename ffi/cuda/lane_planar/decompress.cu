@@ -93,12 +93,11 @@ __global__ void __launch_bounds__(kThreads, kMinCtas) decompress(const __grid_co
   const bool any_largest = __syncthreads_or(has_largest);
 
   const int rows = kTransposed ? w.k : w.m, columns = kTransposed ? w.m : w.k;
-  const int column = first * kBlock + chunk_column;
-  if (column >= columns) return;
-  const uint8_t* chunk = memory + chunk_row * kPitch + chunk_column * 2;
-  int row = line * kBlock + chunk_row;
-  uint16_t* to = out + static_cast<size_t>(row) * columns + column;
   if (!any_largest && columns % 8 == 0) {
+    const int column = first * kBlock + chunk_column, row = line * kBlock + chunk_row;
+    if (column >= columns) return;
+    const uint8_t* chunk = memory + chunk_row * kPitch + chunk_column * 2;
+    uint16_t* to = out + static_cast<size_t>(row) * columns + column;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       if (row + i * kRowsAtOnce >= rows) return;
@@ -114,17 +113,16 @@ __global__ void __launch_bounds__(kThreads, kMinCtas) decompress(const __grid_co
     }
     return;
   }
-  // Rare, and so few instructions: those that are not run are fetched, too.
+  // Rare, and so few instructions: those that are not run are fetched, too. One element a thread, next to each other, since these rows start anywhere.
+  constexpr int kWidth = kWide * kBlock;
+  const int in_row = threadIdx.x % kWidth, column = first * kBlock + in_row;
+  if (column >= columns) return;
 #pragma unroll 1
-  for (; row < rows && row < (line + 1) * kBlock; row += kRowsAtOnce) {
-#pragma unroll 1
-    for (int c = 0; c < 8 && column + c < columns; ++c) {
-      const uint32_t weight = reinterpret_cast<const uint16_t*>(chunk)[c];
-      const int shift = w.shift[kTransposed ? column + c : row];
-      to[c] = static_cast<uint16_t>((weight & 0x807Fu) | unshift_exponent((weight >> 7) & 0xFFu, shift) << 7);
-    }
-    chunk += kRowsAtOnce * kPitch;
-    to += static_cast<size_t>(kRowsAtOnce) * columns;
+  for (int r = threadIdx.x / kWidth; r < kBlock && line * kBlock + r < rows; r += kThreads / kWidth) {
+    const int row = line * kBlock + r;
+    const uint32_t weight = *reinterpret_cast<const uint16_t*>(memory + r * kPitch + in_row * 2);
+    const int shift = w.shift[kTransposed ? column : row];
+    out[static_cast<size_t>(row) * columns + column] = static_cast<uint16_t>((weight & 0x807Fu) | unshift_exponent((weight >> 7) & 0xFFu, shift) << 7);
   }
 }
 

@@ -52,8 +52,16 @@ static __device__ __noinline__ void store_one_by_one(const Epilogue& e, int m, i
   }
 }
 
-// Finishes and stores four rows of column n; `fours` as from in_fours. Few instructions: at the end of a kernel all warps do this at once.
-__device__ __forceinline__ void store_rows(const Epilogue& e, int m, bool fours, int n, const FourRows& rows, float4 sum) {
+// The residual of four rows of column n of `columns`, for store_rows; zeros where it adds none of these.
+__device__ __forceinline__ uint2 residual_of(const Epilogue& e, int m, bool fours, int n, int columns, int row) {
+  if (!e.residual || !fours || n >= columns || row >= m) return make_uint2(0, 0);
+  return *reinterpret_cast<const uint2*>(e.residual + static_cast<size_t>(n) * m + row);
+}
+
+// Finishes and stores four rows of column n; `fours` as from in_fours, `residual()` as residual_of. Few instructions: at the end of a kernel
+// all warps do this at once.
+template <class Residual>
+__device__ __forceinline__ void store_rows(const Epilogue& e, int m, bool fours, int n, const FourRows& rows, float4 sum, const Residual& residual) {
   float4 v = rows.finish(sum);
   if (!fours) {
     store_one_by_one(e, m, n, rows.first, v);
@@ -62,7 +70,7 @@ __device__ __forceinline__ void store_rows(const Epilogue& e, int m, bool fours,
   if (rows.first >= m) return;
   const size_t at = static_cast<size_t>(n) * m + rows.first;
   if (e.residual) {
-    const uint2 four = *reinterpret_cast<const uint2*>(e.residual + at);
+    const uint2 four = residual();
     const float2 low = unpack(four.x), high = unpack(four.y);
     v = make_float4(v.x + low.x, v.y + low.y, v.z + high.x, v.w + high.y);
   }
@@ -70,6 +78,10 @@ __device__ __forceinline__ void store_rows(const Epilogue& e, int m, bool fours,
     *reinterpret_cast<float4*>(static_cast<float*>(e.y) + at) = v;
   else
     *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(e.y) + at) = rounded(v);
+}
+
+__device__ __forceinline__ void store_rows(const Epilogue& e, int m, bool fours, int n, const FourRows& rows, float4 sum) {
+  store_rows(e, m, fours, n, rows, sum, [&] { return *reinterpret_cast<const uint2*>(e.residual + static_cast<size_t>(n) * m + rows.first); });
 }
 
 // Four consecutive rows of column n of a gated result: `gate` and `up` are two pairs of bf16 each.

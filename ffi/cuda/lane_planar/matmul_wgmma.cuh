@@ -58,33 +58,42 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const Work& wo
 
   // What other slices will read too stays in the L2 a while.
   const uint64_t policy = kN == kWgmmaMaxN && plan.slices > 1 ? ptx::read_again() : ptx::read_once();
+  // A slot's place in the work. Advanced by additions: the warps that multiply keep the schedulers busy, so each instruction here takes some ten cycles,
+  // and a slot of one chunk is used up in a thousand.
   struct Cursor {
-    int pass = 0, slot = 0;
+    int pass = 0, first = 0;  // of this CTA's chunks the slot's first
   };
+  struct Blocks : Cursor {
+    const uint32_t* from;  // this lane's, in this pass from k_begin on
+    uint32_t teams;
+  };
+  const int step = plan.k_groups;
   const auto advance = [&](Cursor& c) {
-    if (++c.slot == work.slots_per_pass) {
-      c.slot = 0;
-      ++c.pass;
-    }
+    c.first += step;
+    if (c.first < work.chunks) return false;
+    c.first = 0;
+    ++c.pass;
+    return true;
   };
-  const auto copy_blocks = [&](const Cursor& c, int at) {
+  const auto begin_pass = [&](Blocks& b) {
+    const int block = work.row_block_of(plan, lane, b.pass) * args.w.k_blocks() + work.k_begin;
+    b.from = args.w.blocks + static_cast<size_t>(block) * args.w.block_words;
+    b.teams = __popc(__ballot_sync(~0u, b.pass < own_passes));
+  };
+  uint32_t begin_bytes = work.k_begin * work.block_bytes, x_expected = plain_x ? 0 : work.x_bytes;
+  uint32_t own_room = work.shared + plan.blocks + lane * plan.team_bytes, slot_bytes = plan.slot_bytes, line_mask = plan.line_mask;
+  ptx::keep(begin_bytes, x_expected, own_room, slot_bytes, line_mask);
+  const auto copy_blocks = [&](const Blocks& b, int at) {
     const uint32_t full = work.barriers + at * kSlotBarriers + kFull;
-    const bool exists = c.pass < own_passes;
-    const int first = c.slot << plan.log_k_groups;
-    const uint32_t bytes = min(plan.k_groups, work.chunks - first) * work.block_bytes;
-    const uint32_t teams = __popc(__ballot_sync(~0u, exists));
-    if (lane == 0) ptx::barrier_expect(full, teams * bytes + (plain_x ? 0 : work.x_bytes));
+    const uint32_t bytes = min(step, work.chunks - b.first) * work.block_bytes, offset = b.first * work.block_bytes;
+    if (lane == 0) ptx::barrier_expect(full, b.teams * bytes + x_expected);
     __syncwarp();
-    if (exists) {
-      const int block = work.row_block_of(plan, lane, c.pass) * args.w.k_blocks() + work.k_begin + first;
-      const int in_line = (work.k_begin + first) * work.block_bytes & plan.line_mask;
-      ptx::bulk_copy(work.shared + plan.blocks + at * plan.slot_bytes + lane * plan.team_bytes + in_line,
-                     args.w.blocks + static_cast<size_t>(block) * args.w.block_words, bytes, full, policy);
-    }
+    if (b.pass < own_passes)
+      ptx::bulk_copy(own_room + at * slot_bytes + (begin_bytes + offset & line_mask), reinterpret_cast<const uint8_t*>(b.from) + offset, bytes, full, policy);
   };
   const auto bring_x = [&](const Cursor& c, int at) {
     const uint32_t to = work.shared + at * work.x_bytes;
-    const int first = work.k_begin + c.slot * plan.k_groups;
+    const int first = work.k_begin + c.first;
     if (plain_x)
       load_plain_x<kN>(args, to, work.first_n, first, plan.k_groups, lane);
     else if (lane == 0)
@@ -104,26 +113,31 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const Work& wo
   if (plan.cluster > 1) ptx::cluster_arrive_relaxed();
   // Where x is many bytes it would be late behind the blocks of several slots.
   const bool x_first = kN >= 32 && !args.overlap;
-  Cursor blocks, x;
+  Blocks blocks;
+  begin_pass(blocks);
 #pragma unroll 1
-  for (int i = 0; i < early; ++i, advance(blocks)) {
+  for (int i = 0; i < early; ++i) {
     if (x_first) bring_x(blocks, i);
     copy_blocks(blocks, i);
+    if (advance(blocks)) begin_pass(blocks);
   }
   ptx::wait_for_previous_grid();
+  if (!x_first) {
+    Cursor x;
 #pragma unroll 1
-  for (int i = 0; i < early; ++i, advance(x))
-    if (!x_first) bring_x(x, i);
+    for (int i = 0; i < early; ++i, advance(x)) bring_x(x, i);
+  }
   // Only now, since it waits for the group's other warps, and those that multiply wait for data anyway.
   ptx::registers_decrease<Registers<kGroups>::kFill>();
   ptx::sync_threads(kOthersReady, kThreads);
   int at = early, phase = 1;  // of an unused barrier the phase before has ended
   if (at == plan.slots) at = 0, phase = 0;
 #pragma unroll 1
-  for (int i = early; i < total; ++i, advance(x)) {
+  for (int i = early; i < total; ++i) {
     ptx::barrier_wait(work.barriers + at * kSlotBarriers + kEmpty, phase);
-    bring_x(x, at);
-    copy_blocks(x, at);
+    bring_x(blocks, at);
+    copy_blocks(blocks, at);
+    if (advance(blocks)) begin_pass(blocks);
     if (++at == plan.slots) {
       at = 0;
       phase ^= 1;

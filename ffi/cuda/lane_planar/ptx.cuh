@@ -7,6 +7,15 @@
 
 namespace jaxzip::ptx {
 
+// Keeps it in a register: the compiler no longer knows how to compute it again at each use.
+__device__ __forceinline__ void keep(uint32_t& word) {
+  asm volatile("" : "+r"(word));
+}
+template <class... Words>
+__device__ __forceinline__ void keep(uint32_t& first, Words&... more) {
+  keep(first);
+  keep(more...);
+}
 __device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t address) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(address));

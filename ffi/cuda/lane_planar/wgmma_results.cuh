@@ -61,14 +61,16 @@ class Results {
   __device__ __forceinline__ int column_of(int first_n, int column_group) const {
     return first_n + 8 * column_group + 2 * (lane_ & 3) + ((lane_ >> 2) & 1);
   }
-  __device__ __forceinline__ void store_item(int first_n, int column_group, const FourRows& rows, bool fours, float4 sum) const {
+  template <class... Residual>
+  __device__ __forceinline__ void store_item(int first_n, int column_group, const FourRows& rows, bool fours, float4 sum,
+                                             const Residual&... residual) const {
     const int n = column_of(first_n, column_group);
     sum = transpose_rows(sum, lane_);
     if (n >= args_.n) return;
     if (Work::kPairs && args_.epilogue.gated)
       store_rows_of_pair(args_.epilogue, args_.w.m, n, rows, sum);
     else
-      store_rows(args_.epilogue, args_.w.m, fours, n, rows, sum);
+      store_rows(args_.epilogue, args_.w.m, fours, n, rows, sum, residual...);
   }
   // Where a pair is two teams', a warp and one of the next team have the same items, of a gate's rows and of those that they are for. The gate's wait
   // in y for the others', as they do where a pair is two passes of a team.
@@ -197,6 +199,11 @@ class Results {
     const FourRows rows = four_rows(pass);
     const bool fours = in_fours(args_.epilogue, args_.w.m);
     const float4* from = team_memory() + received() * 32;
+    // Asked for before sums have come, as otherwise the last thing that is waited for.
+    const auto residual_at = [&](int i) {
+      return residual_of(args_.epilogue, args_.w.m, fours, column_of(work_.first_column(pass), (i * ranks_ + work_.rank) >> 2), args_.n, rows.first);
+    };
+    uint2 residual = residual_at(team_warp());
     ptx::barrier_wait(arrived_, pass & 1);
     before_items();
 #pragma unroll 1
@@ -218,7 +225,9 @@ class Results {
         for (int j = 0; j < kAtOnce; ++j)
           if (r + j < ranks_) sum = add(sum, more[j]);
       }
-      store_item(work_.first_column(pass), (i * ranks_ + work_.rank) >> 2, rows, fours, sum);
+      const uint2 own = residual;
+      if (i + k_groups_ * 4 < owned()) residual = residual_at(i + k_groups_ * 4);
+      store_item(work_.first_column(pass), (i * ranks_ + work_.rank) >> 2, rows, fours, sum, [&] { return own; });
     }
     after_items();
     if (more) {  // there is a next send, which waits for this

@@ -25,15 +25,16 @@ struct Arguments {
   Source source;
   uint16_t* out;
   int m, k, k_blocks, row_blocks, share, extra;
-  bool aligned;  // rows of the result start on 16 bytes
 };
 
-// Stores 8 elements of a [rows, columns] result from shared memory, those inside it.
+// Stores 8 elements of a [rows, columns] result from shared memory, those inside it. `kAligned`: its rows start on 16 bytes. Not a branch, since
+// the other one's code in the loop would be fetched, too.
+template <bool kAligned>
 __device__ __forceinline__ void store_piece(const Arguments& g, uint32_t from, int row, int column, int rows, int columns) {
   if (row >= rows || column >= columns) return;
   const uint4 v = load_16(from);
   uint16_t* to = g.out + static_cast<int64_t>(row) * columns + column;
-  if (g.aligned) {
+  if constexpr (kAligned) {
     *reinterpret_cast<uint4*>(to) = v;  // columns are a multiple of 8
   } else {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
@@ -44,13 +45,14 @@ __device__ __forceinline__ void store_piece(const Arguments& g, uint32_t from, i
 }
 
 // The plane, whose first row and column in the result are row0 and column0.
+template <bool kAligned>
 __device__ __forceinline__ void store_band(const Arguments& g, uint32_t plane, int row0, int column0, int lane) {
   // 8 lanes next to each other take two rows: no bank conflicts.
   const int piece = lane & 3 | lane >> 1 & 4, row = lane >> 2 & 1 | lane >> 3 & 2;
 #pragma unroll
   for (int i = 0; i < layout::kBandRows / 4; ++i) {
     const int r = i * 4 + row;
-    store_piece(g, plane + (piece * 2 + i / 2) * kFragBytes + r % 8 * kRowBytes, row0 + r, column0 + piece * 8, g.m, g.k);
+    store_piece<kAligned>(g, plane + (piece * 2 + i / 2) * kFragBytes + r % 8 * kRowBytes, row0 + r, column0 + piece * 8, g.m, g.k);
   }
 }
 
@@ -71,15 +73,16 @@ __device__ __forceinline__ void transpose_band(uint32_t plane, uint32_t arranged
   }
 }
 
+template <bool kAligned>
 __device__ __forceinline__ void store_arranged(const Arguments& g, uint32_t arranged, int row0, int column0, int lane) {
 #pragma unroll
   for (int i = 0; i < layout::kBlock / 8; ++i) {
     const int r = i * 8 + lane / kPieces, piece = lane % kPieces;
-    store_piece(g, place(arranged, r, piece), row0 + r, column0 + piece * 8, g.k, g.m);
+    store_piece<kAligned>(g, place(arranged, r, piece), row0 + r, column0 + piece * 8, g.k, g.m);
   }
 }
 
-template <bool kTransposed>
+template <bool kTransposed, bool kAligned>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_constant__ Arguments g) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int lane = threadIdx.x % 32, warp = warp_index(), warps = blockDim.x / 32;
@@ -126,12 +129,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
       decoder.band(bits.b[band], ranks.before[band], band, lane, [] {});
       __syncwarp();
       if (!kTransposed) {
-        store_band(g, plane, row0 + band * layout::kBandRows, k0, lane);
+        store_band<kAligned>(g, plane, row0 + band * layout::kBandRows, k0, lane);
       } else {
         transpose_band(plane, arranged, band, lane);
         if (band % kBandsArranged == kBandsArranged - 1) {
           __syncwarp();
-          store_arranged(g, arranged, k0, row0 + (band + 1 - kBandsArranged) * layout::kBandRows, lane);
+          store_arranged<kAligned>(g, arranged, k0, row0 + (band + 1 - kBandsArranged) * layout::kBandRows, lane);
         }
       }
       __syncwarp();
@@ -140,9 +143,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decompress(const __grid_con
 }
 
 template <bool kTransposed>
-cudaError_t launch(Arguments& g, cudaStream_t stream) {
+cudaError_t launch(Arguments& g, bool aligned, cudaStream_t stream) {
   int device, multiprocessors, limit;
-  const auto kernel = decompress<kTransposed>;
+  const auto kernel = aligned ? decompress<kTransposed, true> : decompress<kTransposed, false>;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -169,8 +172,8 @@ cudaError_t launch_decompress(const Payload& w, uint16_t* out, bool transposed, 
   g.m = static_cast<int>(w.m), g.k = static_cast<int>(w.k);
   g.k_blocks = static_cast<int>(layout::CeilDiv(w.k, layout::kBlock));
   g.row_blocks = static_cast<int>(layout::CeilDiv(w.m, layout::kBlock));
-  g.aligned = (transposed ? g.m : g.k) % 8 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
-  return transposed ? launch<true>(g, stream) : launch<false>(g, stream);
+  const bool aligned = (transposed ? g.m : g.k) % 8 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  return transposed ? launch<true>(g, aligned, stream) : launch<false>(g, aligned, stream);
 }
 
 }  // namespace jaxzip::tca_tbe
