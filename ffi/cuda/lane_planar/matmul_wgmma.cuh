@@ -58,8 +58,8 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const Work& wo
 
   // What other slices will read too stays in the L2 a while.
   const uint64_t policy = kN == kWgmmaMaxN && plan.slices > 1 ? ptx::read_again() : ptx::read_once();
-  // A slot's place in the work. Advanced by additions: the warps that multiply keep the schedulers busy, so each instruction here takes some ten cycles,
-  // and a slot of one chunk is used up in a thousand.
+  // A slot's place in the work. Advanced by additions: the warps that multiply keep the schedulers busy, so each instruction here takes some
+  // ten cycles, and a slot of one chunk is used up in a thousand (bench/NOTES.md, 103).
   struct Cursor {
     int pass = 0, first = 0;  // of this CTA's chunks the slot's first
   };
@@ -89,7 +89,8 @@ __device__ __forceinline__ void fill_slots(const WgmmaArgs& args, const Work& wo
     if (lane == 0) ptx::barrier_expect(full, b.teams * bytes + x_expected);
     __syncwarp();
     if (b.pass < own_passes)
-      ptx::bulk_copy(own_room + at * slot_bytes + (begin_bytes + offset & line_mask), reinterpret_cast<const uint8_t*>(b.from) + offset, bytes, full, policy);
+      ptx::bulk_copy(own_room + at * slot_bytes + ((begin_bytes + offset) & line_mask), reinterpret_cast<const uint8_t*>(b.from) + offset, bytes,
+                     full, policy);
   };
   const auto bring_x = [&](const Cursor& c, int at) {
     const uint32_t to = work.shared + at * work.x_bytes;
