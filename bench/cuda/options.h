@@ -12,9 +12,9 @@ inline std::string option(int argc, char** argv, const std::string& name, const 
   return otherwise;
 }
 
-inline std::vector<std::string> split(const std::string& s) {
+inline std::vector<std::string> split(const std::string& s, char separator = ',') {
   std::vector<std::string> parts;
   std::stringstream stream(s);
-  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  for (std::string part; std::getline(stream, part, separator);) parts.push_back(part);
   return parts;
 }

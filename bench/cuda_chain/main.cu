@@ -2,15 +2,15 @@
 // runs custom calls; cold weights with the exponents of real models.
 //
 //   chain_bench [n=1,8,32,64] [models=llama-3.1-8b,...] [attention=1024] [search=12] [steady=300] [load=0.4]
-//               [o=NAME,...] [gate_up=NAME,...] [down=NAME,...] [tail=NAME,...]
+//               [turns=3] [with=gate_up=NAME,gate_up=NAME&down=NAME,...]
 //
 // `attention`: the chain starts with the attention of so many tokens a row, the own one included; by default all of a layer but that.
 // `steady` is how many ms each timing has the same chains run before it: what a long generation gets, whose clock the power limit lowers.
 // `search` tries so many configurations of each product in the chain, one product after another, and keeps what is at least 0.5%
 // faster: configurations that are fastest alone need not be so where kernels overlap.
-// `load` also measures time and energy of so many seconds without a pause, of what is chosen and of that with each of these
-// configurations of a product, as "wgmma 4/1 C1 cl112", in turns, three times and the second time in the other order: what came before heats
-// the GPU.
+// `load` also measures time and energy of so many seconds without a pause, of what is chosen and of that with each of these sets of
+// configurations, which products' names (o, gate_up, down, tail) and & join, as "gate_up=wgmma 4/1 C1 cl112&down=wgmma 4/1 C5 cl22": in
+// turns, every second of them in the other order, since what came before heats the GPU.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -172,35 +172,43 @@ float layer_us(const Layer& layer, Buffers& buffers, const ChainOptions& options
 using Given = const MatmulConfig* ChainOptions::*;
 constexpr Given kGiven[4] = {&ChainOptions::o, &ChainOptions::gate_up, &ChainOptions::down, &ChainOptions::tail};
 
-// As chosen, then with each product's configurations of these names.
-void under_load(const Layer& layer, Buffers& buffers, const std::vector<std::string> (&names)[4], double seconds, cudaStream_t stream) {
+// What `load` compares: configurations that replace the chosen ones.
+struct Variant {
+  std::string name;
+  std::optional<MatmulConfig> given[4];
+  UnderLoad mean;
+  double least_us = 1e30, most_us = 0;
+};
+
+Variant parse_variant(const std::string& set, int n) {
+  Variant v = {set};
+  for (const std::string& one : split(set, '&')) {
+    const size_t equals = one.find('=');
+    const auto* product = std::find(Layer::kNames, Layer::kNames + 4, one.substr(0, equals));
+    const auto config = equals == one.npos ? std::nullopt : lane_planar::parse_config(one.substr(equals + 1), n);
+    if (product == Layer::kNames + 4 || !config) std::fprintf(stderr, "no configuration for %d rows: %s\n", n, one.c_str()), std::exit(2);
+    v.given[product - Layer::kNames] = config;
+  }
+  return v;
+}
+
+void under_load(const Layer& layer, Buffers& buffers, std::vector<Variant> variants, double seconds, int turns, cudaStream_t stream) {
   static const PowerMeter meter;
-  constexpr int kTurns = 3;
-  struct Variant {
-    int product;
-    std::string name;
-    std::optional<MatmulConfig> config;
-    UnderLoad sum;
-  };
-  std::vector<Variant> variants = {{0, "as chosen", std::nullopt, {}}};
-  for (int i = 0; i < 4; ++i)
-    for (const std::string& name : names[i]) {
-      const auto config = lane_planar::parse_config(name, buffers.n);
-      if (!config) std::fprintf(stderr, "no configuration for %d rows: %s\n", buffers.n, name.c_str()), std::exit(2);
-      variants.push_back({i, name, config, {}});
-    }
-  for (int turn = 0; turn < kTurns; ++turn)
+  for (int turn = 0; turn < turns; ++turn)
     for (size_t i = 0; i < variants.size(); ++i) {
       Variant& v = variants[turn % 2 ? variants.size() - 1 - i : i];
       ChainOptions options;
-      if (v.config) options.*kGiven[v.product] = &*v.config;
+      for (int product = 0; product < 4; ++product)
+        if (v.given[product]) options.*kGiven[product] = &*v.given[product];
       const cudaGraph_t graph = layers_graph(layer, buffers, options, stream);
       if (!graph) continue;
-      v.sum.add(replay_under_load(graph, stream, kLayers, seconds, meter), 1.0 / kTurns);
+      const UnderLoad found = replay_under_load(graph, stream, kLayers, seconds, meter);
+      v.mean.add(found, 1.0 / turns);
+      v.least_us = std::min(v.least_us, found.us), v.most_us = std::max(v.most_us, found.us);
     }
   for (const Variant& v : variants)
-    std::printf("    under load, %-8s %-24s %.2f us %.2f mJ a layer, %.0f W, %.0f MHz\n", v.config ? Layer::kNames[v.product] : "all", v.name.c_str(),
-                v.sum.us, v.sum.joules * 1e3, v.sum.watts, v.sum.mhz);
+    std::printf("    under load %.2f us (%.2f to %.2f) %.2f mJ a layer, %.0f W, %.0f MHz: %s\n", v.mean.us, v.least_us, v.most_us, v.mean.joules * 1e3,
+                v.mean.watts, v.mean.mhz, v.name.c_str());
 }
 
 std::vector<MatmulConfig> to_try(const Matrix& w, int n, bool gated, size_t most) {
@@ -250,6 +258,7 @@ int main(int argc, char** argv) {
   const size_t most = std::stoul(option(argc, argv, "search", "0"));
   const int tokens = std::stoi(option(argc, argv, "attention", "0"));
   const double seconds = std::stod(option(argc, argv, "load", "0"));
+  const int turns = std::stoi(option(argc, argv, "turns", "3"));
   before_timing.steady_ms = std::stoi(option(argc, argv, "steady", "0"));
   for (const Model& model : kModels) {
     if (std::find(names.begin(), names.end(), model.name) == names.end()) continue;
@@ -260,9 +269,9 @@ int main(int argc, char** argv) {
       apart.overlap = false;
       const float us = layer_us(layer, buffers, {}, stream);
       std::printf("%s N=%s: %.2f us a layer, %.2f without overlap\n", model.name, n.c_str(), us, layer_us(layer, buffers, apart, stream));
-      std::vector<std::string> given[4];
-      for (int i = 0; i < 4; ++i) given[i] = split(option(argc, argv, Layer::kNames[i], ""));
-      if (seconds > 0) under_load(layer, buffers, given, seconds, stream);
+      std::vector<Variant> variants = {{"as chosen"}};
+      for (const std::string& set : split(option(argc, argv, "with", ""))) variants.push_back(parse_variant(set, buffers.n));
+      if (seconds > 0) under_load(layer, buffers, variants, seconds, turns, stream);
       if (most) search(layer, buffers, us, most, stream);
       std::fflush(stdout);
     }
