@@ -25,14 +25,15 @@ constexpr Measured kMeasured[] = {
     {57344, 8192, 64, {1, 1, 128}},
 };
 
-// The same of a decode step's chain, where kernels overlap (`chain_bench search=12`).
+// The same of a decode step's chain, where kernels overlap (`chain_bench search=12`, from 32 columns on under load).
 constexpr Measured kMeasuredChained[] = {
-    {4096, 4096, 8, {2, 3, 32}}, {4096, 4096, 32, {2, 3, 32}}, {4096, 14336, 8, {4, 2, 64}}, {3840, 15360, 32, {4, 2, 60}},
+    {4096, 4096, 8, {2, 3, 32}}, {4096, 4096, 32, {2, 3, 32}}, {4096, 4096, 64, {2, 3, 32}}, {4096, 14336, 8, {4, 2, 64}},
+    {4096, 14336, 32, {1, 6, 16}}, {3840, 15360, 32, {4, 2, 60}},
 };
 // And of its gated products, also under load.
 constexpr Measured kMeasuredGated[] = {
-    {30720, 3840, 32, {2, 1, 120}}, {30720, 3840, 64, {2, 1, 120}}, {34816, 5120, 8, {4, 2, 55}}, {34816, 5120, 16, {2, 1, 91}},
-    {34816, 5120, 64, {1, 2, 55}}, {57344, 8192, 8, {4, 2, 64}},
+    {28672, 4096, 8, {1, 1, 112}}, {30720, 3840, 32, {1, 1, 120}}, {30720, 3840, 64, {2, 1, 120}}, {34816, 5120, 8, {4, 2, 55}},
+    {34816, 5120, 16, {2, 1, 91}}, {34816, 5120, 64, {1, 2, 55}}, {57344, 8192, 8, {4, 2, 64}},
 };
 
 // The model, in us, fitted to 15 shapes (on average it takes what is 1.0% slower than the best, also of shapes that were left out). A
@@ -125,7 +126,7 @@ WgmmaConfig choose_wgmma(const Matrix& w, int n, bool chained, bool gated) {
   const Measured* row = gated ? find(kMeasuredGated) : chained ? find(kMeasuredChained) : nullptr;
   if (!row && !gated) row = find(kMeasured);
   if (row) return row->config;
-  return least_modelled(w, n, gated, [&](const WgmmaConfig& c) { return modelled_us(w, n, c, gated) + (gated ? 0 : x_us(w, n, c)); });
+  return least_modelled(w, n, gated, [&](const WgmmaConfig& c) { return modelled_us(w, n, c, gated) + x_us(w, n, c); });
 }
 
 MatmulConfig with_tail(const Matrix& w, int n, const WgmmaConfig& whole, bool gated) {
