@@ -206,9 +206,14 @@ void under_load(const Layer& layer, Buffers& buffers, std::vector<Variant> varia
       v.mean.add(found, 1.0 / turns);
       v.least_us = std::min(v.least_us, found.us), v.most_us = std::max(v.most_us, found.us);
     }
-  for (const Variant& v : variants)
+  for (const Variant& v : variants) {
+    if (!v.most_us) {
+      std::printf("    does not fit: %s\n", v.name.c_str());
+      continue;
+    }
     std::printf("    under load %.2f us (%.2f to %.2f) %.2f mJ a layer, %.0f W, %.0f MHz: %s\n", v.mean.us, v.least_us, v.most_us, v.mean.joules * 1e3,
                 v.mean.watts, v.mean.mhz, v.name.c_str());
+  }
 }
 
 std::vector<MatmulConfig> to_try(const Matrix& w, int n, bool gated, size_t most) {
